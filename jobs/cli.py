@@ -1,0 +1,56 @@
+"""The front door: one command, `seedsweep`, with a module of jobs.commands behind each subcommand.
+
+Only the chosen command's module is imported, so `seedsweep --help` needs neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module in jobs.commands, one line of help); the order is the order of the help page
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("run", "run a sweep: every seed of a spec, on Ray or in this process"),
+    "data": ("data", "make or fetch token shards"),
+    "table": ("table", "print the seed table of a run directory, computed from Parquet"),
+    "inspect": ("inspect", "print what is inside an artifact"),
+}
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 3
+
+
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Return the parser; only the chosen command's options are filled in."""
+    parser = argparse.ArgumentParser(prog="seedsweep", description="Prove what a recipe scores, over seeds.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, help_line) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help_line, description=help_line)
+        if name == chosen:
+            command = importlib.import_module(f"jobs.commands.{module}")
+            command.configure(subparser)
+            subparser.set_defaults(execute=command.execute)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code (0 done, 1 failed, 2 bad input, 3 interrupted and resumable).
+
+    A ValueError or OSError that reaches this point is a user's mistake or a full disk: one line, no traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    try:
+        parsed = build_parser(chosen).parse_args(arguments)
+        return int(parsed.execute(parsed))
+    except KeyboardInterrupt:
+        print("seedsweep: interrupted; run the same command again to continue", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError) as error:
+        print(f"seedsweep: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Every setting of a run, as frozen dataclasses, with presets and the hash that names a configuration.
+
+Three kinds of fields: what decides the score (model, train, quant, ttt, evaluation: hashed), what is run on
+(data: hashed apart), and how it is run (seed, runtime: not hashed). Importing this module needs no torch.
+Numbers without a source are those of the reference record, parameter-golf PR #1536.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+FloatType = Literal["bfloat16", "float32"]
+ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
+
+
+def require(is_valid: bool, message: str) -> None:
+    """Raise ValueError with message unless is_valid."""
+    if not is_valid:
+        raise ValueError(message)
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError naming the field unless value is one of choices."""
+    require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A GPT with shared weight banks, depth recurrence, U-Net skips and two lanes near the end."""
+
+    vocab_size: int = 8192
+    num_layers: int = 11
+    model_dim: int = 512
+    num_heads: int = 8
+    num_kv_heads: int = 4
+    mlp_mult: float = 4.0  # hidden width over model_dim
+    rope_dims: int = 16  # of head_dim; the other dims are not rotated
+    rope_base: float = 10_000.0
+    rotary_positions: Literal["segment", "packed"] = "segment"  # packed: index in the row, as published
+    xsa_last_n: int = 11  # layers, counted from the last, that remove a token's own value direction
+    loop_start: int = 3  # first layer of the repeated block
+    loop_end: int = 5  # last layer of the repeated block
+    num_loops: int = 2  # extra passes over the block once looping is on
+    parallel_start_layer: int = 7  # from here attention and MLP read separate lanes
+    logit_softcap: float = 30.0
+    q_gain_init: float = 5.0
+    embedding_init_std: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
+            require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.model_dim % self.num_heads == 0,
+            f"model.num_heads={self.num_heads} must divide model.model_dim={self.model_dim}",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}",
+        )
+        require(self.vocab_size <= 65_536, f"model.vocab_size={self.vocab_size} must fit uint16 tokens (at most 65536)")
+        require(
+            self.rope_dims % 2 == 0 and 0 < self.rope_dims <= self.head_dim,
+            f"model.rope_dims={self.rope_dims} must be even and at most the head width {self.head_dim}",
+        )
+        require(
+            0 <= self.loop_start <= self.loop_end < self.num_layers,
+            f"model.loop_start={self.loop_start} and model.loop_end={self.loop_end} must satisfy "
+            f"0 <= loop_start <= loop_end < num_layers={self.num_layers}",
+        )
+        require(self.num_loops >= 0, f"model.num_loops={self.num_loops} must not be negative")
+        require(
+            0 <= self.xsa_last_n <= self.num_layers,
+            f"model.xsa_last_n={self.xsa_last_n} must be between 0 and num_layers={self.num_layers}",
+        )
+        require(self.mlp_hidden >= 1, f"model.mlp_mult={self.mlp_mult} leaves no hidden unit")
+        require(self.logit_softcap > 0, f"model.logit_softcap={self.logit_softcap} must be positive")
+        require_choice("model.rotary_positions", self.rotary_positions, ("segment", "packed"))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Batching, schedule and optimizers of the training stage."""
+
+    max_steps: int = 20_000
+    budget_s: float | None = 600.0  # wall clock; None: the schedule counts steps instead
+    reserve_s: float = 12.0  # part of budget_s kept for calibration and quantization
+    batch_tokens: int = 786_432  # per optimizer step, all ranks together
+    micro_batch_tokens: int = 98_304  # inputs of one span, one packed row
+    seq_len: int = 2048  # longest attention segment, tokens
+    span_group: int = 8  # consecutive spans taken from one shard
+    warmdown_frac: float = 0.667
+    min_lr_frac: float = 0.0
+    loop_start_frac: float = 0.35  # looping is on from this fraction of the schedule
+    embedding_lr: float = 0.03
+    matrix_lr: float = 0.022
+    vector_lr: float = 0.02
+    embedding_weight_decay: float = 0.095
+    matrix_weight_decay: float = 0.095
+    vector_weight_decay: float = 0.02
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    muon_momentum: float = 0.97
+    muon_momentum_start: float = 0.92
+    muon_momentum_warmup_steps: int = 1500
+    newton_schulz_steps: int = 5
+    newton_schulz_dtype: FloatType = "bfloat16"  # of gradient, momentum and iteration alike
+    embedding_dtype: FloatType = "bfloat16"  # master copy, gradient and moments of the embedding
+    grad_clip_norm: float = 0.3
+    clip: Literal["per_micro_batch", "per_rank", "global"] = "per_micro_batch"
+    ema_decay: float = 0.997
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_tokens", "micro_batch_tokens", "seq_len", "span_group", "newton_schulz_steps"):
+            require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        require(
+            self.batch_tokens % self.micro_batch_tokens == 0,
+            f"train.micro_batch_tokens={self.micro_batch_tokens} must divide train.batch_tokens={self.batch_tokens}",
+        )
+        require(
+            self.budget_s is None or 0 <= self.reserve_s < self.budget_s,
+            f"train.reserve_s={self.reserve_s} must be below train.budget_s={self.budget_s}",
+        )
+        for name in ("warmdown_frac", "min_lr_frac", "loop_start_frac", "ema_decay"):
+            require(0 <= getattr(self, name) <= 1, f"train.{name}={getattr(self, name)} must be between 0 and 1")
+        require(self.grad_clip_norm > 0, f"train.grad_clip_norm={self.grad_clip_norm} must be positive")
+        require_choice("train.clip", self.clip, ("per_micro_batch", "per_rank", "global"))
+        for name in ("newton_schulz_dtype", "embedding_dtype"):
+            require_choice(f"train.{name}", getattr(self, name), get_args(FloatType))
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Spans of one optimizer step over all ranks."""
+        return self.batch_tokens // self.micro_batch_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantConfig:
+    """Calibration, GPTQ rounding and the artifact's size limit."""
+
+    matrix_bits: int = 6
+    matrix_clip_sigmas: float = 12.85  # row scale = clip_sigmas * std / qmax
+    embedding_bits: int = 8
+    embedding_clip_sigmas: float = 20.0
+    num_calibration_batches: int = 64
+    calibration_windows: int = 48  # per batch
+    calibration_seq_len: int = 2048
+    calibration_documents: Literal["masked", "unmasked"] = "masked"
+    damping_frac: float = 0.01  # of the Hessian's mean diagonal
+    block_columns: int = 128
+    keep_float_numel: int = 65_536  # tensors of at most this many numbers stay float16
+    size_limit_bytes: int = 16_000_000  # model + code, decimal
+    on_oversize: Literal["mark", "fail", "fit"] = "mark"
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_bits", "embedding_bits"):
+            require(2 <= getattr(self, name) <= 8, f"quant.{name}={getattr(self, name)} must be between 2 and 8")
+        for name in ("matrix_clip_sigmas", "embedding_clip_sigmas", "damping_frac"):
+            require(getattr(self, name) > 0, f"quant.{name}={getattr(self, name)} must be positive")
+        for name in ("num_calibration_batches", "calibration_windows", "calibration_seq_len", "block_columns"):
+            require(getattr(self, name) >= 1, f"quant.{name}={getattr(self, name)} must be at least 1")
+        require(self.keep_float_numel >= 0, f"quant.keep_float_numel={self.keep_float_numel} must not be negative")
+        require(self.size_limit_bytes >= 1, f"quant.size_limit_bytes={self.size_limit_bytes} must be at least 1")
+        require_choice("quant.calibration_documents", self.calibration_documents, ("masked", "unmasked"))
+        require_choice("quant.on_oversize", self.on_oversize, ("mark", "fail", "fit"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Plain evaluation: the whole validation stream in packed rows."""
+
+    row_tokens: int = 65_536  # inputs of one packed row
+    seq_len: int = 2048  # longest attention segment, tokens
+    tail: Literal["scored", "dropped"] = "scored"  # dropped: only whole rows, as published
+
+    def __post_init__(self) -> None:
+        require(self.seq_len >= 1, f"evaluation.seq_len={self.seq_len} must be at least 1")
+        require(
+            self.row_tokens >= 1 and self.row_tokens % self.seq_len == 0,
+            f"evaluation.row_tokens={self.row_tokens} must be a multiple of evaluation.seq_len={self.seq_len}",
+        )
+        require_choice("evaluation.tail", self.tail, ("scored", "dropped"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TTTConfig:
+    """Per-document LoRA test-time training."""
+
+    lora_rank: int = 96
+    lr: float = 1e-4
+    weight_decay: float = 0.5
+    beta2: float = 0.999  # Adam's second moment; beta1 is 0
+    eps: float = 1e-10
+    chunk_tokens: int = 64  # predictions scored between two updates
+    window_tokens: int = 2048  # context before the chunk's end, chunk excluded
+    updates_per_chunk: int = 1
+    adapter_kinds: tuple[str, ...] = ADAPTER_KINDS
+    adapter_key: Literal["seed", "document"] = "seed"  # what A's starting value depends on beside visit and kind
+    order: Literal["stream", "sorted"] = "stream"  # sorted: by length over the whole set, as published
+    batch_documents: int = 64  # adapter slots held at once
+
+    def __post_init__(self) -> None:
+        for name in ("lora_rank", "chunk_tokens", "window_tokens", "updates_per_chunk", "batch_documents"):
+            require(getattr(self, name) >= 1, f"ttt.{name}={getattr(self, name)} must be at least 1")
+        require(self.lr >= 0, f"ttt.lr={self.lr} must not be negative")
+        require(0 < self.beta2 < 1, f"ttt.beta2={self.beta2} must be between 0 and 1")
+        for kind in self.adapter_kinds:
+            require_choice("ttt.adapter_kinds", kind, ADAPTER_KINDS)
+        require_choice("ttt.adapter_key", self.adapter_key, ("seed", "document"))
+        require_choice("ttt.order", self.order, ("stream", "sorted"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where tokens come from. train and val are globs of shards; limits cut the validation stream."""
+
+    train: str = ""
+    val: str = ""
+    tokenizer: str = ""
+    val_documents: int | None = None
+    val_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("val_documents", "val_tokens"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.{name}={value} must be at least 1, or left out")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuntimeConfig:
+    """How a run is executed; nothing here may change a score beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str = "auto"
+    compile: bool = True  # on CUDA only
+    checkpoint_every_s: float = 120.0  # inside training; 0 turns checkpoints off
+    report_every_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
+        for name in ("checkpoint_every_s", "report_every_s"):
+            require(getattr(self, name) >= 0, f"runtime.{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One seed of one recipe."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    seed: int = 42
+
+
+HASHED_SECTIONS = ("model", "train", "quant", "ttt", "evaluation")
+
+
+def config_hash(config: RunConfig, *, world_size: int) -> str:
+    """Return the sha256 (hex) of everything in config that decides a score, and the number of ranks.
+
+    Seed, data paths and runtime settings do not enter.
+    """
+    scored: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in HASHED_SECTIONS}
+    scored["world_size"] = world_size
+    return hashlib.sha256(canonical_json(scored).encode()).hexdigest()
+
+
+def canonical_json(value: object) -> str:
+    """Return JSON with sorted keys and no spaces, the form that hashes are taken over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def published() -> RunConfig:
+    """Return the recipe of parameter-golf PR #1536 with our repairs (see docs/recipe.md)."""
+    return RunConfig()
+
+
+def bench_500() -> RunConfig:
+    """Return 500 steps of the published recipe on one GPU, as the published code was measured."""
+    base = published()
+    return replace(
+        base,
+        train=replace(
+            base.train, max_steps=500, budget_s=None, batch_tokens=196_608, span_group=1, clip="per_rank"
+        ),
+        quant=replace(base.quant, calibration_documents="unmasked"),
+        evaluation=replace(base.evaluation, row_tokens=32_768),
+        ttt=replace(base.ttt, order="sorted"),
+    )
+
+
+def tiny() -> RunConfig:
+    """Return a model that trains, quantizes and adapts in two minutes on one CPU core (the demo)."""
+    base = published()
+    return replace(
+        base,
+        model=ModelConfig(
+            vocab_size=1024, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, rope_dims=16,
+            xsa_last_n=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3,
+        ),
+        train=TrainConfig(
+            max_steps=150, budget_s=None, batch_tokens=8192, micro_batch_tokens=4096, seq_len=512, span_group=2,
+            muon_momentum_warmup_steps=60, ema_decay=0.95, newton_schulz_dtype="float32", embedding_dtype="float32",
+        ),
+        quant=replace(
+            base.quant, num_calibration_batches=4, calibration_windows=8, calibration_seq_len=512,
+            keep_float_numel=4096,
+        ),
+        evaluation=EvalConfig(row_tokens=8192, seq_len=512),
+        ttt=TTTConfig(lora_rank=8, lr=1e-3, chunk_tokens=64, window_tokens=256, batch_documents=16),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"published": published, "tiny": tiny, "bench_500": bench_500}
