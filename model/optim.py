@@ -1,0 +1,184 @@
+"""Muon for the weight banks, AdamW for the rest, and the clipping rules.
+
+Source: Muon (Jordan et al., 2024) with row normalisation; parameter-golf PR #1536.
+"""
+
+# N matrices of a bank, r rows, c columns
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.config import TrainConfig
+from model.distributed import Dist
+from model.gpt import BANKS, EMBEDDING
+
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.775, 2.0315)
+
+
+def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Push the singular values of each matrix of G (..., r, c) towards 1; returned in dtype.
+
+    Every product is taken in dtype, on the orientation with rows <= columns, after division by the Frobenius
+    norm + 1e-7. Zero in gives zero out.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    X = G.to(dtype)
+    is_tall = X.size(-2) > X.size(-1)
+    if is_tall:
+        X = X.mT
+    shape = X.shape
+    X = X.reshape(-1, *shape[-2:])
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        B = b * A + c * (A @ A)  # rounded term by term, as published: fused multiply-adds end up 2e-2 away in bf16
+        X = a * X + B @ X
+    X = X.view(shape)
+    return X.mT if is_tall else X
+
+
+def muon_update(
+    grad: Tensor, buffer: Tensor, *, momentum: float, steps: int = 5, is_nesterov: bool = True, normalize_rows: bool = True
+) -> Tensor:
+    """Advance buffer (N, r, c) by grad in place and return the orthogonalised update, both in buffer's type."""
+    grad = grad.to(buffer.dtype)
+    buffer.mul_(momentum).add_(grad)
+    update = grad.add(buffer, alpha=momentum) if is_nesterov else buffer.clone()
+    if normalize_rows:
+        norms = update.float().norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update = update / norms.to(update.dtype)
+    return newton_schulz(update, steps=steps, dtype=buffer.dtype)
+
+
+def muon_scale(rows: int, columns: int) -> float:
+    """Return sqrt(max(1, rows / columns)), the step's factor for a bank of (rows, columns) matrices."""
+    return math.sqrt(max(1.0, rows / columns))
+
+
+class Muon:
+    """Muon on banks, each rank orthogonalising an equal share of every bank's matrices.
+
+    step reads parameter.grad (this rank's gradient), averages it over the ranks, and updates the whole parameter.
+    The momentum buffers hold this rank's share only: (ceil(N / world_size), r, c) in the update's type.
+    """
+
+    def __init__(self, banks: dict[str, nn.Parameter], config: TrainConfig, dist: Dist) -> None:
+        self.banks, self.config, self.dist = banks, config, dist
+        self.dtype = getattr(torch, config.newton_schulz_dtype)
+        self.buffers = {
+            name: torch.zeros(self._share(bank), *bank.shape[1:], dtype=self.dtype, device=bank.device)
+            for name, bank in banks.items()
+        }
+
+    def _share(self, bank: Tensor) -> int:
+        return -(-bank.size(0) // self.dist.world_size)
+
+    @torch.no_grad()
+    def step(self, *, lr: float, momentum: float) -> None:
+        """Apply one update with weight decay lr * matrix_weight_decay."""
+        for name, bank in self.banks.items():
+            assert bank.grad is not None, name
+            grad = bank.grad.to(self.dtype)
+            missing = self._share(bank) * self.dist.world_size - bank.size(0)
+            if missing:
+                grad = torch.cat((grad, grad.new_zeros(missing, *bank.shape[1:])))
+            share = self.dist.reduce_scatter_mean(grad)
+            update = muon_update(
+                share, self.buffers[name], momentum=momentum, steps=self.config.newton_schulz_steps
+            )
+            update = self.dist.all_gather(update)[: bank.size(0)]
+            bank.mul_(1 - lr * self.config.matrix_weight_decay)
+            bank.add_(update.to(bank.dtype), alpha=-lr * muon_scale(bank.size(-2), bank.size(-1)))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole momentum of every bank (all ranks must call): (world_size * share, r, c)."""
+        return {name: self.dist.all_gather(buffer) for name, buffer in self.buffers.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's share of the momentum that state_dict returned."""
+        for name, buffer in self.buffers.items():
+            start = self.dist.rank * buffer.size(0)
+            buffer.copy_(state[name][start : start + buffer.size(0)])
+
+
+def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], nn.Parameter, dict[str, nn.Parameter]]:
+    """Return (banks by name, the embedding, everything else by name): the three optimizer groups."""
+    named = dict(model.named_parameters())
+    banks = {name: named.pop(name) for name in BANKS}
+    embedding = named.pop(EMBEDDING)
+    return banks, embedding, named
+
+
+class Optimizers:
+    """The three optimizers of a run, stepped together with one learning-rate factor."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, dist: Dist) -> None:
+        self.config, self.dist = config, dist
+        banks, self.embedding, vectors = split_parameters(model)
+        self.vectors = list(vectors.values())
+        self.muon = Muon(banks, config, dist)
+        betas = (config.adam_beta1, config.adam_beta2)
+        groups = [
+            {"params": [self.embedding], "lr": config.embedding_lr, "weight_decay": config.embedding_weight_decay},
+            {"params": self.vectors, "lr": config.vector_lr, "weight_decay": config.vector_weight_decay},
+        ]
+        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
+        self.base_lrs = [config.embedding_lr, config.vector_lr]
+
+    @torch.no_grad()
+    def step(self, *, lr_factor: float, momentum: float) -> None:
+        """Average the gradients over the ranks and update every parameter."""
+        if self.dist.world_size > 1:
+            for parameter in (self.embedding, *self.vectors):
+                assert parameter.grad is not None
+                self.dist.mean_(parameter.grad)
+        for group, base_lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base_lr * lr_factor
+        self.adamw.step()
+        self.muon.step(lr=self.config.matrix_lr * lr_factor, momentum=momentum)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every optimizer tensor under a flat name (all ranks must call)."""
+        state = {f"muon/{name}": buffer for name, buffer in self.muon.state_dict().items()}
+        for index, parameter in enumerate((self.embedding, *self.vectors)):
+            for key, value in self.adamw.state[parameter].items():
+                state[f"adamw/{index}/{key}"] = value
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what state_dict returned."""
+        self.muon.load_state_dict({name: state[f"muon/{name}"] for name in self.muon.buffers})
+        for index, parameter in enumerate((self.embedding, *self.vectors)):
+            prefix = f"adamw/{index}/"
+            self.adamw.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device).clone()
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+
+
+def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm over all gradients together, float32 scalar on their device."""
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(grads)]))
+
+
+def clip_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale grads in place by min(1, max_norm / (norm + 1e-6)) and return the norm from before; no host wait."""
+    norm = gradient_norm(grads)
+    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients that exist; a parameter that no layer used gets zeros, so that it is still decayed."""
+    found = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
