@@ -1,0 +1,182 @@
+"""Attention over packs: every backend that runs on a CPU agrees with a written-out masked softmax in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.kernels.attention import attention, bucket_length, resolve_backend
+from model.kernels.flex import BLOCK, segment_block_mask
+from model.kernels.probe import probe_backends
+
+LENGTHS = st.lists(st.sampled_from([1, 1, 2, 3, 5, 8, 9, 17, 33, 40]), min_size=1, max_size=12)
+HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2), (3, 3)])
+
+
+def pack(lengths: list[int], padded: int = 0) -> SimpleNamespace:
+    """Return segment bounds for lengths, the total repeated padded more times."""
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    cu_seqlens = torch.tensor(bounds + [bounds[-1]] * padded, dtype=torch.int32)
+    return SimpleNamespace(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+
+
+def draw(
+    num_rows: int, length: int, heads: tuple[int, int], seed: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Return random q, k, v (leaves that want gradients) and an output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(num_rows, length, h, 8) for h in (heads[0], heads[1], heads[1], heads[0])]
+    drawn = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return [x.requires_grad_() for x in drawn[:3]] + drawn[3:]
+
+
+def masked_softmax(q: Tensor, k: Tensor, v: Tensor, packing: SimpleNamespace | None = None) -> Tensor:
+    """Return the definition of attention, with the whole score matrix written out."""
+    length = q.size(1)
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / q.size(3) ** 0.5
+    places = torch.arange(length)
+    is_visible = places[:, None] >= places[None, :]
+    if packing is not None:
+        segment = torch.bucketize(places, packing.cu_seqlens[1:].long(), right=True)
+        is_visible = is_visible & (segment[:, None] == segment[None, :])
+    weights = scores.masked_fill(~is_visible, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhe->bqhe", weights, v)
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: list[Tensor], *args: object) -> list[Tensor]:
+    """Return the output and the gradients of q, k, v."""
+    q, k, v, grad = inputs
+    y = function(q, k, v, *args)
+    return [y, *torch.autograd.grad(y, (q, k, v), grad)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, heads=HEADS, padded=st.integers(0, 3), seed=st.integers(0, 99))
+def test_segments_attend_to_themselves_only(lengths: list[int], heads: tuple[int, int], padded: int, seed: int) -> None:
+    inputs, packing = draw(1, sum(lengths), heads, seed), pack(lengths, padded)
+    wanted = forward_backward(masked_softmax, inputs, packing)
+    for got, want in zip(forward_backward(attention, inputs, packing), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 1)])
+def test_rows_without_a_packing_are_one_causal_sequence_each(heads: tuple[int, int]) -> None:
+    inputs = draw(3, 21, heads, seed=5)
+    wanted = forward_backward(masked_softmax, inputs)
+    for got, want in zip(forward_backward(attention, inputs), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_smaller_types_agree_and_keep_their_type(dtype: torch.dtype, tolerance: float) -> None:
+    packing, inputs = pack([30, 1, 7, 64, 2]), draw(1, 104, (4, 2), seed=3, dtype=dtype)
+    wide = [x.detach().double().requires_grad_() for x in inputs[:3]] + [inputs[3].double()]
+    wanted = forward_backward(masked_softmax, wide, packing)
+    for got, want in zip(forward_backward(attention, inputs, packing), wanted, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - want).norm() / want.norm() < tolerance
+
+
+def test_results_are_the_same_bits_every_time() -> None:
+    lengths = [1, 100, 3, 64, 64, 257, 5, 5, 5, 31] * 3
+    inputs, packing = draw(1, sum(lengths), (4, 2), seed=1, dtype=torch.float32), pack(lengths, 4)
+    first = forward_backward(attention, inputs, packing)
+    for got, want in zip(forward_backward(attention, inputs, packing), first, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_segment_does_not_feel_what_stands_beside_it() -> None:
+    q, k, v, _ = draw(1, 90, (4, 2), seed=2, dtype=torch.float32)
+    y = attention(q, k, v, pack([40, 13, 37]))
+    spoiled = [x.detach().clone() for x in (q, k, v)]
+    for x in spoiled:
+        x[:, :40] = float("nan")
+        x[:, 53:] = float("inf")
+    assert torch.equal(attention(*spoiled, pack([40, 13, 37]))[:, 40:53], y[:, 40:53])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 100, 1025, 2047, 2048])
+def test_bucket_length_pads_by_at_most_a_quarter(length: int) -> None:
+    assert length <= bucket_length(length) <= 1.25 * length
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 5, 64, 127, 128, 129, 300, 513]), min_size=1, max_size=6),
+    padded=st.integers(0, 2),
+)
+def test_the_block_mask_covers_exactly_the_visible_pairs(lengths: list[int], padded: int) -> None:
+    packing = pack(lengths, padded)
+    total = sum(lengths)
+    mask = segment_block_mask(packing.cu_seqlens, total)
+    n = -(-total // BLOCK)
+    places = torch.arange(total)
+    visible = mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places[None, :])
+    needs, whole = torch.zeros(n, n, dtype=torch.bool), torch.ones(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(n):
+            tile = visible[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
+            needs[i, j], whole[i, j] = bool(tile.any()), bool(tile.all())
+
+    def listed(counts: Tensor | None, indices: Tensor | None) -> Tensor:
+        assert counts is not None
+        assert indices is not None
+        table = torch.zeros(n, n, dtype=torch.int32)
+        for i in range(n):
+            for j in indices[0, 0, i, : int(counts[0, 0, i])].tolist():
+                table[i, j] += 1
+        return table
+
+    masked, full = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(masked + full, needs.int())
+    assert not (full.bool() & ~whole).any()
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), masked.T)
+    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+
+
+def test_unusable_backends_are_refused() -> None:
+    q, k, v, _ = draw(2, 4, (2, 1), seed=0)
+    with pytest.raises(ValueError, match="attention backend 'fa9' is unknown"):
+        attention(q, k, v, backend="fa9")
+    with pytest.raises(ValueError, match="'varlen' needs bfloat16 on CUDA"):
+        attention(q, k, v, backend="varlen")
+    with pytest.raises(ValueError, match="2 rows: give one row per pack"):
+        attention(q, k, v, pack([4]))
+    with pytest.raises(ValueError, match="must cover the row's 4 tokens"):
+        attention(q[:1], k[:1], v[:1], pack([3]))
+    assert resolve_backend("auto", q, is_packed=True) == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")  # uncompiled on purpose: no compiler
+def test_flex_agrees_on_a_small_pack() -> None:
+    q, k, v = (x.detach() for x in draw(1, 300, (4, 2), seed=8, dtype=torch.float32)[:3])
+    packing = pack([130, 1, 140, 29], 2)
+    y = attention(q, k, v, packing, backend="flex")
+    torch.testing.assert_close(y, attention(q, k, v, packing), rtol=1e-4, atol=1e-5)
+
+
+def test_a_cpu_probe_has_one_answer() -> None:
+    q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
+    choice = probe_backends(q, k, v, pack([5, 3]))
+    assert choice.name == "sdpa"
+    assert list(choice.timings_ms) == ["sdpa"]
+    assert choice.errors["sdpa"] < 1e-5
+    assert choice.rejected == {}
+
+
+def test_a_probe_says_why_a_backend_was_rejected() -> None:
+    q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
+    choice = probe_backends(q, k, v, pack([5, 3]), candidates=("varlen", "sdpa"))
+    assert choice.name == "sdpa"
+    assert "needs bfloat16 on CUDA" in choice.rejected["varlen"]
+    with pytest.raises(ValueError, match="no attention backend passed its check: varlen: "):
+        probe_backends(q, k, v, pack([5, 3]), candidates=("varlen",))
