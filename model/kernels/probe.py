@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def probe_backends(
             if not errors[name] <= MAX_ERROR:  # NaN fails as well
                 rejected[name] = f"relative error {errors[name]:.3g} above {MAX_ERROR}"
                 continue
-            timings_ms[name] = _time_ms(lambda name=name: _forward_backward(inputs, grad, packing, name), q.device)
+            timings_ms[name] = _time_ms(partial(_forward_backward, inputs, grad, packing, name), q.device)
         except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
             rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     if not timings_ms:
@@ -72,7 +73,8 @@ def probe_backends(
 
 
 def _forward_backward(inputs: list[Tensor], grad: Tensor, packing: Packing | None, name: str) -> list[Tensor]:
-    y = attention(*inputs, packing, backend=name)
+    q, k, v = inputs
+    y = attention(q, k, v, packing, backend=name)
     return [y, *torch.autograd.grad(y, inputs, grad)]
 
 
