@@ -1,7 +1,7 @@
 """Hold every formula of the project against golden figures of the published script: python -m tests.parity DIR.
 
-DIR holds the files of ten sets. One line a set: name, worst key and its error, tolerance, pass or fail. The keys that have no
-stated tolerance are listed as not compared. Exit code 0 if all ten sets pass, 1 if one fails or is missing, 2 on bad use.
+DIR holds the files of ten sets. One line a set: name, worst key and its error, tolerance, pass or fail. Keys without a
+stated tolerance are listed as not compared. Exit code 0: all ten sets pass; 1: one fails or is missing; 2: bad use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.parity_core import Comparison, GoldenSet
 from tests.parity_model import check_model
-from tests.parity_parts import check_packing
+from tests.parity_parts import check_muon, check_packing
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ParitySet:
 
 SETS = (
     ParitySet("2 model", ("model_tiny.npz", "model_tiny_grads.npz"), check_model),
+    ParitySet("4 muon", ("newton_schulz.npz", "muon.npz"), check_muon),
     ParitySet("6 packing", ("cu_seqlens.json",), check_packing),
 )
 
