@@ -1,0 +1,83 @@
+"""Where results lie: a local folder or any URI that pyarrow.fs understands, and whole-or-nothing writes to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+OBJECT_STORES = ("s3", "gcs", "abfs")  # have no folders to make
+
+
+class Location(NamedTuple):
+    """A folder on a filesystem; `shown` is what the user typed."""
+
+    filesystem: Any  # pyarrow.fs.FileSystem
+    root: str
+    shown: str
+
+    def path(self, *parts: str) -> str:
+        """Return a path below the root."""
+        return "/".join((self.root.rstrip("/"), *parts))
+
+
+def open_location(out: object) -> Location:
+    """Return the location named by a path or a URI.
+
+    Raises ValueError for a URI that pyarrow cannot open.
+    """
+    import pyarrow.fs as pafs
+
+    shown = os.fspath(out) if isinstance(out, os.PathLike) else str(out)
+    if "://" not in shown:
+        return Location(pafs.LocalFileSystem(), str(Path(shown).absolute()), shown)
+    try:
+        filesystem, root = pafs.FileSystem.from_uri(shown)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise ValueError(f"out={shown} cannot be opened: {error}") from error
+    return Location(filesystem, root, shown)
+
+
+def results_location(out: object) -> Location:
+    """Return the folder that holds runs/, steps/ and so on, given a run directory or its `results` folder.
+
+    Raises FileNotFoundError when neither holds a `runs` folder.
+    """
+    import pyarrow.fs as pafs
+
+    location = open_location(out)
+    for root in (location.path("results"), location.root):
+        if location.filesystem.get_file_info(f"{root}/runs").type == pafs.FileType.Directory:
+            return location._replace(root=root)
+    raise FileNotFoundError(f"{location.shown}: no results here (no results/runs folder); give a sweep's run directory")
+
+
+def list_parquet(location: Location, table: str) -> list[str]:
+    """Return the file names of one table, sorted; files being written are not among them."""
+    import pyarrow.fs as pafs
+
+    selector = pafs.FileSelector(location.path(table), allow_not_found=True)
+    names = [info.base_name for info in location.filesystem.get_file_info(selector) if info.type == pafs.FileType.File]
+    return sorted(name for name in names if name.endswith(".parquet") and not name.startswith((".", "_")))
+
+
+def write_whole(location: Location, path: str, content: bytes) -> None:
+    """Write content aside in the same folder, then rename: a reader sees the whole file or none.
+
+    Raises OSError when the place cannot be written.
+    """
+    folder, _, name = path.rpartition("/")
+    aside = f"{folder}/.{name}.{os.getpid()}.tmp"
+    if location.filesystem.type_name == "local":
+        os.makedirs(folder, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        return
+    if location.filesystem.type_name not in OBJECT_STORES:
+        location.filesystem.create_dir(folder, recursive=True)
+    with location.filesystem.open_output_stream(aside) as stream:
+        stream.write(content)
+    location.filesystem.move(aside, path)

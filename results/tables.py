@@ -1,0 +1,264 @@
+"""The seed table: one row a seed and repeat, and the summary over seeds, computed from the `runs` Parquet alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from results.reader import Rows, latest_attempts, read_runs
+from results.render import MISSING, csv_table, fixed, markdown_table, signed, text_table
+from results.schema import FINISHED, SCHEMA_VERSION
+from results.stats import Summary, summarize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INTEGERS = ("seed", "repeat", "attempts", "steps", "artifact_bytes")
+SUMMARIZED = (
+    "steps", "live_bpb", "post_ema_bpb", "pre_ttt_bpb", "ttt_lr0_bpb", "post_ttt_bpb", "artifact_bytes",
+    "train_s", "quantize_s", "evaluate_s", "ttt_s",
+)  # fmt: skip
+SEED_KEYS = (
+    "seed", "repeat", "state", "attempts", "steps", "live_bpb", "post_ema_bpb", "pre_ttt_bpb", "ttt_lr0_bpb",
+    "post_ttt_bpb", "artifact_bytes", "within_limit", "train_s", "quantize_s", "evaluate_s", "ttt_s",
+)  # fmt: skip
+MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemptions")
+IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
+TABLE_COLUMNS = (*SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "error", "order0_bpb", "code_bytes_convention")
+
+# heading, key, decimals (None: a difference of two keys, with sign)
+SHOWN = (
+    ("steps", "steps", 0), ("live", "live_bpb", 5), ("post-EMA", "post_ema_bpb", 5), ("pre-TTT", "pre_ttt_bpb", 5),
+    ("lr-0", "ttt_lr0_bpb", 5), ("post-TTT", "post_ttt_bpb", 5), ("context", "context_gain_bpb", None),
+    ("adaptation", "adaptation_gain_bpb", None), ("artifact bytes", "artifact_bytes", 0), ("train s", "train_s", 1),
+    ("quantize s", "quantize_s", 1), ("evaluate s", "evaluate_s", 1), ("TTT s", "ttt_s", 1),
+)  # fmt: skip
+
+
+class SeedTable(NamedTuple):
+    """Rows of the table as plain values (None: not measured), the summary over seeds, and everything to be said."""
+
+    identity: dict[str, str | None]
+    seeds: list[dict[str, Any]]
+    summary: dict[str, Summary]
+    same_seed: dict[str, Summary]
+    order0_bpb: float | None
+    problems: list[str]
+    notes: list[str]
+
+    @property
+    def has_failures(self) -> bool:
+        """Some seed did not finish, or some file could not be read."""
+        return bool(self.problems) or any(row["state"] != FINISHED for row in self.seeds)
+
+
+def seed_table(out: object) -> SeedTable:
+    """Return the seed table of a run directory (path or URI).
+
+    Raises FileNotFoundError without a results folder and ValueError when no row of it could be read.
+    """
+    return table_of_rows(latest_attempts(read_runs(out, TABLE_COLUMNS)), shown=str(out))
+
+
+def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
+    """Return the seed table of rows that were already chosen; `shown` names them in errors."""
+    if rows.frame.empty:
+        reason = f": {rows.problems[0]}" if rows.problems else " (no committed attempt in results/runs)"
+        raise ValueError(f"{shown}: nothing to show{reason}")
+    seeds = [_seed_row(row) for row in rows.frame.to_dict("records")]
+    identity, notes = _identity(rows.frame)
+    notes = [*rows.notes, *notes, *_unmeasured(seeds)]
+    finished = [row for row in seeds if row["state"] == FINISHED]
+    order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
+    columns = (*SUMMARIZED, "context_gain_bpb", "adaptation_gain_bpb")
+    return SeedTable(
+        identity=identity,
+        seeds=seeds,
+        summary={column: summarize(list(_seed_means(finished, column).values())) for column in columns},
+        same_seed={column: _same_seed_spread(finished, column) for column in columns},
+        order0_bpb=order0[0] if order0 else None,
+        problems=rows.problems,
+        notes=notes,
+    )
+
+
+def _seed_row(row: dict[Any, Any]) -> dict[str, Any]:
+    """Return one row with plain values, its gains and its marks."""
+    plain = {name: _plain(name, row[name]) for name in TABLE_COLUMNS}
+    plain["attempts"] = plain["attempts"] or plain["attempt"]
+    plain["context_gain_bpb"] = _difference(plain["ttt_lr0_bpb"], plain["pre_ttt_bpb"])
+    plain["adaptation_gain_bpb"] = _difference(plain["post_ttt_bpb"], plain["ttt_lr0_bpb"])
+    plain["marks"] = _marks(plain)
+    return plain
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return None for null, NaN and infinity, and whole numbers as int."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if hasattr(value, "item"):
+        value = value.item()
+    return int(value) if name in (*INTEGERS, "attempt", "num_resumes", "preemptions") else value
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if after is None or before is None else after - before
+
+
+def _marks(row: dict[str, Any]) -> list[str]:
+    """Return what a reader of the row must know beside its figures."""
+    marks = []
+    if row["state"] != FINISHED:
+        marks.append(str(row["state"]))
+    if row["within_limit"] is False:
+        marks.append("over limit")
+    if row["code_changed"]:
+        marks.append("code changed")
+    if row["num_resumes"]:
+        marks.append(f"resumed x{row['num_resumes']}")
+    if row["is_slow"]:
+        marks.append("slow")
+    if (row["attempts"] or 1) > 1:
+        marks.append(f"{row['attempts']} attempts")
+    if row["preemptions"]:
+        marks.append(f"preempted x{row['preemptions']}")
+    return marks
+
+
+def _identity(frame: pd.DataFrame) -> tuple[dict[str, str | None], list[str]]:
+    """Return what all rows have in common, None where they differ, and a note for every difference."""
+    identity: dict[str, str | None] = {}
+    notes = []
+    for column in IDENTITY_COLUMNS:
+        values = sorted(frame[column].dropna().unique())
+        identity[column] = values[0] if len(values) == 1 else None
+        if len(values) > 1:
+            listed = ", ".join(value[:12] for value in values)
+            notes.append(f"{column} differs between rows ({listed}): the summary mixes them")
+    return identity, notes
+
+
+def _unmeasured(seeds: list[dict[str, Any]]) -> list[str]:
+    """Return a note for every finished row that lacks its final score."""
+    return [
+        f"seed={row['seed']} repeat={row['repeat']}: DONE, but post_ttt_bpb is missing or not a number; "
+        "left out of its summary"
+        for row in seeds
+        if row["state"] == FINISHED and row["post_ttt_bpb"] is None
+    ]
+
+
+def _seed_means(finished: list[dict[str, Any]], column: str) -> dict[int, float]:
+    """Return each seed's mean over its repeats, so that a repeated seed counts once."""
+    values: dict[int, list[float]] = {}
+    for row in finished:
+        if row[column] is not None:
+            values.setdefault(row["seed"], []).append(row[column])
+    return {seed: math.fsum(entries) / len(entries) for seed, entries in values.items()}
+
+
+def _same_seed_spread(finished: list[dict[str, Any]], column: str) -> Summary:
+    """Return the spread between repeats of one seed, pooled over seeds; n is its degrees of freedom, 0 for none."""
+    groups: dict[int, list[float]] = {}
+    for row in finished:
+        if row[column] is not None:
+            groups.setdefault(row["seed"], []).append(row[column])
+    freedom = sum(len(values) - 1 for values in groups.values())
+    if freedom == 0:
+        return Summary(0, None, None)
+    spreads = [(summarize(values).std_ddof1 or 0.0) ** 2 * (len(values) - 1) for values in groups.values()]
+    return Summary(freedom, None, math.sqrt(math.fsum(spreads) / freedom))
+
+
+def as_json(table: SeedTable) -> dict[str, Any]:
+    """Return the table as plain JSON values; `same_seed_spread` is there only when a seed was repeated."""
+    content: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "sweep": table.identity["sweep"],
+        "data_hash": table.identity["data_hash"],
+        "seeds": [{key: row[key] for key in SEED_KEYS} for row in table.seeds],
+        "summary": {column: table.summary[column]._asdict() for column in SUMMARIZED},
+    }
+    if any(spread.n for spread in table.same_seed.values()):
+        content["same_seed_spread"] = {
+            column: {"degrees_of_freedom": spread.n, "std_ddof1": spread.std_ddof1}
+            for column, spread in table.same_seed.items()
+            if column in SUMMARIZED
+        }
+    return content
+
+
+def render(table: SeedTable, form: str) -> str:
+    """Return the table as text, markdown, json or csv (csv: the rows of the seeds, full precision, no summary)."""
+    if form == "json":
+        return json.dumps(as_json(table), indent=2, allow_nan=False)
+    if form == "csv":
+        keys = [*SEED_KEYS, "context_gain_bpb", "adaptation_gain_bpb"]
+        return csv_table(keys, [[row[key] for key in keys] for row in table.seeds]).rstrip("\n")
+    header, rows = _cells(table)
+    if form == "markdown":
+        body = markdown_table(header, rows)
+        return "\n".join([body, "", *(f"- {line}" for line in _foot(table))])
+    body = text_table(header, rows, rules_before=[len(table.seeds)])
+    return "\n".join([_title(table), body, *_foot(table)])
+
+
+def _title(table: SeedTable) -> str:
+    """Return the line above the table: which sweep, how many seeds, which data and configuration."""
+    finished = sum(row["state"] == FINISHED for row in table.seeds)
+    hashes = "  ".join(f"{name[:-5]} {(table.identity[name] or 'mixed')[:12]}" for name in ("config_hash", "data_hash"))
+    return f"{table.identity['sweep'] or 'unnamed sweep'}: {finished} of {len(table.seeds)} runs finished  {hashes}"
+
+
+def _cells(table: SeedTable) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of cells: one row a run, then mean, std and n."""
+    shows_repeat = any(row["repeat"] for row in table.seeds)
+    header = ["seed", *(["repeat"] if shows_repeat else []), *(heading for heading, _, _ in SHOWN), "marks"]
+    rows = []
+    for row in table.seeds:
+        first = [str(row["seed"]), *([str(row["repeat"])] if shows_repeat else [])]
+        cells = [_cell(row[key], decimals) for _, key, decimals in SHOWN]
+        rows.append([*first, *cells, ", ".join(row["marks"]) or MISSING])
+    blank = [""] if shows_repeat else []
+    summaries = [table.summary[key] for _, key, _ in SHOWN]
+    decimals = [places for _, _, places in SHOWN]
+    means = [_cell(entry.mean, 1 if places == 0 else places) for entry, places in zip(summaries, decimals)]
+    spreads = [_spread(entry, places) for entry, places in zip(summaries, decimals)]
+    rows.append(["mean", *blank, *means, ""])
+    rows.append(["std", *blank, *spreads, ""])
+    rows.append(["n", *blank, *(str(entry.n) for entry in summaries), ""])
+    return header, rows
+
+
+def _cell(value: float | None, decimals: int | None) -> str:
+    return signed(value) if decimals is None else fixed(value, decimals)
+
+
+def _spread(entry: Summary, decimals: int | None) -> str:
+    """Return the sample std; one value has none, and that is said instead of 0."""
+    if entry.n == 1:
+        return "no spread"
+    return fixed(entry.std_ddof1, 5 if decimals is None else max(decimals, 1))
+
+
+def _foot(table: SeedTable) -> list[str]:
+    """Return the lines under the table: conventions, same-seed spread, order-0 bpb, limits, notes."""
+    lines = [
+        "mean, std and n are over seeds (repeats of a seed averaged first); std is the sample one (ddof=1); "
+        "scores in bits per byte",
+        "TTT gain = context (lr-0 minus pre-TTT) + adaptation (post-TTT minus lr-0); negative is better",
+    ]
+    spread = table.same_seed["post_ttt_bpb"]
+    if spread.n:
+        lines.append(
+            f"same-seed spread of post-TTT (repeats of one seed, pooled, {spread.n} degrees of freedom): "
+            f"std {spread.std_ddof1:.6f}"
+        )
+    order0 = "not recorded" if table.order0_bpb is None else f"{table.order0_bpb:.5f} bpb"
+    lines.append(f"order-0 token distribution of the training part, on the same validation text: {order0}")
+    conventions = sorted({str(row["code_bytes_convention"]) for row in table.seeds if row["code_bytes_convention"]})
+    if conventions:
+        lines.append(f"artifact bytes = model + code; code counted as: {'; '.join(conventions)}")
+    lines += [f"seed={row['seed']} {row['state']}: {row['error']}" for row in table.seeds if row["error"]]
+    return [*lines, *(f"note: {note}" for note in table.notes)]

@@ -1,0 +1,111 @@
+"""Made-up sweeps with plausible figures, committed through the real store: fixtures for everything in results."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from results.store import commit_attempt
+
+BYTES_PER_TOKEN = 3.7266
+STAGE_LEVELS = {"live": 1.0763, "post_ema": 1.0767, "pre_ttt": 1.0879, "ttt_lr0": 1.0834, "post_ttt": 1.0775}
+
+
+def fake_documents(num_documents: int = 40, *, seed: int = 0, level: float = 1.0879) -> dict[str, np.ndarray]:
+    """Return per-document rows: lengths heavy-tailed, texts shared by all seeds, scores near `level` bpb."""
+    texts = np.random.default_rng(7)
+    tokens = np.clip(texts.lognormal(6.2, 1.0, num_documents), 20, 20_000).astype(np.int32)
+    difficulty = texts.normal(0.0, 0.1, num_documents)
+    num_bytes = np.maximum(1, tokens * BYTES_PER_TOKEN + texts.normal(0, 3, num_documents)).astype(np.int32)
+    noise = np.random.default_rng(seed).normal(0.0, 0.004, num_documents)
+    plain = num_bytes * math.log(2) * (level + difficulty + noise)
+    lr0 = plain * (1 - 0.004 * np.minimum(1, tokens / 4096))
+    return {
+        "index": np.arange(num_documents, dtype=np.int32),
+        "tokens": tokens,
+        "bytes": num_bytes,
+        "nats_plain": plain,
+        "nats_lr0": lr0,
+        "nats_ttt": lr0 * (1 - 0.006 * np.minimum(1, tokens / 1024)),
+    }
+
+
+def fake_steps(num_steps: int = 60) -> dict[str, np.ndarray]:
+    """Return a loss curve with looping on from 35 % and a linear decay."""
+    step = np.arange(1, num_steps + 1)
+    frac = (step - 1) / num_steps
+    return {
+        "step": step,
+        "loss": 2.8 + 6.2 * np.exp(-4 * frac) + 0.02 * np.sin(step),
+        "grad_norm": 0.3 + np.exp(-3 * frac),
+        "lr_factor": np.minimum(1.0, (1 - frac) / 0.667),
+        "momentum": 0.92 + 0.05 * np.minimum(step / 30, 1),
+        "is_looped": frac >= 0.35,
+        "elapsed_s": 588.0 * step / num_steps,
+        "tokens_per_s": np.where(frac >= 0.35, 5.9e6, 8.4e6),
+    }
+
+
+def fake_run(seed: int, *, repeat: int = 0, attempt: int = 1, shift: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """Return the runs row of one finished attempt; `shift` moves every score (bpb), `changes` replace columns."""
+    wobble = 0.0008 * math.sin(seed * 1.7 + 0.1 * repeat) + shift
+    row: dict[str, Any] = {
+        "seed": seed, "repeat": repeat, "attempt": attempt, "attempts": attempt, "config_hash": "c" * 64,
+        "state": "DONE", "sweep": "fake", "source": "run", "config_json": {"seed": seed}, "data_hash": "d" * 64,
+        "code_hash": "e" * 64, "code_changed": False, "git_commit": "f" * 40, "git_dirty": False,
+        "versions_json": {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0"}, "node_label": "node-0",
+        "gpu_model": "H100", "num_cpus": 64, "num_gpus": 8, "world_size": 8,
+        "started_at": "2026-04-11T10:00:00+00:00", "ended_at": "2026-04-11T10:25:00+00:00",
+        "val_documents_hash": "a" * 64, "val_documents": 40, "tokenizer_hash": "b" * 64, "vocab_size": 8192,
+        "model_bytes": 15_968_000 + seed % 97, "code_bytes": 26_505, "artifact_bytes": 15_994_505 + seed % 97,
+        "code_bytes_convention": "lzma of the model package", "size_limit_bytes": 16_000_000, "within_limit": True,
+        "order0_bpb": 2.9231, "matrix_clip_sigmas": 12.85, "attention_backend": "flash",
+    }  # fmt: skip
+    tokens, num_bytes = 40_540_160, 151_078_000
+    for stage, level in STAGE_LEVELS.items():
+        bpb = level + wobble
+        row |= {
+            f"{stage}_bpb": bpb, f"{stage}_nats": bpb * math.log(2) * num_bytes, f"{stage}_tokens": tokens,
+            f"{stage}_bytes": num_bytes, f"{stage}_s": 8.0,
+        }  # fmt: skip
+    return row | changes
+
+
+def fake_stages(seed: int) -> list[dict[str, Any]]:
+    """Return the four stage records; their metrics fill the columns that fake_run leaves out."""
+    train = {"steps": 4820 + seed % 7, "train_s": 588.1, "train_tokens": 3_790_000_000, "tokens_per_s": 6.4e6,
+             "train_loss_last": 2.81, "num_resumes": 0, "resumed_at_steps": [], "lost_steps": 0}  # fmt: skip
+    return [
+        {"format": 1, "stage": "train", "seconds": 588.1, "metrics": train, "outputs": {}, "data_hash": "d" * 64},
+        {"format": 1, "stage": "quantize", "seconds": 80.0, "metrics": {"quantize_s": 80.0}, "outputs": {}},
+        {"format": 1, "stage": "evaluate", "seconds": 16.0, "metrics": {"evaluate_s": 16.0}, "outputs": {}},
+        {"format": 1, "stage": "ttt", "seconds": 251.0, "metrics": {"ttt_s": 251.0}, "outputs": {}},
+    ]
+
+
+def commit_fake(out: Path | str, seed: int, *, num_documents: int = 40, **changes: Any) -> str:
+    """Commit one finished made-up attempt and return its file name."""
+    level = STAGE_LEVELS["pre_ttt"] + float(changes.get("shift", 0.0))
+    return commit_attempt(
+        out,
+        run=fake_run(seed, **changes),
+        stages=fake_stages(seed),
+        steps=fake_steps(),
+        documents=fake_documents(num_documents, seed=seed, level=level),
+    )
+
+
+def commit_failed(out: Path | str, seed: int, *, attempt: int = 1, error: str = "rank 3: out of memory") -> str:
+    """Commit one failed attempt, which has no figures."""
+    keys = {"seed": seed, "repeat": 0, "attempt": attempt, "config_hash": "c" * 64}
+    return commit_attempt(out, run={**keys, "state": "FAILED", "error": error, "sweep": "fake", "data_hash": "d" * 64})
+
+
+def fake_sweep(out: Path | str, seeds: tuple[int, ...] = (42, 0, 1337), **changes: Any) -> Path:
+    """Commit a finished sweep and return its directory."""
+    for seed in seeds:
+        commit_fake(out, seed, **changes)
+    return Path(out)
