@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import results
-from results import location, store
+from results import store
 from results.reader import OtherVersionError, latest_attempts, read_attempt, read_runs
 from results.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, column_names, describe
 from tests.fake_runs import commit_failed, commit_fake, fake_run, fake_sweep
@@ -73,7 +73,7 @@ def test_a_failing_rename_leaves_the_old_file_whole(tmp_path: Path, monkeypatch:
     def refuse(source: str, target: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(location.os, "replace", refuse)
+    monkeypatch.setattr("results.location.os.replace", refuse)
     with pytest.raises(OSError, match="No space"):
         commit_fake(tmp_path, 42, shift=0.1)
     monkeypatch.undo()
