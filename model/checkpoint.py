@@ -1,0 +1,97 @@
+"""Checkpoints inside a stage: one tensor file and one record with its checksum, the two newest kept.
+
+The record is written after the tensors, so a checkpoint without one never existed. Loading verifies the checksum and
+falls back to the checkpoint before, saying so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from model.data.files import file_sha256, replace_file
+
+logger = logging.getLogger(__name__)
+NUM_KEPT = 2
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as one safetensors file, complete or not at all."""
+    payload = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    with replace_file(path) as file:
+        file.write(payload)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file of save_tensors. Raises ValueError, naming it, if it is damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"tensor file {path} is damaged ({error}); remove it to make it again") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON, complete or not at all."""
+    with replace_file(path) as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True).encode() + b"\n")
+
+
+@dataclass(slots=True)
+class CheckpointStore:
+    """The checkpoints of one training run in one folder; on_write hears of each file that was finished."""
+
+    folder: Path
+    on_write: Callable[[Path], None] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Write a checkpoint and drop all but the two newest."""
+        tensor_path, record_path = self._paths(step)
+        save_tensors(tensor_path, tensors)
+        write_json(record_path, {"format": 1, "step": step, "sha256": file_sha256(tensor_path), "meta": meta})
+        for path in (tensor_path, record_path):
+            if self.on_write is not None:
+                self.on_write(path)
+        for old in self.steps()[:-NUM_KEPT]:
+            for path in reversed(self._paths(old)):
+                path.unlink(missing_ok=True)
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a record, oldest first."""
+        found = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.json"))
+        return sorted(int(step) for step in found if step.isdigit())
+
+    def load_newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return (tensors, meta with "step") of the newest undamaged checkpoint, or None where there is none."""
+        for step in reversed(self.steps()):
+            try:
+                return self._load(step)
+            except (ValueError, OSError, KeyError) as error:
+                logger.warning("checkpoint of step %d ignored, trying the one before: %s", step, error)
+        return None
+
+    def clear(self) -> None:
+        """Remove every checkpoint."""
+        for step in self.steps():
+            for path in reversed(self._paths(step)):
+                path.unlink(missing_ok=True)
+
+    def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensor_path, record_path = self._paths(step)
+        record = json.loads(record_path.read_text())
+        if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
+            raise ValueError(f"checkpoint record {record_path} is damaged")
+        if file_sha256(tensor_path) != record["sha256"]:
+            raise ValueError(f"checkpoint {tensor_path} does not have the sha256 of its record")
+        return load_tensors(tensor_path), {**record["meta"], "step": step}
+
+    def _paths(self, step: int) -> tuple[Path, Path]:
+        stem = self.folder / f"step-{step:07d}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".json")

@@ -1,0 +1,308 @@
+"""The training stage: one loop over optimizer steps, the same on one CPU core and on eight GPUs.
+
+The host never waits for the device inside a step: losses are read two steps late, and the clock that drives a wall-clock
+schedule is rank 0's, handed to all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoint import CheckpointStore
+from model.config import RuntimeConfig, TrainConfig
+from model.data.loader import Batch, SpanLoader, prefetch_batches
+from model.distributed import Dist
+from model.gpt import GPT
+from model.optim import Optimizers, clip_, gradient_norm, gradients
+from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+
+Report = Callable[[str, int, int | None, dict[str, Any]], None]
+STEP_COLUMNS = ("step", "loss", "grad_norm", "lr_factor", "momentum", "is_looped", "elapsed_s", "tokens_per_s")
+RUN_AHEAD = 2  # steps the host may be ahead of the device
+
+
+class Interrupted(Exception):
+    """Training was told to stop; a checkpoint was written where a store was given."""
+
+
+class TrainResult(NamedTuple):
+    """What training leaves: the averaged weights (each in its parameter's type), the step table, flat metrics."""
+
+    ema: dict[str, Tensor]
+    steps: dict[str, np.ndarray]
+    metrics: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Ema:
+    """An exponential average of the weights in float32, starting as a copy of them."""
+
+    model: GPT
+    decay: float
+    values: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = {name: p.detach().float().clone() for name, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move every average by 1 - decay towards the present weight."""
+        current = [p.detach().float() for p in self.model.parameters()]
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - self.decay)
+
+    def cast(self) -> dict[str, Tensor]:
+        """Return the averages in their parameters' types."""
+        return {name: self.values[name].to(p.dtype) for name, p in self.model.named_parameters()}
+
+
+class StepRow(NamedTuple):
+    """One step whose loss and gradient norm may still be on their way from the device."""
+
+    step: int
+    values: Tensor  # (2,) loss, gradient norm
+    frac: float
+    elapsed_s: float
+    is_ready: torch.cuda.Event | None
+
+
+class Trainer:
+    """State of one training run; run() is the loop."""
+
+    def __init__(
+        self, model: GPT, loader: SpanLoader, config: TrainConfig, dist: Dist, report: Report, *,
+        runtime: RuntimeConfig | None = None, checkpoints: CheckpointStore | None = None,
+        should_stop: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if config.micro_batches_per_step % dist.world_size:
+            raise ValueError(
+                f"world size {dist.world_size} must divide the {config.micro_batches_per_step} micro-batches of a step "
+                f"(train.batch_tokens / train.micro_batch_tokens)"
+            )
+        self.model, self.loader, self.config, self.dist, self.report = model, loader, config, dist, report
+        self.runtime = runtime or RuntimeConfig()
+        self.checkpoints, self.should_stop, self.clock = checkpoints, should_stop, clock
+        self.optimizers = Optimizers(model, config, dist)
+        self.ema = Ema(model, config.ema_decay)
+        self.parameters = list(model.parameters())
+        self.step = 0
+        self.before_s = 0.0  # training seconds of earlier attempts
+        self.paused_s = 0.0  # checkpoint writing since the loop began, no part of the budget
+        self.resumed_at: list[int] = []
+        self.lost_steps = 0
+        self.pending: deque[StepRow] = deque()
+        self.log: dict[str, list[float]] = {name: [] for name in STEP_COLUMNS}
+        self.started = self.last_checkpoint = self.last_report = self.clock()
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one step on this rank."""
+        return self.config.micro_batches_per_step // self.dist.world_size
+
+    def elapsed_s(self) -> float:
+        """Return seconds spent in training, those before a resume included."""
+        return self.before_s + self.clock() - self.started - self.paused_s
+
+    def run(self) -> TrainResult:
+        """Train to the end of the schedule. Raises Interrupted when told to stop."""
+        self._resume()
+        self.started = self.last_checkpoint = self.last_report = self.clock()
+        batches = prefetch_batches(self._make_batch, self._span_indices(), pin_memory=self.dist.device.type == "cuda")
+        with contextlib.closing(batches):
+            while True:
+                elapsed, wants_stop, wants_checkpoint = self._agree()
+                frac = schedule_frac(self.step, elapsed, self.config)
+                if self.step >= self.config.max_steps or (self.config.budget_s is not None and frac >= 1 and self.step):
+                    break
+                if wants_stop or wants_checkpoint:
+                    self._checkpoint()
+                if wants_stop:
+                    raise Interrupted(f"training stopped at step {self.step}")
+                self._one_step(batches, frac, elapsed)
+        return self._finish()
+
+    def _agree(self) -> tuple[float, bool, bool]:
+        """Return rank 0's elapsed time and its wish to stop or to write a checkpoint, on every rank."""
+        every_s, elapsed = self.runtime.checkpoint_every_s, self.elapsed_s()
+        is_due = self.checkpoints is not None and every_s > 0 and self.clock() - self.last_checkpoint >= every_s
+        elapsed, stop, checkpoint = self.dist.broadcast_floats([elapsed, float(self.should_stop()), float(is_due)])
+        return elapsed, bool(stop), bool(checkpoint)
+
+    def _span_indices(self) -> Iterator[int]:
+        """Yield this rank's global span numbers from the present step on."""
+        for step in range(self.step, self.config.max_steps):
+            for micro in range(self.micro_batches):
+                yield step * self.config.micro_batches_per_step + micro * self.dist.world_size + self.dist.rank
+
+    def _make_batch(self, index: int) -> Batch:
+        seq_len = self.config.seq_len
+        if self.dist.device.type == "cuda":  # one fixed shape for every step
+            return self.loader.batch(
+                index, max_segment=seq_len, max_seqlen=seq_len, num_entries=fixed_entries(self.config)
+            )
+        return self.loader.batch(index, max_segment=seq_len)
+
+    def _one_step(self, batches: Iterator[Batch], frac: float, elapsed: float) -> None:
+        """Forward, backward, clip, update and average; the loss is noted, not read."""
+        loss, norm = accumulate_gradients(
+            self.model, [next(batches).to(self.dist.device) for _ in range(self.micro_batches)],
+            is_looped=is_looping(frac, self.config), clip=self.config.clip, max_norm=self.config.grad_clip_norm,
+            dist=self.dist,
+        )
+        self.optimizers.step(lr_factor=lr_factor(frac, self.config), momentum=muon_momentum(self.step, self.config))
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.ema.update()
+        self._note(self.dist.mean_(torch.stack((loss, norm)).float()), frac, elapsed)
+        self.step += 1
+
+    def _note(self, values: Tensor, frac: float, elapsed: float) -> None:
+        """Queue this step's figures and log those that the device has finished."""
+        event = None
+        if values.is_cuda:
+            host = torch.empty(2, dtype=torch.float32, pin_memory=True)
+            host.copy_(values, non_blocking=True)
+            event, values = torch.cuda.Event(), host
+            event.record()
+        self.pending.append(StepRow(self.step, values, frac, elapsed, event))
+        while len(self.pending) > (RUN_AHEAD if event is not None else 0):
+            self._log_row(self.pending.popleft())
+
+    def _log_row(self, row: StepRow) -> None:
+        if row.is_ready is not None:
+            row.is_ready.synchronize()
+        loss, norm = row.values.tolist()
+        config, previous = self.config, self.log["elapsed_s"][-1] if self.log["elapsed_s"] else None
+        rate = config.batch_tokens / (row.elapsed_s - previous) if previous and row.elapsed_s > previous else 0.0
+        values = (
+            row.step, loss, norm, lr_factor(row.frac, config), muon_momentum(row.step, config),
+            is_looping(row.frac, config), row.elapsed_s, rate,
+        )
+        for name, value in zip(STEP_COLUMNS, values, strict=True):
+            self.log[name].append(value)
+        if self.clock() - self.last_report >= self.runtime.report_every_s or row.step == 0:
+            self.last_report = self.clock()
+            self._report(row, loss, rate)
+
+    def _report(self, row: StepRow, loss: float, rate: float) -> None:
+        left = max(0.0, row.elapsed_s / row.frac - row.elapsed_s) if row.frac > 0 else 0.0
+        total = self.config.max_steps if self.config.budget_s is None else int((row.step + 1) / max(row.frac, 1e-9))
+        metrics = {"loss": loss, "tokens_per_s": rate, "eta_s": left, "elapsed_s": row.elapsed_s}
+        self.report("train", row.step + 1, max(total, row.step + 1), metrics)
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._log_row(self.pending.popleft())
+
+    def _checkpoint(self) -> None:
+        """Write everything a resumed run needs; the time it takes is no part of the budget."""
+        self._drain()
+        elapsed, paused = self.elapsed_s(), self.clock()
+        optimizer_state = self.optimizers.state_dict()
+        if self.checkpoints is not None and self.dist.is_main:
+            tensors = {f"optimizer/{name}": value for name, value in optimizer_state.items()}
+            tensors |= {f"live/{name}": p.detach() for name, p in self.model.named_parameters()}
+            tensors |= {f"ema/{name}": value for name, value in self.ema.values.items()}
+            tensors |= {f"log/{name}": torch.tensor(column, dtype=torch.float64) for name, column in self.log.items()}
+            tensors["rng"] = torch.get_rng_state()
+            meta = {"elapsed_s": elapsed, "resumed_at": self.resumed_at, "lost_steps": self.lost_steps}
+            self.checkpoints.save(self.step, tensors, meta)
+        self.dist.barrier()
+        self.last_checkpoint = self.clock()
+        self.paused_s += self.last_checkpoint - paused
+
+    @torch.no_grad()
+    def _resume(self) -> None:
+        """Continue from the newest undamaged checkpoint, if there is one."""
+        found = self.checkpoints.load_newest() if self.checkpoints is not None else None
+        if found is None:
+            return
+        tensors, meta = found
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"live/{name}"])
+            self.ema.values[name].copy_(tensors[f"ema/{name}"])
+        prefix = "optimizer/"
+        self.optimizers.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.log = {name: tensors[f"log/{name}"].tolist() for name in STEP_COLUMNS}
+        torch.set_rng_state(tensors["rng"])
+        self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
+        self.resumed_at = [*meta["resumed_at"], self.step]
+        self.lost_steps = int(meta["lost_steps"])
+
+    def _finish(self) -> TrainResult:
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+        self._drain()
+        train_s = self.elapsed_s()
+        steps = {name: np.array(column) for name, column in self.log.items()}
+        metrics: dict[str, Any] = {
+            "steps": self.step,
+            "train_s": train_s,
+            "train_tokens": self.step * self.config.batch_tokens,
+            "tokens_per_s": self.step * self.config.batch_tokens / train_s if train_s > 0 else 0.0,
+            "train_loss_last": self.log["loss"][-1],
+            "num_resumes": len(self.resumed_at),
+            "resumed_at_steps": self.resumed_at,
+            "lost_steps": self.lost_steps,
+        }
+        self.report("train", self.step, self.step, {"loss": metrics["train_loss_last"], "eta_s": 0.0})
+        return TrainResult(self.ema.cast(), steps, metrics)
+
+
+def accumulate_gradients(
+    model: GPT, batches: list[Batch], *, is_looped: bool, clip: str, max_norm: float, dist: Dist
+) -> tuple[Tensor, Tensor]:
+    """Leave this rank's clipped mean gradient over its micro-batches in parameter.grad.
+
+    Returns (mean loss, gradient norm before clipping; per_micro_batch: the mean of the norms), device scalars.
+    "global" averages over the ranks before it clips; averaging again afterwards changes nothing.
+    """
+    parameters = list(model.parameters())
+    total: list[Tensor] | None = None
+    losses, norms = [], []
+    for batch in batches:
+        loss = model(batch.inputs, batch.targets, is_looped=is_looped, packing=batch.packing)
+        losses.append(loss.detach())
+        if clip != "per_micro_batch":
+            (loss / len(batches)).backward()
+            continue
+        loss.backward()
+        grads = gradients(parameters)
+        norms.append(clip_(grads, max_norm))
+        if len(batches) > 1:
+            if total is None:
+                total = grads
+            else:
+                torch._foreach_add_(total, grads)
+            for parameter in parameters:
+                parameter.grad = None
+    if total is not None:
+        torch._foreach_div_(total, len(batches))
+        for parameter, grad in zip(parameters, total, strict=True):
+            parameter.grad = grad
+    elif clip != "per_micro_batch":
+        grads = gradients(parameters)
+        if clip == "global":
+            for grad in grads:
+                dist.mean_(grad)
+        norms.append(clip_(grads, max_norm))
+    return torch.stack(losses).mean(), torch.stack(norms).mean()
+
+
+def fixed_entries(config: TrainConfig) -> int:
+    """Return a number of cu_seqlens entries that every span of this size fits into, for constant shapes on a GPU.
+
+    Real documents are far longer than 32 tokens on average; a span of shorter ones is refused by pack_row.
+    """
+    return max(64, -(-config.micro_batch_tokens // 32 // 64) * 64) + 64
+
+
+__all__ = ["Ema", "Interrupted", "Report", "TrainResult", "Trainer", "accumulate_gradients", "gradient_norm"]
