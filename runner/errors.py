@@ -1,0 +1,88 @@
+"""What can go wrong in a sweep, as one small tree; everything here travels between processes unchanged.
+
+    SweepError
+      Infeasible        no node can ever hold one gang          (exit 2)
+      DirectoryInUse    another driver owns the run directory   (exit 2)
+      Refused           the run directory belongs to another config, data set or code (exit 2)
+    Failure             why one attempt of one seed ended; a value, not an exception
+
+The first three are ValueErrors, because the person at the keyboard can mend them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class SweepError(ValueError):
+    """A sweep cannot start or go on; the message is one line that says what to change."""
+
+
+class Infeasible(SweepError):
+    """A gang asks for more than any single node has."""
+
+
+class DirectoryInUse(SweepError):
+    """Another live driver holds the lease of the run directory."""
+
+
+class Refused(SweepError):
+    """The run directory was made by another configuration, data set or code."""
+
+
+class Kind(StrEnum):
+    """The nature of a failure; it decides who pays for the attempt and whether another one follows."""
+
+    RAISED = "raised"  # a rank raised an exception
+    USER = "user"  # a rank raised ValueError: the same input would fail again
+    DIED = "died"  # a rank's process ended without a word
+    STALLED = "stalled"  # no progress, or no heartbeat
+    TIMEOUT = "timeout"  # a limit of the spec ran out
+    NODE_LOST = "node_lost"  # the node went away: a preemption, not an attempt
+    START = "start"  # the gang never became ready
+    PREFLIGHT = "preflight"  # the node is not fit: busy GPUs, other versions, no data
+    COMMIT = "commit"  # results could not be written
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    """The root cause of a failed attempt: which rank, where, what, and the end of its log."""
+
+    kind: Kind
+    message: str  # one line
+    rank: int | None = None
+    node: str = ""
+    error_type: str = ""
+    traceback: str = ""
+    log_tail: str = ""
+    others: tuple[str, ...] = field(default=())  # one line per further rank that failed too
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for state.json and the events."""
+        return dataclasses.asdict(self)
+
+    @property
+    def one_line(self) -> str:
+        """Return the cause as a person wants to read it: rank, node, exception."""
+        where = "" if self.rank is None else f"rank {self.rank}"
+        if self.node:
+            where = f"{where} on {self.node}" if where else f"node {self.node}"
+        what = f"{self.error_type}: {self.message}" if self.error_type else self.message
+        return f"{where}: {what}" if where else what
+
+    def is_same_error(self, other: Failure | None) -> bool:
+        """Return whether other is the same exception with the same message: a deterministic error."""
+        if other is None or not self.error_type:
+            return False
+        return (self.kind, self.error_type, self.message) == (other.kind, other.error_type, other.message)
+
+
+def first_line(text: str, *, limit: int = 300) -> str:
+    """Return the first non-empty line of text, cut to limit characters."""
+    for line in text.splitlines():
+        if line.strip():
+            return line.strip()[:limit]
+    return ""

@@ -1,0 +1,254 @@
+"""The life of one run as pure values: states, what can happen to it, and what an event makes of it.
+
+    PLANNED -> QUEUED -> PLACED -> STARTING -> TRAIN -> QUANTIZE -> EVALUATE -> TTT -> COMMITTING -> DONE
+    any state that holds a gang -> TEARDOWN -> RETRY_WAIT -> QUEUED    (attempts left)
+                                            -> FAILED | CANCELLED
+    QUEUED -> INFEASIBLE
+
+Nothing here waits, reads a clock or knows Ray. `after(run, event, now)` is the whole transition function; every
+event carries the serial number of the group it speaks of, so that the last words of a dead gang change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from runner.errors import Failure, Kind
+from runner.spec import Limits, RunKey
+
+
+class State(StrEnum):
+    """Where a run stands."""
+
+    PLANNED = "PLANNED"  # announced
+    QUEUED = "QUEUED"  # waits for a gang's place
+    PLACED = "PLACED"  # a node holds its bundles
+    STARTING = "STARTING"  # ranks are being started
+    TRAIN = "TRAIN"
+    QUANTIZE = "QUANTIZE"
+    EVALUATE = "EVALUATE"
+    TTT = "TTT"
+    COMMITTING = "COMMITTING"  # stages finished; results are being written
+    TEARDOWN = "TEARDOWN"  # the gang is being killed
+    RETRY_WAIT = "RETRY_WAIT"  # waits before the next attempt
+    DONE = "DONE"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    INFEASIBLE = "INFEASIBLE"
+
+
+WORKING = frozenset({State.TRAIN, State.QUANTIZE, State.EVALUATE, State.TTT})
+ALIVE = frozenset({State.PLACED, State.STARTING, *WORKING})  # a gang is, or should be, at work
+FINAL = frozenset({State.DONE, State.FAILED, State.CANCELLED, State.INFEASIBLE})
+
+# Where a phase reported by the pipeline belongs. Unknown phases leave the state as it is.
+PHASES = {
+    "warmup": State.TRAIN,
+    "train": State.TRAIN,
+    "calibrate": State.QUANTIZE,
+    "quantize": State.QUANTIZE,
+    "compress": State.QUANTIZE,
+    "evaluate": State.EVALUATE,
+    "ttt": State.TTT,
+}
+
+BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One seed (and repeat) of a sweep, as the scheduler sees it. Times are seconds of the driver's clock."""
+
+    key: RunKey
+    state: State = State.PLANNED
+    since: float = 0.0  # when it entered this state
+    attempt: int = 0  # number of the latest attempt; counts every gang that got a place
+    failures: int = 0  # attempts that failed for reasons of their own
+    preemptions: int = 0  # attempts lost with their node
+    group: int = 0  # serial of the placement group; 0: never had one
+    has_group: bool = False
+    is_releasing: bool = False  # its group is being removed
+    is_committing: bool = False  # its results are being written
+    is_stopping: bool = False  # its ranks were asked to stop
+    is_cancelled: bool = False  # a person wants it to end
+    not_before: float = 0.0  # earliest time of the next attempt
+    stop_by: float = 0.0  # when ranks that were asked to stop are killed
+    placed_at: float = 0.0
+    progress_at: float = 0.0  # when a rank last got further
+    silent_s: float = 0.0  # longest time without an answer among its ranks
+    silent_rank: int | None = None
+    phase: str = ""
+    step: int = 0
+    total: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    node: str = ""
+    node_id: str = ""
+    bad_nodes: tuple[str, ...] = ()  # node ids where it was lost or failed
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the ranks said about their node
+    failure: Failure | None = None  # of the latest attempt
+    previous: Failure | None = None  # of the attempt before
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing will happen to it any more."""
+        return self.state in FINAL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened to the group with this serial."""
+
+    key: RunKey
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placed(Event):
+    """All bundles of the gang lie on one node."""
+
+    node: str = ""
+    node_id: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started(Event):
+    """Every rank answered; work began."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(Event):
+    """The newest report of a gang, and how long its quietest rank has not answered."""
+
+    phase: str = ""
+    step: int = 0
+    total: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    is_news: bool = True  # some rank got further since the last event
+    silent_s: float = 0.0
+    silent_rank: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished(Event):
+    """Every rank returned: all stages are on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interrupted(Event):
+    """The ranks stopped because they were asked to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed(Event):
+    """The gang failed; or its results could not be committed."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gone(Event):
+    """The group is removed; none of its processes is left."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Committed(Event):
+    """The attempt's file in `runs` exists."""
+
+
+def after(run: Run, event: Event, now: float, limits: Limits) -> Run:
+    """Return what event makes of run. Events of an older group, or of a run that is over, change nothing."""
+    if event.key != run.key or event.group != run.group or run.is_final:
+        return run
+    match event:
+        case Placed() if run.state is State.QUEUED and not run.is_releasing:
+            return replace(
+                enter(run, State.PLACED, now), attempt=run.attempt + 1, node=event.node, node_id=event.node_id,
+                placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, phase="", step=0, total=None,
+                metrics={}, facts={}, previous=run.failure, failure=None,
+            )  # fmt: skip
+        case Started() if run.state is State.STARTING:
+            return replace(run, facts=event.facts, progress_at=now)
+        case Progress() if run.state in WORKING or run.state is State.STARTING:
+            return after_progress(run, event, now)
+        case Finished() if run.state in WORKING or run.state is State.STARTING:
+            return enter(run, State.COMMITTING, now)
+        case Interrupted() if run.state in ALIVE:
+            return replace(enter(run, State.TEARDOWN, now), is_cancelled=True)
+        case Failed() if run.state in ALIVE or run.state is State.COMMITTING:
+            return after_fault(run, event.failure, now, limits)
+        case Gone():
+            return after_gone(run, now, limits)
+        case Committed() if run.state is State.COMMITTING:
+            return replace(enter(run, State.DONE, now), is_cancelled=False)
+    return run
+
+
+def after_progress(run: Run, event: Progress, now: float) -> Run:
+    """Return run with the newest report."""
+    run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank)
+    if not event.is_news:
+        return run
+    state = PHASES.get(event.phase, run.state)
+    if state is not run.state:
+        run = enter(run, state, now)
+    return replace(run, phase=event.phase, step=event.step, total=event.total, metrics=event.metrics, progress_at=now)
+
+
+def after_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
+    """Return run once its gang failed: it is judged when its group is gone, at once if it has none any more."""
+    run = replace(enter(run, State.TEARDOWN, now), failure=failure, is_committing=False)
+    return run if run.has_group else after_failure(run, now, limits)
+
+
+def after_gone(run: Run, now: float, limits: Limits) -> Run:
+    """Return run once its group is removed: committing goes on, a failed attempt is judged, the rest waits again."""
+    run = replace(run, has_group=False, is_releasing=False, is_stopping=False)
+    if run.state is State.COMMITTING:
+        return run
+    if run.is_cancelled:
+        return enter(run, State.CANCELLED, now)
+    if run.state is State.QUEUED:  # its group went before it was placed
+        return run
+    failure = run.failure or Failure(kind=Kind.DIED, message="the group was removed from outside", node=run.node)
+    return after_failure(replace(run, failure=failure), now, limits)
+
+
+def after_failure(run: Run, now: float, limits: Limits) -> Run:
+    """Return run after a failed attempt: RETRY_WAIT with its earliest time, or FAILED."""
+    assert run.failure is not None
+    is_preemption = run.failure.kind is Kind.NODE_LOST
+    run = replace(
+        run,
+        failures=run.failures + (not is_preemption),
+        preemptions=run.preemptions + is_preemption,
+        bad_nodes=(*run.bad_nodes, run.node_id) if run.node_id and run.node_id not in run.bad_nodes else run.bad_nodes,
+    )
+    if why_give_up(run, limits):
+        return enter(run, State.FAILED, now)
+    tries = max(1, run.preemptions if is_preemption else run.failures)
+    wait_s = min(limits.backoff_max_s, limits.backoff_s * 2 ** min(tries - 1, BACKOFF_DOUBLINGS))
+    return replace(enter(run, State.RETRY_WAIT, now), not_before=now + wait_s)
+
+
+def why_give_up(run: Run, limits: Limits) -> str:
+    """Return why a failed run gets no further attempt, or nothing if it does."""
+    failure = run.failure
+    if failure is None:
+        return ""
+    if failure.kind is Kind.USER:
+        return "the same input would fail again"
+    if failure.kind is Kind.NODE_LOST:
+        return f"{run.preemptions} nodes were lost" if run.preemptions > limits.preemptions else ""
+    if failure.is_same_error(run.previous):
+        return "the same error came twice"
+    return f"{run.failures} of {limits.attempts} attempts failed" if run.failures >= limits.attempts else ""
+
+
+def enter(run: Run, state: State, now: float) -> Run:
+    """Return run in another state, from now on."""
+    return replace(run, state=state, since=now)
