@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tests.parity_core import Comparison, GoldenSet
 from tests.parity_model import check_model
-from tests.parity_parts import check_muon, check_packing
+from tests.parity_parts import check_bytes, check_gptq, check_muon, check_packing, check_schedule
+from tests.parity_runs import check_evaluation, check_training
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,18 @@ class ParitySet:
     name: str
     files: tuple[str, ...]
     check: Callable[[GoldenSet], None]
+    borrowed: tuple[str, ...] = ()
 
 
 SETS = (
+    ParitySet("1 bytes", ("bpb_luts.npz",), check_bytes),
     ParitySet("2 model", ("model_tiny.npz", "model_tiny_grads.npz"), check_model),
     ParitySet("4 muon", ("newton_schulz.npz", "muon.npz"), check_muon),
+    ParitySet("5 gptq", ("gptq.npz", "byte_shuffle.npz"), check_gptq),
     ParitySet("6 packing", ("cu_seqlens.json",), check_packing),
+    ParitySet("7 schedule", ("schedule.json",), check_schedule),
+    ParitySet("8 training", ("train_tiny.npz", "train_tiny_params.npz", "train_tiny_f32ns.npz"), check_training),
+    ParitySet("10 evaluation", ("eval_doc.npz",), check_evaluation, borrowed=("doc_ttt_tiny.npz",)),
 )
 
 
@@ -64,7 +71,7 @@ def run_set(parity_set: ParitySet, directory: Path) -> Outcome:
     """Check one set; a missing file, a setting we lack and a formula that raises are failures with a reason."""
     golden, reason = None, ""
     try:
-        golden = GoldenSet(directory, parity_set.files)
+        golden = GoldenSet(directory, parity_set.files, parity_set.borrowed)
         parity_set.check(golden)
     except (OSError, ValueError, LookupError, RuntimeError, AssertionError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, TrainConfig
 from model.gpt import GPT
 
 Measure = Callable[[np.ndarray, np.ndarray], float]  # (ours, golden), same shape -> error
@@ -72,12 +72,13 @@ class GoldenSet:
 
     directory: Path
     files: tuple[str, ...]
+    borrowed: tuple[str, ...] = ()  # files of other sets that this one reads from; they account for their keys
     content: dict[str, dict[str, Any]] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in self.files:
+        for name in (*self.files, *self.borrowed):
             self.content[name] = read_golden(self.directory / name)
 
     def keys(self, prefix: str = "", *, file: str | None = None) -> list[str]:
@@ -164,6 +165,34 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         q_gain_init=settings["qk_gain_init"],
         embedding_init_std=settings["tied_embed_init_std"],
     )
+
+
+def train_config(settings: Mapping[str, Any], **changes: Any) -> TrainConfig:
+    """Return our config of the published script's settings, those that are there, on a schedule counted in steps."""
+    same = (
+        "warmdown_frac",
+        "matrix_lr",
+        "muon_momentum",
+        "muon_momentum_warmup_steps",
+        "adam_eps",
+        "grad_clip_norm",
+        "ema_decay",
+    )
+    renamed = {
+        "iterations": "max_steps", "train_seq_len": "seq_len", "min_lr": "min_lr_frac",
+        "enable_looping_at": "loop_start_frac", "tied_embed_lr": "embedding_lr", "scalar_lr": "vector_lr",
+        "muon_momentum_warmup_start": "muon_momentum_start", "muon_backend_steps": "newton_schulz_steps",
+        "beta1": "adam_beta1", "beta2": "adam_beta2", "adam_wd": "vector_weight_decay",
+        "muon_wd": "matrix_weight_decay", "embed_wd": "embedding_weight_decay",
+        "train_batch_tokens": "batch_tokens",
+    }  # fmt: skip
+    if not settings.get("muon_row_normalize", True):
+        raise ValueError("muon_row_normalize=false is a variant that the training loop does not have")
+    found = {name: settings[name] for name in same if name in settings}
+    found |= {ours: settings[theirs] for theirs, ours in renamed.items() if theirs in settings}
+    if "train_batch_tokens" in settings and "grad_accum_steps" in settings:
+        found["micro_batch_tokens"] = settings["train_batch_tokens"] // settings["grad_accum_steps"]
+    return TrainConfig(**({"budget_s": None} | found | changes))
 
 
 def our_place(golden_name: str) -> tuple[str, int | None]:

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.config import TrainConfig
+from model.config import QuantConfig, TrainConfig
 from model.data.packing import cu_seqlens_from_bos
+from model.data.tokenizer import load_tokenizer
 from model.distributed import Dist
+from model.evaluate import target_bytes
+from model.gptq import quantize_weight, round_to_nearest
 from model.optim import Muon, muon_scale, muon_update, newton_schulz
-from tests.parity_core import GoldenSet, error_of_largest_entry, rms_error
+from model.quantized import QuantizedWeight
+from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+from tests.parity_core import (
+    GoldenSet,
+    error_of_largest_entry,
+    num_different,
+    relative_error,
+    rms_error,
+    train_config,
+)
 
 MUON = "muon.npz"
+TOKENIZER = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
+
+
+def check_bytes(golden: GoldenSet) -> None:
+    """Set 1: the tokenizer's ids, its byte tables, and the bytes that targets stand for, all exactly."""
+    tokenizer = load_tokenizer(TOKENIZER)
+    table = tokenizer.byte_table
+    for name in ("base_bytes", "has_leading_space", "is_boundary"):
+        golden.compare(name, getattr(table, name), tolerance=0)
+    texts = [str(text) for text in golden.read("texts")]
+    documents = [tokenizer.encode_document(text) for text in texts]
+    per_token = [np.append(0, target_bytes(table, tokens)) for tokens in documents]  # the BOS itself has no bytes
+    stream = np.concatenate(documents)
+    golden.compare("ids", stream, tolerance=0)
+    golden.compare("offsets", np.cumsum([0, *(len(tokens) for tokens in documents)]), tolerance=0)
+    golden.compare("token_bytes", np.concatenate(per_token), tolerance=0)
+    golden.compare("byte_count", [counts.sum() for counts in per_token], tolerance=0)
+    golden.compare("raw_utf8_bytes", [len(text.encode()) for text in texts], tolerance=0)
+    decoded = [tokenizer.decode(tokens) for tokens in documents]
+    golden.compare("decoded_utf8_bytes", [len(text.encode()) for text in decoded], tolerance=0)
+    golden.compare("stream_byte_count", target_bytes(table, stream).sum(dtype=np.int64), tolerance=0)
+    random_bytes = target_bytes(table, golden.read("random_ids"))
+    golden.compare("random_token_bytes", random_bytes, tolerance=0)
+    golden.compare("random_byte_count", random_bytes.sum(dtype=np.int64), tolerance=0)
 
 
 def check_packing(golden: GoldenSet) -> None:
@@ -75,3 +114,56 @@ def _muon_variant(
         update = muon_update(gradient, buffer, momentum=momentum, **options)
         bank.mul_(1 - lr * decay).sub_(lr * muon_scale(*bank.shape[-2:]) * update.float())
     return bank
+
+
+def check_gptq(golden: GoldenSet) -> None:
+    """Set 5: GPTQ codes, scales and output errors for each case, then byte shuffling and compressed sizes."""
+    for key in golden.keys("W_"):
+        case = key.removeprefix("W_")
+        weight, hessian = torch.from_numpy(golden.read(key)), torch.from_numpy(golden.read(f"H_{case}"))
+        clip_range, clip_sigmas = int(golden.read(f"cfg_{case}")[2]), float(golden.read(f"cfg_{case}")[3])
+        bits = (clip_range + 1).bit_length()
+        published = QuantConfig()
+        ours = quantize_weight(
+            weight, hessian, bits=bits, clip_sigmas=clip_sigmas,
+            damping_frac=published.damping_frac, block_columns=published.block_columns,
+        )  # fmt: skip
+        nearest = round_to_nearest(weight, bits=bits, clip_sigmas=clip_sigmas)
+        golden.compare(f"s_{case}", ours.scales, tolerance=0, measure=num_different)
+        for name, quantized in (("Q", ours), ("Qrtn", nearest)):
+            golden.compare(f"{name}_{case}", quantized.codes, tolerance=1)
+            golden.compare(f"{name}_{case}", quantized.codes, tolerance=0.005, measure=share_different)
+        for name in ("err_gptq", "err_gptq_f64"):
+            error = output_error(weight, hessian, ours)
+            golden.compare(f"{name}_{case}", error, tolerance=0.01, measure=relative_error)
+        golden.compare(f"dead_{case}", (hessian.diagonal() == 0).nonzero()[:, 0], tolerance=0)
+
+
+def share_different(ours: np.ndarray, golden: np.ndarray) -> float:
+    """Return the share of entries that differ at all."""
+    return num_different(ours, golden) / max(golden.size, 1)
+
+
+def output_error(weight: Tensor, hessian: Tensor, quantized: QuantizedWeight) -> float:
+    """Return trace(E H E^T) with E = weight minus what it became, in float64."""
+    E = (weight - quantized.dequantize()).double()
+    return float(torch.trace(E @ hessian.double() @ E.T))
+
+
+def check_schedule(golden: GoldenSet) -> None:
+    """Set 7: learning-rate factor, looping and momentum, with and without a time limit."""
+    hyper = golden.read("hyper")
+    by_steps = train_config(hyper)
+    by_time = train_config(hyper, budget_s=hyper["max_wallclock_seconds"], reserve_s=hyper["gptq_reserve_seconds"])
+    fractions, steps = golden.read("frac"), golden.read("steps")
+    golden.compare("lr_mul", [lr_factor(frac, by_steps) for frac in fractions], tolerance=1e-12)
+    golden.compare("looping_active", [is_looping(frac, by_steps) for frac in fractions], tolerance=0)
+    golden.compare("muon_momentum", [muon_momentum(step, by_steps) for step in steps], tolerance=1e-12)
+    first = {}
+    for iterations in golden.content[golden.files[0]]["first_looping_step_by_iterations"]:
+        config = replace(by_steps, max_steps=int(iterations))
+        grid = range(config.max_steps + 1)
+        first[iterations] = next((s for s in grid if is_looping(schedule_frac(s, 0.0, config), config)), None)
+    golden.check("first_looping_step_by_iterations", first == golden.read("first_looping_step_by_iterations"))
+    budget_ms = 1000.0 / schedule_frac(0, 1.0, by_time)  # the elapsed time at which the schedule is over
+    golden.compare("effective_wallclock_ms", budget_ms, tolerance=1e-12, measure=relative_error)
