@@ -1,0 +1,205 @@
+"""One rank of a gang, without Ray and without torch: it runs the work, says how far it is, and stops when told.
+
+The gang wraps `Rank` in an actor; `--local` calls it in a thread. `run` never raises: it returns an Outcome, so that
+a failure arrives with its rank, its exception and the end of its log.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from model.config import RunConfig
+from runner.errors import Failure, Kind, first_line
+from runner.spec import RunKey
+
+logger = logging.getLogger(__name__)
+
+PIPELINE = "runner.worker:run_pipeline"
+LOG_TAIL_BYTES = 4096
+STOPPED = "Interrupted"  # the exception with which a stage obeys should_stop (model.train.Interrupted)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a gang needs to know about the attempt it runs; plain values, sent to every rank."""
+
+    key: RunKey
+    attempt: int
+    config: RunConfig
+    world_size: int
+    threads: int  # of each rank
+    uses_gpus: bool
+    workdir: str  # local folder of the run
+    out: str  # the sweep's folder or URI
+    restart: str = "checkpoint"
+    record: Mapping[str, Any] = field(default_factory=dict)  # what run.json says besides the node
+    fetch: Mapping[str, Any] | None = None
+    target: str = PIPELINE
+    stall_s: float | None = None  # after so long without progress the rank writes its own stacks down
+
+    def log_path(self, rank: int) -> Path:
+        """Return the log of one rank of this attempt."""
+        return Path(self.workdir) / "logs" / f"attempt={self.attempt}-rank={rank}.log"
+
+    def stacks_path(self, rank: int) -> Path:
+        """Return where the stacks of a stalled rank go."""
+        return Path(self.workdir) / "logs" / f"attempt={self.attempt}-rank={rank}.stacks.txt"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """A sign of life: the newest progress, numbered so that the driver sees whether it is new."""
+
+    serial: int = 0
+    phase: str = ""
+    step: int = 0
+    total: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a rank's work ended: "finished", "interrupted" or "failed"."""
+
+    kind: str
+    at: float  # seconds since 1970; the earliest failure of a gang is its root cause
+    failure: Failure | None = None
+
+
+class Rank:
+    """One process of a gang. `run` blocks; the other methods may be called from other threads meanwhile."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self.job = job
+        self.rank = rank
+        self.newest = Beat()
+        self.stop_event = threading.Event()
+        self.port: int | None = None  # of the gang's rendezvous store
+        self.visible_gpus: tuple[str, ...] = ()
+        self.node: dict[str, Any] = {}
+        self.store: Any = None  # rank 0's rendezvous server; lives as long as the rank
+
+    def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
+        """Note progress; the driver fetches the newest note."""
+        plain = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+        self.newest = Beat(serial=self.newest.serial + 1, phase=phase, step=step, total=total, metrics=plain)
+        if self.job.stall_s is not None:
+            self.arm_stack_dump(self.job.stall_s)
+
+    def should_stop(self) -> bool:
+        """Return whether the driver asked for an early end."""
+        return self.stop_event.is_set()
+
+    def beat(self) -> Beat:
+        """Return the newest progress."""
+        return self.newest
+
+    def stop(self) -> None:
+        """Ask the work to end at the next step, leaving a checkpoint."""
+        self.stop_event.set()
+
+    def hello(self) -> dict[str, Any]:
+        """Return who and where this process is."""
+        return {"pid": os.getpid(), "host": socket.gethostname(), "rank": self.rank}
+
+    def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
+        """Do the work of this rank and return how it ended."""
+        self.port, self.visible_gpus = port, visible_gpus
+        try:
+            work = load_target(self.job.target)
+            work(self)
+        except Exception as error:
+            if type(error).__name__ == STOPPED:
+                return Outcome(kind="interrupted", at=time.time())
+            logger.exception("rank %d failed", self.rank)
+            return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        return Outcome(kind="finished", at=time.time())
+
+    def failure_of(self, error: BaseException) -> Failure:
+        """Return error as plain values, with its traceback and the end of this rank's log."""
+        kind = Kind.USER if isinstance(error, ValueError) else Kind.RAISED
+        message = first_line(str(error)) or type(error).__name__
+        if isinstance(error, PreflightError):
+            kind = Kind.PREFLIGHT
+        return Failure(
+            kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
+            traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
+        )  # fmt: skip
+
+    def log_tail(self) -> str:
+        """Return the end of this rank's log."""
+        path = self.job.log_path(self.rank)
+        if not path.exists():
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace")
+
+    def dump_stacks(self) -> str:
+        """Write the stacks of every thread into the run directory and return the file's path."""
+        path = self.job.stacks_path(self.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"rank {self.rank} pid {os.getpid()} at {time.strftime('%FT%TZ', time.gmtime())}\n")
+            file.flush()
+            faulthandler.dump_traceback(file=file, all_threads=True)
+        return str(path)
+
+    def arm_stack_dump(self, after_s: float) -> None:
+        """Let a watchdog thread write the stacks when nothing is reported for after_s, even if Python is stuck."""
+        faulthandler.dump_traceback_later(after_s, exit=False, file=stacks_file(self.job.stacks_path(self.rank)))
+
+
+class PreflightError(RuntimeError):
+    """This node is not fit for the gang; another one may be."""
+
+
+OPEN_STACKS: dict[Path, IO[str]] = {}  # faulthandler needs the file to stay open
+
+
+def stacks_file(path: Path) -> IO[str]:
+    """Return the open file that a watchdog writes stacks to."""
+    if path not in OPEN_STACKS:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        OPEN_STACKS[path] = path.open("a")
+    return OPEN_STACKS[path]
+
+
+def load_target(dotted: str) -> Callable[[Rank], object]:
+    """Return the function named 'package.module:function'."""
+    module, _, name = dotted.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def redirect_output(path: Path) -> None:
+    """Send everything this process prints, C code included, and its logging, to a file of its own.
+
+    Ray's de-duplication of log lines would merge lines that differ only in numbers.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, force=True,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )  # fmt: skip
