@@ -1,0 +1,148 @@
+"""Plain evaluation, byte counting and nats to bits per byte; both conversions live here only."""
+
+# N targets, D documents, T tokens of a row
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from model.config import EvalConfig
+from model.data.packing import pack_row
+from model.data.shards import BOS_ID
+from model.data.tokenizer import ByteTable
+from model.data.validation import ValidationSet
+from model.distributed import Dist
+from model.gpt import GPT
+
+Report = Callable[[str, int, int | None, dict[str, Any]], None]
+
+
+def target_bytes(table: ByteTable, tokens: np.ndarray) -> np.ndarray:
+    """Return the bytes (N,) int16 that each token of a stream (N + 1,) but the first stands for.
+
+    A piece's leading space counts one byte unless the token before is a control, unknown or unused piece.
+    """
+    return table.base_bytes[tokens[1:]] + (table.has_leading_space[tokens[1:]] & ~table.is_boundary[tokens[:-1]])
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Return nats summed over some targets as bits per byte of those targets' text."""
+    if num_bytes <= 0:
+        raise ValueError(f"bits per byte need at least one byte of text, got {num_bytes}")
+    return nats / math.log(2) / num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentScores:
+    """Sums per validation document: targets and bytes int64, nats float64, each (D,); and the seconds they took."""
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+    nats: np.ndarray
+    seconds: float
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte over all documents."""
+        return bits_per_byte(float(self.nats.sum()), int(self.bytes.sum()))
+
+    def metrics(self, prefix: str) -> dict[str, float | int]:
+        """Return the totals as flat metrics prefix_nats, _tokens, _bytes, _bpb and _s."""
+        return {
+            f"{prefix}_nats": float(self.nats.sum()),
+            f"{prefix}_tokens": int(self.tokens.sum()),
+            f"{prefix}_bytes": int(self.bytes.sum()),
+            f"{prefix}_bpb": self.bpb,
+            f"{prefix}_s": self.seconds,
+        }
+
+
+def document_sums(
+    validation: ValidationSet, table: ByteTable, nll: np.ndarray, *, num_scored: int, seconds: float
+) -> DocumentScores:
+    """Add up per-target nll (N,) by document; a target belongs to the document of its input.
+
+    Only the first num_scored targets count. Sums are float64 in stream order, so that they do not depend on how
+    the targets were spread over rows or ranks.
+    """
+    ranges = validation.document_ranges  # (D, 2)
+    starts = np.minimum(ranges[:, 0], num_scored)
+    ends = np.minimum(ranges[:, 1] - 1, num_scored)
+
+    def sums(values: np.ndarray, dtype: type) -> np.ndarray:
+        total = np.concatenate(([0], np.cumsum(values[:num_scored], dtype=dtype)))
+        return total[ends] - total[starts]
+
+    nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
+    num_bytes = sums(target_bytes(table, validation.tokens), np.int64)
+    return DocumentScores(ends - starts, num_bytes, nats, seconds)
+
+
+def row_bounds(num_targets: int, config: EvalConfig) -> list[tuple[int, int]]:
+    """Return (first input, one past the last) of every packed row; tail "dropped" leaves out an incomplete last row."""
+    bounds = [(a, min(a + config.row_tokens, num_targets)) for a in range(0, num_targets, config.row_tokens)]
+    return [(a, b) for a, b in bounds if config.tail == "scored" or b - a == config.row_tokens]
+
+
+@torch.no_grad()
+def score_rows(
+    model: GPT, validation: ValidationSet, config: EvalConfig, dist: Dist, report: Report, *,
+    is_looped: bool = True, bos_id: int = BOS_ID, label: str = "evaluate",
+) -> np.ndarray:
+    """Return the nll (N,) float32 of every target, NaN where the tail is dropped; rows are shared over the ranks.
+
+    A document that crosses a row's edge starts afresh there; one longer than seq_len is cut every seq_len tokens
+    from its own start.
+    """
+    bounds = row_bounds(validation.num_targets, config)
+    nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)
+    for number, (start, end) in enumerate(bounds):
+        if number % dist.world_size != dist.rank:
+            continue
+        row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64))
+        packing = pack_row(row[:-1], bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len)
+        row = row.to(dist.device).unsqueeze(0)  # (1, T + 1)
+        losses = model(
+            row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing.to(dist.device), reduction="none"
+        )
+        nll[start:end] = losses[0]
+        report(label, number + 1, len(bounds), {})
+    scored = dist.all_reduce_(nll).cpu().numpy()
+    if not bounds or bounds[-1][1] < validation.num_targets:
+        scored[bounds[-1][1] if bounds else 0 :] = np.nan
+    return scored
+
+
+def evaluate_plain(
+    model: GPT, validation: ValidationSet, table: ByteTable, config: EvalConfig, dist: Dist, report: Report, *,
+    is_looped: bool = True, label: str = "evaluate",
+) -> DocumentScores:
+    """Score the validation stream once and return the sums per document."""
+    started = time.monotonic()
+    nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label)
+    bounds = row_bounds(validation.num_targets, config)
+    if not bounds:
+        raise ValueError(
+            f"evaluation.tail='dropped' scores nothing: {validation.num_targets} targets are fewer than one row of "
+            f"evaluation.row_tokens={config.row_tokens}"
+        )
+    return document_sums(
+        validation, table, nll, num_scored=bounds[-1][1], seconds=time.monotonic() - started
+    )
+
+
+def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:
+    """Return the bits per byte of the validation targets under the token frequencies counts (V,) of the training part.
+
+    Every token gets one count more than it has, so that an unseen one is possible.
+    """
+    log_probs = np.log(counts + 1.0) - math.log(float((counts + 1.0).sum()))
+    nats = -float(log_probs[validation.tokens[1:]].sum())
+    return bits_per_byte(nats, int(target_bytes(table, validation.tokens).sum(dtype=np.int64)))
