@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.parity_core import Comparison, GoldenSet
 from tests.parity_model import check_model
 from tests.parity_parts import check_bytes, check_gptq, check_muon, check_packing, check_schedule
-from tests.parity_runs import check_evaluation, check_training
+from tests.parity_runs import check_evaluation, check_training, check_ttt
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ SETS = (
     ParitySet("6 packing", ("cu_seqlens.json",), check_packing),
     ParitySet("7 schedule", ("schedule.json",), check_schedule),
     ParitySet("8 training", ("train_tiny.npz", "train_tiny_params.npz", "train_tiny_f32ns.npz"), check_training),
+    ParitySet("9 adaptation", ("doc_ttt_tiny.npz",), check_ttt),
     ParitySet("10 evaluation", ("eval_doc.npz",), check_evaluation, borrowed=("doc_ttt_tiny.npz",)),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import EvalConfig, TrainConfig
+from model.config import ADAPTER_KINDS, EvalConfig, TrainConfig, TTTConfig
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID, find_documents, write_shard
@@ -20,7 +21,9 @@ from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.evaluate import DocumentScores, bits_per_byte, document_sums, row_bounds, score_rows, target_bytes
+from model.gpt import visit_plan
 from model.train import Trainer, TrainResult
+from model.ttt import TTTResult, score_documents
 from tests.parity_core import (
     GoldenSet,
     build_model,
@@ -123,6 +126,73 @@ def _compare_movement(
             return distance / moved if moved else distance
 
         golden.compare(key, take_parameter(final, name), tolerance=tolerance, measure=share_of_movement, file=file)
+
+
+def check_ttt(golden: GoldenSet) -> None:
+    """Set 9: scores with and without adaptation, in both float types, and three variants of the adapters."""
+    settings = golden.settings("ttt_config")
+    config = ttt_config(settings)
+    validation, table = _stream(golden), _byte_table(golden)
+    ranges = validation.document_ranges
+    golden.compare("doc_start", ranges[:, 0], tolerance=0)
+    golden.compare("doc_len", ranges[:, 1] - ranges[:, 0], tolerance=0)
+    start = {kind.replace("lm_head", "head"): torch.from_numpy(a) for kind, a in golden.tensors("A/").items()}
+    model_settings, parameters = model_config(golden.settings("config")), golden.tensors("param/")
+
+    def score(config: TTTConfig, *, is_looped: bool = settings["looping_active"], **options: Any) -> TTTResult:
+        model = build_model(model_settings, parameters, dtype=options.pop("dtype", torch.float32))
+        num_visits = visit_plan(model_settings, is_looped=is_looped).num_visits
+        initial = {kind: start[kind][:num_visits] for kind in config.adapter_kinds}  # a layer's first visit comes first
+        return score_documents(
+            model, validation, table, config, Dist.single(), _ignore,
+            seed=0, initial=initial, is_looped=is_looped, **options,
+        )  # fmt: skip
+
+    on, off = score(config), score(config, is_adapting=False)
+    golden.compare("doc_tokens", on.scores.tokens, tolerance=0)
+    golden.compare("doc_bytes", on.scores.bytes, tolerance=0)
+    _compare_scores(golden, "on", on)
+    _compare_scores(golden, "off", off)
+    _compare_scores(golden, "off", score(replace(config, lr=0.0)))
+    _compare_scores(golden, "on64", score(config, dtype=torch.float64), doc_tolerance=1e-6, token_tolerance=1e-6)
+    _compare_scores(golden, "var_grad_steps2", score(replace(config, updates_per_chunk=2)))
+    _compare_scores(golden, "var_no_k_mlp_o", score(replace(config, adapter_kinds=("q", "v", "head"))))
+    _compare_scores(golden, "var_plain_layers", score(config, is_looped=False))
+
+
+def ttt_config(settings: Mapping[str, Any]) -> TTTConfig:
+    """Return our config of the published script's adaptation settings."""
+    if settings["ttt_optimizer"] != "adam" or settings["ttt_beta1"] != 0:
+        raise ValueError("only adam with beta1=0 is implemented for test-time training")
+    optional = {"k": settings["ttt_k_lora"], "o": settings["ttt_o_lora"], "mlp": settings["ttt_mlp_lora"]}
+    return TTTConfig(
+        lora_rank=settings["ttt_lora_rank"],
+        lr=settings["ttt_lora_lr"],
+        weight_decay=settings["ttt_weight_decay"],
+        beta2=settings["ttt_beta2"],
+        eps=settings["eps"],
+        chunk_tokens=settings["ttt_chunk_size"],
+        window_tokens=settings["ttt_eval_seq_len"],
+        updates_per_chunk=settings["ttt_grad_steps"],
+        adapter_kinds=tuple(kind for kind in ADAPTER_KINDS if optional.get(kind, True)),
+        batch_documents=settings["ttt_batch_size"],
+    )
+
+
+def _compare_scores(
+    golden: GoldenSet,
+    prefix: str,
+    result: TTTResult,
+    *,
+    doc_tolerance: float = 3e-4,
+    token_tolerance: float = 5e-5,
+) -> None:
+    """Compare per-token and per-document scores and the totals."""
+    scores = result.scores
+    golden.compare(f"{prefix}_token_nll", result.nll, tolerance=token_tolerance)
+    golden.compare(f"{prefix}_doc_loss_sum", scores.nats, tolerance=doc_tolerance)
+    totals = [scores.nats.sum() / scores.tokens.sum(), scores.bpb]
+    golden.compare(f"{prefix}_loss_bpb", totals, tolerance=token_tolerance)
 
 
 def check_evaluation(golden: GoldenSet) -> None:
