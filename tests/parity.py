@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.parity_core import Comparison, GoldenSet
+from tests.parity_facts import check_facts
 from tests.parity_model import check_model
 from tests.parity_parts import check_bytes, check_gptq, check_muon, check_packing, check_schedule
 from tests.parity_runs import check_evaluation, check_training, check_ttt
@@ -58,6 +59,7 @@ class ParitySet:
 SETS = (
     ParitySet("1 bytes", ("bpb_luts.npz",), check_bytes),
     ParitySet("2 model", ("model_tiny.npz", "model_tiny_grads.npz"), check_model),
+    ParitySet("3 full size", ("model_full_facts.json",), check_facts),
     ParitySet("4 muon", ("newton_schulz.npz", "muon.npz"), check_muon),
     ParitySet("5 gptq", ("gptq.npz", "byte_shuffle.npz"), check_gptq),
     ParitySet("6 packing", ("cu_seqlens.json",), check_packing),

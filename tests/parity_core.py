@@ -76,6 +76,7 @@ class GoldenSet:
     content: dict[str, dict[str, Any]] = field(default_factory=dict)
     inputs: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name in (*self.files, *self.borrowed):
@@ -123,11 +124,16 @@ class GoldenSet:
         """Record an exact comparison of something that is not an array."""
         self.comparisons.append(Comparison(self._full(file or self.files[0], key), 0.0 if is_equal else 1.0, 0.0))
 
+    def leave_out(self, key: str) -> None:
+        """Name a part of a JSON value, written key/part, that has no stated tolerance."""
+        self.left_out.append(self._full(self.files[0], key))
+
     def not_compared(self) -> list[str]:
-        """List the keys that were neither read nor compared."""
-        seen = self.inputs | {item.key for item in self.comparisons}
+        """List the keys that were neither read nor compared, and the parts that were left out."""
+        seen = self.inputs | {item.key for item in self.comparisons} | set(self.left_out)
+        seen |= {key.split("/")[0] for key in seen}  # a JSON value is compared part by part
         every = [self._full(name, key) for name in self.files for key in self.content[name]]
-        return [key for key in every if key not in seen]
+        return [key for key in every if key not in seen] + self.left_out
 
     def _full(self, file: str, key: str) -> str:
         return key if len(self.files) == 1 else f"{Path(file).stem}:{key}"
