@@ -93,6 +93,15 @@ class SpanLoader:
         """Spans of one pass over all shards."""
         return int(self._group_end[-1]) * self.span_group
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Tokens of each shard."""
+        return [int(tokens.size) for tokens in self._tokens]
+
+    def shard_tokens(self, shard: int) -> np.ndarray:
+        """Return one shard's tokens (n,) uint16, memory-mapped."""
+        return self._tokens[shard]
+
     def locate(self, index: int) -> tuple[int, int]:
         """Return (shard number, first token) of span index, counted from 0 and wrapping round after num_spans."""
         if index < 0:

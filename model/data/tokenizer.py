@@ -67,6 +67,13 @@ class Tokenizer:
         """Return BOS and the pieces of text, (n,) uint16; text reaches SentencePiece unchanged."""
         return np.array([BOS_ID, *self._processor.encode(text)], dtype=TOKEN_DTYPE)
 
+    def encode_documents(self, texts: list[str], *, num_threads: int = 1) -> list[np.ndarray]:
+        """Return encode_document of each text, worked out by num_threads threads."""
+        return [
+            np.array([BOS_ID, *pieces], dtype=TOKEN_DTYPE)
+            for pieces in self._processor.encode(texts, num_threads=num_threads)
+        ]
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of ids, the normalized form of what was encoded; special pieces give nothing."""
         return str(self._processor.decode(np.asarray(ids).tolist()))

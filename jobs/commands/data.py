@@ -1,0 +1,111 @@
+"""`seedsweep data`: make token shards from installed docstrings or own documents, or fetch the published ones."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from model.data.writer import Corpus
+
+LINE_EVERY_S = 10.0  # in a log
+REDRAW_EVERY_S = 0.2  # on a terminal
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the ways to get data."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
+    builtin = kinds.add_parser("builtin", help="docstrings of installed packages, offline")
+    builtin.add_argument("--reuse", action="store_true", help="keep an intact corpus that is already there")
+    text = kinds.add_parser("text", help="own documents: .txt folders, .jsonl, .jsonl.gz, .parquet")
+    text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders, read in this order")
+    tokenizer = text.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model to use")
+    tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of N pieces (default 1024)")
+    text.add_argument("--column", default="text", help="field or column that holds the text (default: text)")
+    split = text.add_mutually_exclusive_group()
+    split.add_argument("--val-documents", type=int, metavar="N", help="the first N documents are for validation")
+    split.add_argument("--val-frac", type=float, metavar="F", help="this part of the documents is for validation")
+    text.add_argument("--name", default="text", help="first part of the shards' names (default: text)")
+    for kind in (builtin, text):
+        kind.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the corpus")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Make or fetch a corpus and print what it holds."""
+    progress = ProgressLine(sys.stderr)
+    if args.kind == "builtin":
+        from model.data.corpus import NAME, build_builtin
+        from model.data.writer import is_intact
+
+        if args.reuse and is_intact(args.out, name=NAME):
+            print(f"{args.out}: intact corpus kept")
+            return 0
+        corpus = build_builtin(args.out, progress)
+    else:
+        corpus = make_text_corpus(args, progress)
+    progress.close()
+    print_corpus(corpus)
+    return 0
+
+
+def make_text_corpus(args: argparse.Namespace, progress: ProgressLine) -> Corpus:
+    """Build a corpus from the documents that the options name."""
+    from model.data.text import TextOptions, build_text
+
+    options = TextOptions(
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+        column=args.column,
+        val_documents=args.val_documents,
+        val_frac=args.val_frac,
+        name=args.name,
+    )
+    corpus = build_text(args.paths, args.out, options, progress)
+    if args.tokenizer is None and not options.has_split:
+        progress.close()
+        print("note: no document is for training, so the tokenizer was trained on the validation documents")
+    return corpus
+
+
+def print_corpus(corpus: Corpus) -> None:
+    """Print documents, tokens and bytes of each split."""
+    print(f"{corpus.folder}: corpus {corpus.name}, tokenizer {corpus.tokenizer.name} of {corpus.vocab_size} pieces")
+    print(f"{'split':<6}{'documents':>12}{'tokens':>16}{'bytes':>16}")
+    for split, counts in corpus.splits.items():
+        print(f"{split:<6}{counts.documents:>12}{counts.tokens:>16}{counts.text_bytes:>16}")
+
+
+class ProgressLine:
+    """The report callback of data commands: one changing line on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.is_terminal = stream.isatty()
+        self._phase = ""
+        self._next_s = 0.0
+
+    def __call__(self, phase: str, step: int, total: int | None, metrics: dict[str, float | int | str]) -> None:
+        """Show where the work is, at once when a phase begins and then not too often."""
+        now = time.monotonic()
+        if phase == self._phase and now < self._next_s:
+            return
+        share = f"{step}" if total is None else f"{step}/{total} ({100 * step // max(total, 1)}%)"
+        line = " ".join([f"{phase}: {share}", *(f"{name}={value}" for name, value in metrics.items())])
+        if self.is_terminal:
+            self.stream.write(f"\r\x1b[K{line[:110]}")
+            self._next_s = now + REDRAW_EVERY_S
+        else:
+            self.stream.write(line + "\n")
+            self._next_s = now + LINE_EVERY_S
+        self._phase = phase
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Take the changing line off a terminal."""
+        if self.is_terminal:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()

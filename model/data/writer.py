@@ -1,0 +1,206 @@
+"""Writing a corpus into a folder: the claim on it, its shards, and its manifest at the very end.
+
+A folder with a manifest is a finished corpus and is never written into. A folder without one may hold what an
+interrupted run of the same corpus left; that is removed and made again, anything else is left alone and refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from model.data.files import replace_file
+from model.data.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest, write_manifest
+from model.data.shards import TOKEN_DTYPE, shard_header
+from model.data.tokenizer import Tokenizer
+
+LOCK_NAME = ".seedsweep-data.lock"
+SHARD_TOKENS = 100_000_000  # as the published shards
+CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
+SPLITS = ("train", "val")
+
+
+@dataclass(slots=True)
+class SplitCounts:
+    """What a split holds: documents, tokens (a BOS each included) and UTF-8 bytes of the text as given."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A finished corpus in a folder."""
+
+    folder: Path
+    name: str
+    tokenizer: Path
+    vocab_size: int
+    splits: Mapping[str, SplitCounts]
+
+
+def is_intact(folder: Path, *, name: str | None = None) -> bool:
+    """Return whether folder has a manifest (of corpus name, where given) and every file in it at its stated length."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return False
+    if manifest is None or name not in (None, manifest.name):
+        return False
+    paths = {folder / name: entry for name, entry in manifest.files.items()}
+    return all(path.is_file() and path.stat().st_size == entry.bytes for path, entry in paths.items())
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path, name: str, *, is_remade: bool = False) -> Iterator[None]:
+    """Hold folder out for one writer of corpus name, and clear what an interrupted one of that name left there.
+
+    is_remade: a damaged corpus, one with a manifest and files missing or of wrong length, is cleared as well.
+    Raises ValueError if out is not writable, is held by another process, or holds another corpus.
+    """
+    if not CORPUS_NAME.fullmatch(name):
+        raise ValueError(f"--name {name!r} must be letters, digits, dots and hyphens, at most 64")
+    lock_path = out / LOCK_NAME
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_path.open("wb")
+    except OSError as error:
+        raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
+        try:
+            _clear_leftovers(out, name, is_remade=is_remade)
+            try:
+                yield
+            finally:
+                if not (out / MANIFEST_NAME).exists():
+                    _clear_leftovers(out, name)
+        finally:
+            lock_path.unlink(missing_ok=True)
+
+
+def _clear_leftovers(out: Path, name: str, *, is_remade: bool = False) -> None:
+    own = re.compile(
+        rf"\.?{re.escape(name)}_(train|val)_\d{{6}}\.bin(\..*\.tmp)?|\.?{re.escape(name)}\.model(\..*\.tmp)?"
+    )
+    has_manifest = (out / MANIFEST_NAME).exists()
+    if has_manifest and not (is_remade and not is_intact(out)):
+        raise ValueError(f"--out {out} already holds a corpus ({MANIFEST_NAME}); choose an empty folder, or remove it")
+    present = sorted(path for path in out.iterdir() if path.suffix in (".bin", ".model", ".tmp"))
+    foreign = [path for path in present if not own.fullmatch(path.name) and not path.name.startswith(".")]
+    if foreign:
+        raise ValueError(f"--out {out} already holds {foreign[0].name}, of another corpus; choose an empty folder")
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    for path in present:
+        if own.fullmatch(path.name):
+            path.unlink()
+
+
+class ShardWriter:
+    """Documents into shards <prefix>_NNNNNN.bin of at most shard_tokens each, streamed to disk.
+
+    Every shard starts with a document; one longer than shard_tokens gets a shard of its own. Use as a context
+    manager: the last shard appears when the block ends well.
+    """
+
+    def __init__(self, folder: Path, prefix: str, *, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.prefix, self.shard_tokens = folder, prefix, shard_tokens
+        self.paths: list[Path] = []
+        self._open = contextlib.ExitStack()
+        self._file: BinaryIO | None = None
+        self._num_tokens = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document, (n,) uint16."""
+        if self._file is not None and self._num_tokens + tokens.size > self.shard_tokens:
+            self._finish_shard()
+        if self._file is None:
+            path = self.folder / f"{self.prefix}_{len(self.paths):06}.bin"
+            self._file = self._open.enter_context(replace_file(path))
+            self._file.write(shard_header(1))  # its place; the count is known when the shard is full
+            self.paths.append(path)
+        self._file.write(tokens.astype(TOKEN_DTYPE).tobytes())
+        self._num_tokens += int(tokens.size)
+
+    def _finish_shard(self) -> None:
+        if self._file is not None:
+            self._file.seek(0)
+            self._file.write(shard_header(self._num_tokens))
+            self._open.close()
+        self._file, self._num_tokens = None, 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        if kind is None:
+            self._finish_shard()
+        self._open.__exit__(kind, *details)
+
+
+@dataclass(slots=True)
+class CorpusWriter:
+    """The shards of both splits of one corpus, its counts, and at the end its manifest."""
+
+    out: Path
+    name: str
+    tokenizer: Tokenizer
+    shard_tokens: int = SHARD_TOKENS
+    counts: dict[str, SplitCounts] = field(default_factory=lambda: {split: SplitCounts() for split in SPLITS})
+    _writers: dict[str, ShardWriter] = field(default_factory=dict)
+    _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __enter__(self) -> CorpusWriter:
+        for split in SPLITS:
+            writer = ShardWriter(self.out, f"{self.name}_{split}", shard_tokens=self.shard_tokens)
+            self._writers[split] = self._open.enter_context(writer)
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._open.__exit__(*details)
+
+    def add(self, split: str, texts: list[str], *, num_threads: int = 1) -> None:
+        """Encode and append documents to a split."""
+        counts = self.counts[split]
+        for text, tokens in zip(texts, self.tokenizer.encode_documents(texts, num_threads=num_threads), strict=True):
+            self._writers[split].add(tokens)
+            counts.documents += 1
+            counts.tokens += int(tokens.size)
+            counts.text_bytes += len(text.encode())
+
+    def finish(self, tokenizer_path: Path, source: Mapping[str, Any]) -> Corpus:
+        """Describe every file in the manifest, after the block of this writer has ended."""
+        paths = [path for split in SPLITS for path in self._writers[split].paths]
+        files = {path.name: describe_file(path) for path in [*paths, tokenizer_path]}
+        splits = {
+            split: {"documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes}
+            for split, counts in self.counts.items()
+        }
+        source = {"vocab_size": self.tokenizer.vocab_size, "splits": splits, **source}
+        write_manifest(self.out, Manifest(self.name, tokenizer_path.name, files, source))
+        return Corpus(self.out, self.name, tokenizer_path, self.tokenizer.vocab_size, self.counts)
+
+
+def save_tokenizer(out: Path, name: str, model: bytes) -> Path:
+    """Write a SentencePiece model as <name>.model into out and return its path."""
+    path = out / f"{name}.model"
+    with replace_file(path) as file:
+        file.write(model)
+    return path
+
+
+def num_cpus() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,0 +1,217 @@
+"""model/data/text.py and writer.py: people's documents become a corpus, unchanged and in order, or one clear line."""
+
+import fcntl
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from model.data.shards import list_shards, open_shard
+from model.data.text import TextOptions, build_text, find_inputs, read_documents
+from model.data.tokenizer import load_tokenizer
+from model.data.writer import LOCK_NAME, Corpus, ShardWriter
+
+SP8192 = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
+TEXTS = [f"Document {number}:  two  spaces,\na line, caf\u00e9 \u6587 \U0001f600" for number in range(10)]
+
+
+def ignore(phase: str, step: int, total: int | None, metrics: dict[str, float | int | str]) -> None:
+    """A report callback that nobody reads."""
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "docs.jsonl", [{"text": text, "id": 1} for text in TEXTS])
+
+
+def build(paths: list[Path], out: Path, **options: Any) -> Corpus:
+    return build_text(paths, out, TextOptions(**{"tokenizer": SP8192, **options}), ignore)
+
+
+def stream(corpus: Corpus, split: str) -> list[int]:
+    return [
+        int(token) for path in list_shards(str(corpus.folder / f"text_{split}_*.bin")) for token in open_shard(path)
+    ]
+
+
+def expected(texts: list[str]) -> list[int]:
+    tokenizer = load_tokenizer(SP8192)
+    return [int(token) for text in texts for token in tokenizer.encode_document(text)]
+
+
+def test_all_kinds_of_files_give_the_same_documents(tmp_path: Path, lines: Path) -> None:
+    zipped = write_lines(tmp_path / "docs.jsonl.gz", [{"text": text} for text in TEXTS])
+    table = tmp_path / "docs.parquet"
+    pq.write_table(pa.table({"n": list(range(10)), "text": TEXTS}), table, row_group_size=3)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02}.txt").write_bytes(text.encode())
+    for path in (lines, zipped, table, folder):
+        assert list(read_documents(find_inputs([path]))) == TEXTS
+
+
+def test_without_a_split_option_all_documents_are_validation(tmp_path: Path, lines: Path) -> None:
+    corpus = build([lines], tmp_path / "out")
+    assert stream(corpus, "val") == expected(TEXTS)
+    assert corpus.splits["val"].documents == 10
+    assert corpus.splits["val"].text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert corpus.splits["train"].documents == 0
+    assert sorted(path.name for path in corpus.folder.iterdir()) == [
+        "manifest.json",
+        "text.model",
+        "text_val_000000.bin",
+    ]
+
+
+def test_the_first_documents_become_validation(tmp_path: Path, lines: Path) -> None:
+    corpus = build([lines], tmp_path / "out", val_documents=3)
+    assert stream(corpus, "val") == expected(TEXTS[:3])
+    assert stream(corpus, "train") == expected(TEXTS[3:])
+
+
+def test_a_fraction_is_spread_evenly(tmp_path: Path, lines: Path) -> None:
+    corpus = build([lines], tmp_path / "out", val_frac=0.2)
+    assert stream(corpus, "val") == expected([TEXTS[4], TEXTS[9]])
+    assert stream(corpus, "train") == expected([*TEXTS[:4], *TEXTS[5:9]])
+
+
+def test_shards_are_cut_between_documents(tmp_path: Path) -> None:
+    documents = [np.array([1, *range(10, 10 + size)], dtype=np.uint16) for size in (3, 4, 30, 2)]
+    with ShardWriter(tmp_path, "toy_train", shard_tokens=9) as writer:
+        for tokens in documents:
+            writer.add(tokens)
+    sizes = [open_shard(path).size for path in list_shards(str(tmp_path / "toy_train_*.bin"))]
+    assert sizes == [9, 31, 3]
+
+
+def test_a_tokenizer_is_trained_on_the_training_part(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "docs.jsonl", [{"text": "zebra " * 40}] + [{"text": "walrus " * 40}] * 3)
+    corpus = build([path], tmp_path / "out", tokenizer=None, vocab_size=270, val_documents=1)
+    tokenizer = load_tokenizer(corpus.tokenizer)
+    assert corpus.vocab_size == tokenizer.vocab_size == 270
+    assert tokenizer.encode_document("walrus").size < tokenizer.encode_document("zebra").size
+
+
+def test_more_pieces_than_the_text_has_are_refused(tmp_path: Path, lines: Path) -> None:
+    with pytest.raises(ValueError, match=r"--vocab-size 5000 is more than the text has pieces for; give \d+ or less"):
+        build([lines], tmp_path / "out", tokenizer=None, vocab_size=5000)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_second_corpus_in_one_folder_is_refused(tmp_path: Path, lines: Path) -> None:
+    build([lines], tmp_path / "out")
+    with pytest.raises(ValueError, match="already holds a corpus"):
+        build([lines], tmp_path / "out")
+
+
+def test_a_folder_with_other_shards_is_refused_and_left_alone(tmp_path: Path, lines: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "fineweb_val_000000.bin").write_bytes(b"theirs")
+    with pytest.raises(ValueError, match=r"already holds fineweb_val_000000\.bin"):
+        build([lines], out)
+    assert (out / "fineweb_val_000000.bin").read_bytes() == b"theirs"
+
+
+def test_what_an_interrupted_run_left_is_made_again(tmp_path: Path, lines: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "text_val_000007.bin").write_bytes(b"half")
+    (out / ".text_val_000008.bin.abc.tmp").write_bytes(b"half")
+    assert len(list_shards(str(build([lines], out).folder / "*.bin"))) == 1
+
+
+def test_two_commands_at_once_do_not_share_a_folder(tmp_path: Path, lines: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with (out / LOCK_NAME).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is being written by another"):
+            build([lines], out)
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, lines: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out .*docs\.jsonl/corpus is not writable"):
+        build([lines], lines / "corpus")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a"}, {"txet": "b"}], r"docs\.jsonl line 2 has no field 'text'; nearest is 'txet'"),
+        ([{"text": "a"}, {"text": 5}], r"line 2: field 'text' is int, not text"),
+        ([{"text": "a"}, None], r"line 2 is not a JSON object"),
+        ([{"text": "\ud800"}], r"line 1: field 'text' has half a surrogate pair"),
+        ([], r"docs\.jsonl has no document"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build([write_lines(tmp_path / "docs.jsonl", rows)], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b"\xff\xfe\x00", "line 1 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], r"damaged after line \d"),
+        ("a.jsonl.gz", b"no gzip", "damaged after line 0"),
+        ("a.parquet", b"no parquet at all", "not readable Parquet"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text .* at byte 3"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        build([tmp_path / name], tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "docs.parquet"
+    pq.write_table(pa.table({"content": ["x"], "url": ["y"]}), path)
+    with pytest.raises(ValueError, match=r"no column 'contents'; nearest is 'content'; it has content, url"):
+        build([path], tmp_path / "out", column="contents")
+
+
+def test_missing_unknown_and_empty_inputs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"a\.csv is of no known kind"):
+        find_inputs([tmp_path / "a.csv"])
+    with pytest.raises(ValueError, match="empty has no file ending in"):
+        find_inputs([tmp_path / "empty"])
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist"):
+        find_inputs([tmp_path / "gone.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_documents": 1, "val_frac": 0.5}, "exclude each other"),
+        ({"vocab_size": 300}, "exclude each other"),
+        ({"val_documents": 0}, "--val-documents 0"),
+        ({"val_frac": 1.0}, r"--val-frac 1\.0 must be between 0 and 1"),
+        ({"tokenizer": None, "vocab_size": 70_000}, "--vocab-size 70000"),
+        ({"name": "../x"}, r"--name '\.\./x'"),
+        ({"val_documents": 99}, "leaves no document of 10 for train"),
+        ({"tokenizer": Path("gone.model")}, r"gone\.model is missing"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path: Path, lines: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build([lines], tmp_path / "out", **options)
