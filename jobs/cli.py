@@ -15,6 +15,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "run a sweep: every seed of a spec, on Ray or in this process"),
     "data": ("data", "make or fetch token shards"),
     "table": ("table", "print the seed table of a run directory, computed from Parquet"),
+    "compare": ("compare", "compare two systems: difference, interval, p, and what it means"),
+    "published": ("published", "list or show the figures other people published"),
+    "import-logs": ("import_logs", "read a submission folder into the same Parquet tables"),
+    "report": ("report", "make one self-contained page of figures and tables"),
+    "export": ("export", "write a submission folder from Parquet"),
     "inspect": ("inspect", "print what is inside an artifact"),
 }
 

@@ -1,0 +1,148 @@
+"""Figures other people published for the 10-minute / 16 MB track, by pull request number: data, not our measurements.
+
+`published.json` was made from the shared comparison set ("published-figures/1", copied by script out of the record
+folders of openai/parameter-golf, snapshot of 2026-05-02, figures only: no names, code or prose) with
+`python -m results.published RECORDS.json > results/published.json`. A record is the JSON object described there; an
+imported submission folder is brought into the same form, so everything below and in `disagreements` serves both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from results.stats import Summary, bits_per_byte, population_std, summarize
+
+STAGES = ("post_ema", "post_quant", "sliding", "post_ttt")
+KEPT_FIELDS = (
+    "pr", "folder", "merged_on_head", "date_folder", "track", "leaderboard", "submission_json", "readme_seed_tables",
+    "pr_text", "source_file_bytes_in_folder", "std_convention", "runs",
+)  # fmt: skip
+
+Record = dict[str, Any]
+Run = dict[str, Any]
+
+
+class Recomputed(NamedTuple):
+    """A record's own figures recomputed from its logs: one run a seed, the scored stage, both conventions of std."""
+
+    stage: str
+    seeds: list[int]
+    bpb: Summary
+    nats: Summary
+    bpb_std_ddof0: float | None
+
+
+@cache
+def load_published(path: Path | None = None) -> dict[str, Any]:
+    """Return the packaged comparison set, or one of the same form from a file.
+
+    Raises ValueError when the file is not of that form.
+    """
+    if path is None:
+        text = resources.files("results").joinpath("published.json").read_text(encoding="utf-8")
+    else:
+        text = Path(path).read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("records"), list):
+        raise ValueError(f"{path}: has no list 'records'; expected the form published-figures/1")
+    return content
+
+
+def find_record(number: str, path: Path | None = None) -> Record:
+    """Return the record of a pull request number ("1536", "pr:1536", "#1536"); the unnumbered baseline is "baseline".
+
+    Raises ValueError for an unknown number, with those that are known.
+    """
+    wanted = number.lower().removeprefix("pr:").removeprefix("#")
+    records = load_published(path)["records"]
+    for record in records:
+        if record_number(record) == wanted:
+            found: Record = record
+            return found
+    known = ", ".join(sorted((record_number(record) for record in records), key=lambda text: text.zfill(6)))
+    raise ValueError(f"pr:{wanted} is not among the published records; known: {known}")
+
+
+def record_number(record: Record) -> str:
+    """Return the pull request number as text; "baseline" for the launch baseline, which has none."""
+    return "baseline" if record["pr"] is None else str(record["pr"])
+
+
+def submitted_seeds(record: Record) -> dict[int, dict[str, Any]]:
+    """Return the per-seed figures of submission.json, whichever of the published layouts it has."""
+    submission = record.get("submission_json") or {}
+    for key in ("seed_results", "per_seed", "seeds"):
+        if isinstance(submission.get(key), dict):
+            entries = submission[key].items()
+            return {int(seed): values for seed, values in entries if _is_integer(seed) and isinstance(values, dict)}
+    return {}
+
+
+def one_run_a_seed(record: Record) -> list[Run]:
+    """Return one run for each seed: of several logs the one that submission.json reports, else the first."""
+    submitted = submitted_seeds(record)
+    chosen: dict[int, Run] = {}
+    for run in record["runs"]:
+        if run["seed"] is None or run["final_bpb"] is None:
+            continue
+        said = submitted.get(run["seed"], {}).get("val_bpb")
+        is_reported = isinstance(said, int | float) and math.isclose(run["final_bpb"], said, abs_tol=6e-6)
+        if run["seed"] not in chosen or (is_reported and not chosen[run["seed"]]["is_reported"]):
+            chosen[run["seed"]] = {**run, "is_reported": is_reported}
+    return [chosen[seed] for seed in sorted(chosen)]
+
+
+def recompute(record: Record) -> Recomputed | None:
+    """Return mean, sample and population std over the seeds of a record, None when no log has a final score."""
+    runs = one_run_a_seed(record)
+    if not runs:
+        return None
+    scores = [run["final_bpb"] for run in runs]
+    return Recomputed(
+        stage="/".join(sorted({run["scored_stage"] for run in runs})),
+        seeds=[run["seed"] for run in runs],
+        bpb=summarize(scores),
+        nats=summarize([run["final_nats"] for run in runs]),
+        bpb_std_ddof0=population_std(scores),
+    )
+
+
+def bytes_per_token(run: Run) -> float | None:
+    """Return UTF-8 bytes per scored token as the log's own two figures of the final stage imply."""
+    nats, bpb = run["final_nats"], run["final_bpb"]
+    return None if not nats or not bpb else bits_per_byte(nats, bpb)
+
+
+def validation_bytes(run: Run) -> float | None:
+    """Return the size of the validation text that a log implies, None when it does not print its token count."""
+    ratio = bytes_per_token(run)
+    return None if ratio is None or not run.get("val_tokens") else run["val_tokens"] * ratio
+
+
+def pack(content: dict[str, Any]) -> str:
+    """Return the comparison set reduced to what this package uses, one record a line."""
+    kept = {key: content[key] for key in ("schema", "source", "note", "units")}
+    head = json.dumps(kept, separators=(",", ":"))[:-1]
+    lines = [
+        json.dumps({key: record.get(key) for key in KEPT_FIELDS}, separators=(",", ":"))
+        for record in content["records"]
+    ]
+    listed = json.dumps(content["disagreements"], separators=(",", ":"))
+    return f'{head},\n"disagreements":{listed},\n"records":[\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("-").isdigit()
+
+
+if __name__ == "__main__":
+    print(pack(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), end="")

@@ -1,0 +1,194 @@
+"""What a comparison compares: a run directory, a published record or a submission folder, as scores by seed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from results.published import Record, find_record, one_run_a_seed, recompute, record_number, validation_bytes
+from results.reader import latest_attempts, read_runs
+from results.schema import FINISHED, SCORES
+from results.stats import bits_per_byte
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The validation set of the challenge: the first 50,000 FineWeb documents. Tokenizers of the published records count
+# 151.074 to 151.081 MB, because they normalize the text a little differently and score another tail.
+FINEWEB_BYTES = (151.06e6, 151.10e6)
+SAME_TOKENIZER_FRAC = 3e-4  # evaluators of one log differ by 7e-5 in bytes per token
+HASHES = ("config_hash", "data_hash", "code_hash")
+
+
+class Text(NamedTuple):
+    """Identity of a validation text: the hash of its documents where it is known, and its size."""
+
+    documents_hash: str | None
+    num_bytes: float | None
+
+    @property
+    def is_fineweb(self) -> bool:
+        """The size is that of the challenge's validation set."""
+        return self.num_bytes is not None and FINEWEB_BYTES[0] <= self.num_bytes <= FINEWEB_BYTES[1]
+
+
+class Side(NamedTuple):
+    """One side of a comparison: one score a seed, and what must be known before it may be compared."""
+
+    name: str
+    stage: str
+    bpb: dict[int, float]
+    nats_per_token: dict[int, float]
+    bytes_per_token: float | None
+    tokenizer_hash: str | None
+    text: Text
+    notes: list[str]
+    mixtures: list[str]
+    out: str | None = None
+    runs: pd.DataFrame | None = None
+
+
+def open_side(spec: str, stage: str | None = None) -> Side:
+    """Return a side from "pr:N", a run directory (path or URI), or a submission folder with logs.
+
+    stage: a scoring pass of results.schema.SCORES; without it the last one that every seed has.
+    Raises ValueError or FileNotFoundError in one line for anything else.
+    """
+    if stage is not None and stage not in SCORES:
+        raise ValueError(f"stage={stage} must be one of {', '.join(SCORES)}")
+    if spec.lower().startswith("pr:"):
+        return side_of_record(find_record(spec), stage)
+    folder = Path(spec)
+    has_results = any((folder / name).is_dir() for name in ("results/runs", "runs"))
+    if "://" not in spec and folder.is_dir() and not has_results:
+        from results.submission import read_submission
+
+        return side_of_record(read_submission(folder).record, stage)
+    return side_of_runs(spec, stage)
+
+
+def side_of_runs(out: str, stage: str | None = None) -> Side:
+    """Return the side of a run directory: its finished seeds, repeats of a seed averaged."""
+    rows = latest_attempts(read_runs(out))
+    finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
+    if finished.empty:
+        raise ValueError(f"{out}: no finished seed to compare{f' ({rows.problems[0]})' if rows.problems else ''}")
+    chosen = stage or next((name for name in reversed(SCORES) if finished[f"{name}_bpb"].notna().all()), "post_ttt")
+    scored = finished[finished[f"{chosen}_bpb"].map(math.isfinite)]
+    if scored.empty:
+        raise ValueError(f"{out}: no finished seed has {chosen}_bpb")
+    notes = [*rows.notes, *rows.problems]
+    left_out = sorted(set(rows.frame["seed"]) - set(scored["seed"]))
+    if left_out:
+        notes.append(f"left out, not finished or without {chosen}_bpb: seeds {', '.join(map(str, left_out))}")
+    if scored["code_changed"].eq(True).any():
+        notes.append("some seeds were continued under other code (code_changed)")
+    ratio = (scored[f"{chosen}_bytes"] / scored[f"{chosen}_tokens"]).dropna()
+    nats = scored.dropna(subset=[f"{chosen}_nats_per_token"]).groupby("seed")[f"{chosen}_nats_per_token"].mean()
+    return Side(
+        name=str(out),
+        stage=chosen,
+        bpb={int(seed): float(value) for seed, value in scored.groupby("seed")[f"{chosen}_bpb"].mean().items()},
+        nats_per_token={int(seed): float(value) for seed, value in nats.items()},
+        bytes_per_token=float(ratio.iloc[0]) if len(ratio) else _ratio_of_scores(scored, chosen),
+        tokenizer_hash=_only(scored["tokenizer_hash"]),
+        text=_text_of_runs(scored, chosen),
+        notes=notes,
+        mixtures=[_mixture(scored, name) for name in HASHES if scored[name].nunique() > 1],
+        out=str(out),
+        runs=scored,
+    )
+
+
+def side_of_record(record: Record, stage: str | None = None) -> Side:
+    """Return the side of a published or imported record: the stage it is scored on, one run a seed."""
+    summary = recompute(record)
+    name = f"pr:{record_number(record)}" if record.get("pr") is not None else record["folder"]
+    runs = one_run_a_seed(record)
+    if summary is None:
+        raise ValueError(f"{name}: no log has a final score to compare")
+    key = {"pre_ttt": "post_quant", None: None}.get(stage, stage)
+    scored = [run for run in runs if key is None or run.get(key)]
+    if not scored:
+        raise ValueError(f"{name}: no log has the stage {stage}")
+    scores = {run["seed"]: run[key] if key else {"val_bpb": run["final_bpb"], "val_loss_nats": run["final_nats"]}
+              for run in scored}  # fmt: skip
+    first = next(iter(scores.values()))
+    sizes = {round(size) for run in scored if (size := validation_bytes(run)) is not None}
+    notes = []
+    if len({str(run.get("code_bytes_printed")) for run in scored}) > 1:
+        notes.append("its seeds printed different code sizes: not one revision of the script")
+    return Side(
+        name=name,
+        stage=stage or summary.stage.replace("post_quant", "pre_ttt"),
+        bpb={seed: score["val_bpb"] for seed, score in scores.items()},
+        nats_per_token={seed: score["val_loss_nats"] for seed, score in scores.items() if score["val_loss_nats"]},
+        bytes_per_token=bits_per_byte(first["val_loss_nats"], first["val_bpb"]) if first["val_loss_nats"] else None,
+        tokenizer_hash=None,
+        text=Text(None, float(min(sizes)) if sizes and max(sizes) - min(sizes) < 10_000 else None),
+        notes=notes,
+        mixtures=[],
+    )
+
+
+def why_not_comparable(a: Text, b: Text) -> str | None:
+    """Return why two scores are not on the same validation text, None when they are."""
+    if a.documents_hash and b.documents_hash:
+        if a.documents_hash == b.documents_hash:
+            return None
+        return f"other validation text (documents {a.documents_hash[:12]} and {b.documents_hash[:12]})"
+    if a.is_fineweb and b.is_fineweb:
+        return None
+    return f"other validation text, or not known to be the same ({_size(a)} and {_size(b)})"
+
+
+def has_same_tokenizer(a: Side, b: Side) -> bool:
+    """Return whether nats per token may be compared; tokenizers are told apart by hash, else by bytes per token."""
+    if a.tokenizer_hash and b.tokenizer_hash:
+        return a.tokenizer_hash == b.tokenizer_hash
+    if a.bytes_per_token is None or b.bytes_per_token is None:
+        return False
+    return math.isclose(a.bytes_per_token, b.bytes_per_token, rel_tol=SAME_TOKENIZER_FRAC)
+
+
+def text_of_runs(out: object) -> Text:
+    """Return the validation text of a run directory's finished seeds."""
+    frame = latest_attempts(
+        read_runs(out, ["val_documents_hash", "val_bytes", "pre_ttt_bytes", "post_ttt_bytes"])
+    ).frame
+    finished = frame[frame["state"] == FINISHED] if not frame.empty else frame
+    return Text(None, None) if finished.empty else _text_of_runs(finished, "post_ttt")
+
+
+def _text_of_runs(runs: pd.DataFrame, stage: str) -> Text:
+    sizes = [_only(runs[name]) for name in ("val_bytes", f"{stage}_bytes") if name in runs]
+    size = next((float(value) for value in sizes if value is not None), None)
+    return Text(_only(runs["val_documents_hash"]), size)
+
+
+def _only(column: pd.Series) -> str | None:
+    """Return the one value of a column, None when it has none or several."""
+    values = column.dropna().unique()
+    return values[0] if len(values) == 1 else None
+
+
+def _ratio_of_scores(runs: pd.DataFrame, stage: str) -> float | None:
+    """Return bytes per token from nats per token and bpb, for figures imported from logs."""
+    both = runs.dropna(subset=[f"{stage}_nats_per_token", f"{stage}_bpb"])
+    if both.empty:
+        return None
+    row = both.iloc[0]
+    return bits_per_byte(row[f"{stage}_nats_per_token"], row[f"{stage}_bpb"])
+
+
+def _mixture(runs: pd.DataFrame, name: str) -> str:
+    parts = [f"{value[:12]} (seeds {', '.join(map(str, group['seed']))})" for value, group in runs.groupby(name)]
+    return f"{name} differs inside it: {'; '.join(parts)}"
+
+
+def _size(text: Text) -> str:
+    if text.documents_hash:
+        known = f"documents {text.documents_hash[:12]}"
+        return known if text.num_bytes is None else f"{known}, {text.num_bytes / 1e6:.3f} MB"
+    return "unknown" if text.num_bytes is None else f"{text.num_bytes / 1e6:.3f} MB"
