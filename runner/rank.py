@@ -44,7 +44,8 @@ class Job:
     workdir: str  # local folder of the run
     out: str  # the sweep's folder or URI
     restart: str = "checkpoint"
-    record: Mapping[str, Any] = field(default_factory=dict)  # what run.json says besides the node
+    allow_code_change: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)  # what attempt.json says besides the node
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
     stall_s: float | None = None  # after so long without progress the rank writes its own stacks down

@@ -55,6 +55,9 @@ PHASES = {
     "ttt": State.TTT,
 }
 
+# Failures that may be the node's fault; the next attempt goes elsewhere where there is an elsewhere.
+NODE_FAULTS = frozenset({Kind.NODE_LOST, Kind.PREFLIGHT, Kind.START, Kind.STALLED, Kind.DIED})
+
 BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
 
 
@@ -220,14 +223,16 @@ def after_gone(run: Run, now: float, limits: Limits) -> Run:
 
 def after_failure(run: Run, now: float, limits: Limits) -> Run:
     """Return run after a failed attempt: RETRY_WAIT with its earliest time, or FAILED."""
-    assert run.failure is not None
-    is_preemption = run.failure.kind is Kind.NODE_LOST
+    failure = run.failure
+    assert failure is not None, run.key
+    is_preemption = failure.kind is Kind.NODE_LOST
     run = replace(
         run,
         failures=run.failures + (not is_preemption),
         preemptions=run.preemptions + is_preemption,
-        bad_nodes=(*run.bad_nodes, run.node_id) if run.node_id and run.node_id not in run.bad_nodes else run.bad_nodes,
     )
+    if failure.kind in NODE_FAULTS and run.node_id and run.node_id not in run.bad_nodes:
+        run = replace(run, bad_nodes=(*run.bad_nodes, run.node_id))
     if why_give_up(run, limits):
         return enter(run, State.FAILED, now)
     tries = max(1, run.preemptions if is_preemption else run.failures)

@@ -6,7 +6,6 @@ the driver of a gang.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
+from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
 from runner.provenance import different_versions, machine, package_versions
-from runner.rank import Job, PreflightError, Rank, logger
+from runner.rank import Job, PreflightError, Rank
 from runner.storage import LocalStorage
 
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
@@ -39,11 +38,18 @@ def run_pipeline(rank: Rank) -> None:
     rank.report("start", 0, None, {})
     dist = join_gang(rank)
     try:
-        workdir = Path(job.workdir)
         if rank.rank == 0:
-            prepare(job, preflight(job))
+            note_attempt(job, preflight(job))
         dist.barrier()
-        run_seed(job.config, dist, workdir, rank.report, should_stop=rank.should_stop)
+        run_seed(
+            job.config,
+            dist,
+            Path(job.workdir),
+            rank.report,
+            should_stop=rank.should_stop,
+            restart=job.restart,
+            allow_code_change=job.allow_code_change,
+        )
         dist.barrier()
     finally:
         dist.close()
@@ -63,13 +69,13 @@ def join_gang(rank: Rank) -> Dist:
         return Dist.single(device)
     if rank.port is None:
         raise RuntimeError(f"rank {rank.rank} of {job.world_size} was given no rendezvous port")
-    store = rank.store or distributed.TCPStore(
+    store = rank.store or TCPStore(
         LOOPBACK, rank.port, job.world_size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S)
     )
     return Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=rank.rank, device=device)
 
 
-def open_store(world_size: int) -> distributed.TCPStore:
+def open_store(world_size: int) -> TCPStore:
     """Open the rendezvous server of a gang on a port that the system picks, reachable from this host only.
 
     The socket is bound and listening before the store takes it over: no port can be lost in between.
@@ -78,7 +84,7 @@ def open_store(world_size: int) -> distributed.TCPStore:
     listener.bind((LOOPBACK, 0))
     listener.listen(128)
     port = listener.getsockname()[1]
-    return distributed.TCPStore(
+    return TCPStore(
         LOOPBACK, port, world_size, is_master=True, timeout=timedelta(seconds=RENDEZVOUS_S), wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
@@ -114,12 +120,7 @@ def gpu_facts(job: Job) -> dict[str, Any]:
     }
 
 
-def prepare(job: Job, facts: Mapping[str, Any]) -> None:
-    """Write run.json, and drop the checkpoints of earlier attempts where training must start from scratch."""
-    workdir = Path(job.workdir)
-    if job.restart == "scratch" and job.attempt > 1 and not (workdir / "stages" / "train.json").exists():
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(workdir / "checkpoints")
-            logger.info("restart=scratch: checkpoints of earlier attempts removed")
+def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:
+    """Write attempt.json: which attempt is at work, since when, and on what machine."""
     record = {**job.record, **facts, "attempt": job.attempt, "started_at": time.time()}
-    LocalStorage(workdir).write("run.json", json.dumps(record, indent=1, default=str).encode() + b"\n")
+    LocalStorage(Path(job.workdir)).write("attempt.json", json.dumps(record, indent=1, default=str).encode() + b"\n")

@@ -1,0 +1,117 @@
+"""The scheduler's backend on Ray: joins or starts a cluster, and keeps one RayGang for each placement group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+
+from runner.capacity import Node
+from runner.decisions import Release, Start, Stop, Submit
+from runner.errors import Kind, SweepError
+from runner.gang import Phase, RayGang
+from runner.rank import Job
+from runner.spec import Gang, RunKey
+from runner.states import Event
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+POLL_EVERY_S = 0.05
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the entrypoint of a job
+
+
+def is_ray_job() -> bool:
+    """Return whether this process is the entrypoint of a submitted job; only its environment says so."""
+    return JOB_VARIABLE in os.environ
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at address; the job's own cluster under `ray job submit`; else start one on this machine.
+
+    One started here listens on loopback only. Raises SweepError if there is no cluster at address.
+    """
+    if address is None and is_ray_job():
+        address = "auto"
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise SweepError(
+                f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
+            ) from None
+        return
+    # several nodes on one machine would need other addresses; one node binds loopback
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray.init(
+        address="local", _node_ip_address=LOOPBACK, include_dashboard=False, log_to_driver=False,
+        logging_level=logging.WARNING,
+    )  # fmt: skip
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends."""
+    ray.shutdown()
+
+
+def living_nodes() -> tuple[Node, ...]:
+    """Return every living node with its total resources."""
+    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return tuple(
+        Node(node_id=node["NodeID"], name=node["NodeManagerAddress"], resources=dict(node["Resources"]))
+        for node in found
+        if node["Alive"]
+    )
+
+
+class RayBackend:
+    """Gangs as placement groups with one actor per rank."""
+
+    def __init__(self, shape: Gang) -> None:
+        self.shape = shape
+        self.gangs: dict[tuple[RunKey, int], RayGang] = {}  # by run and serial of its group
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Return the living nodes."""
+        return living_nodes()
+
+    def submit(self, command: Submit) -> None:
+        """Create the placement group."""
+        gang = RayGang(command.key, command.group, self.shape, prefer=command.prefer, avoid=command.avoid)
+        self.gangs[command.key, command.group] = gang
+
+    def find(self, command: Start | Stop | Release) -> RayGang:
+        """Return the gang that a command is for."""
+        return self.gangs[command.key, command.group]
+
+    def start(self, command: Start, job: Job) -> None:
+        """Start the ranks."""
+        self.find(command).start(job)
+
+    def stop(self, command: Stop) -> None:
+        """Ask the ranks to stop."""
+        self.find(command).stop()
+
+    def release(self, command: Release) -> None:
+        """Kill the ranks, after they wrote their stacks down where they had stalled, and remove the group."""
+        is_stalled = command.failure is not None and command.failure.kind is Kind.STALLED
+        self.find(command).release(with_stacks=is_stalled)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return what happened to any gang, waiting up to timeout_s where nothing has."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            events = [event for gang in self.gangs.values() for event in gang.poll()]
+            self.gangs = {name: gang for name, gang in self.gangs.items() if gang.phase is not Phase.GONE}
+            if events or time.monotonic() >= deadline:
+                return events
+            time.sleep(POLL_EVERY_S)
+
+    def close(self) -> None:
+        """Kill whatever is left."""
+        for gang in self.gangs.values():
+            gang.kill()
+        self.gangs = {}

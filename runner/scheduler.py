@@ -1,0 +1,239 @@
+"""The driver's loop: events in, decisions out, everything of note on disk.
+
+The loop itself knows neither Ray nor torch. A Backend places and runs gangs; `decisions` says what to ask of it;
+`states` says what became of each run. Tests drive the same loop with a fake backend and a fake clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from runner.capacity import Node, count_slots, why_infeasible
+from runner.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
+from runner.directory import SweepDirectory, utc
+from runner.errors import Failure, Kind, first_line
+from runner.rank import Job
+from runner.spec import Limits, RunKey, SweepSpec
+from runner.states import FINAL, Committed, Event, Failed, Run, State, after
+
+logger = logging.getLogger(__name__)
+
+NODES_EVERY_S = 5.0
+STATE_EVERY_S = 2.0
+POLL_S = 0.2
+LOST_NODES_S = 60.0  # how long a sweep that had room waits for a node to come back, at least
+
+
+class Backend(Protocol):
+    """Where gangs run. Every method returns at once; what came of it arrives through poll."""
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Return the living nodes with everything they have."""
+
+    def submit(self, command: Submit) -> None:
+        """Ask for a place for a gang."""
+
+    def start(self, command: Start, job: Job) -> None:
+        """Start the ranks of a placed gang."""
+
+    def stop(self, command: Stop) -> None:
+        """Ask the ranks to stop."""
+
+    def release(self, command: Release) -> None:
+        """Kill the ranks and give their place back."""
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return what happened, waiting up to timeout_s where nothing has."""
+
+
+class View(Protocol):
+    """Whoever shows the sweep while it runs."""
+
+    def update(self, runs: Mapping[RunKey, Run], changed: list[Run], now: float) -> None:
+        """Show the newest picture; changed: the runs whose state is new."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+
+
+class Scheduler:
+    """One sweep from its first decision to the last run's final state."""
+
+    def __init__(
+        self, spec: SweepSpec, runs: Iterable[Run], backend: Backend, directory: SweepDirectory, view: View, *,
+        make_job: Callable[[Run], Job], commit: Callable[[Run], None], limits: Limits | None = None,
+        grace_s: float = 30.0, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.spec, self.backend, self.directory, self.view = spec, backend, directory, view
+        self.runs = {run.key: run for run in runs}
+        self.make_job, self.commit = make_job, commit
+        self.limits, self.grace_s, self.clock, self.wall = limits or spec.limits, grace_s, clock, wall
+        self.offset = wall() - clock()
+        self.cancelled: frozenset[RunKey] = frozenset()
+        self.is_interrupted = False
+        self.nodes: tuple[Node, ...] = ()
+        self.nodes_at = self.state_at = -float("inf")
+        self.feasible_at = clock()  # when some node could last hold a gang
+        self.had_room = False
+        self.unsaved: list[dict[str, Any]] = []
+        self.changed: list[Run] = []
+        self.is_disk_failing = False
+
+    def run(self) -> dict[RunKey, Run]:
+        """Work until every run is in a final state and holds nothing; return the runs."""
+        while not all(run.is_final for run in self.runs.values()):
+            self.tick()
+        self.persist(force=True)
+        return self.runs
+
+    def interrupt(self) -> None:
+        """End every run: ranks are asked to stop, and killed when their grace is over."""
+        self.is_interrupted = True
+
+    def tick(self) -> None:
+        """Apply what happened, decide, and tell disk and view."""
+        for event in self.backend.poll(POLL_S):
+            self.apply(event)
+        situation = self.situation()
+        for command in decide(self.runs, situation):
+            self.give(command, situation)
+        self.persist()
+        self.view.update(self.runs, self.changed, self.clock())
+        self.changed = []
+
+    def situation(self) -> Situation:
+        """Return what decisions depend on beside the runs."""
+        now = self.clock()
+        if now - self.nodes_at >= NODES_EVERY_S:
+            self.nodes, self.nodes_at = self.backend.nodes(), now
+            self.read_requests()
+        slots = count_slots(self.nodes, self.spec.gang)
+        if slots:
+            self.feasible_at, self.had_room = now, True
+        patience_s = max(self.limits.wait_s, LOST_NODES_S if self.had_room else 0.0)
+        is_over = not slots and now - self.feasible_at >= patience_s
+        return Situation(
+            now=now, gang=self.spec.gang, limits=self.limits, slots=slots, nodes=self.nodes, grace_s=self.grace_s,
+            infeasible=why_infeasible(self.nodes, self.spec.gang) if is_over else "",
+            cancelled=frozenset(self.runs) if self.is_interrupted else self.cancelled,
+        )  # fmt: skip
+
+    def read_requests(self) -> None:
+        """Take in what `seedsweep cancel` asked for."""
+        for seed in self.directory.cancel_requests():
+            if seed is None:
+                self.interrupt()
+            else:
+                self.cancelled |= {key for key in self.runs if key.seed == seed}
+
+    def apply(self, event: Event) -> None:
+        """Let one event change its run."""
+        before = self.runs[event.key]
+        self.note(before, after(before, event, self.clock(), self.limits))
+
+    def give(self, command: Command, situation: Situation) -> None:
+        """Hand one command to the backend and note that it was given."""
+        run = self.runs[command.key]
+        self.note(run, issued(run, command, situation), why=situation.infeasible)
+        match command:
+            case Submit():
+                self.backend.submit(command)
+            case Start():
+                self.backend.start(command, self.make_job(self.runs[command.key]))
+            case Stop():
+                self.backend.stop(command)
+            case Release():
+                self.backend.release(command)
+            case Commit():
+                self.apply(self.commit_now(run))
+            case Give():
+                pass
+
+    def commit_now(self, run: Run) -> Event:
+        """Write a finished attempt's results; return how that went."""
+        try:
+            self.commit(run)
+        except (OSError, ValueError) as error:
+            failure = Failure(
+                kind=Kind.COMMIT,
+                error_type=type(error).__name__,
+                message=f"results not written: {first_line(str(error))}",
+            )
+            return Failed(key=run.key, group=run.group, failure=failure)
+        return Committed(key=run.key, group=run.group)
+
+    def note(self, before: Run, run: Run, *, why: str = "") -> None:
+        """Store run; a new state becomes a line of events.jsonl, and a failed attempt a row of the results."""
+        self.runs[run.key] = run
+        if run.state is before.state:
+            return
+        self.changed.append(run)
+        line = transition(before, run, self.wall(), why)
+        self.unsaved.append(line)
+        logger.info("%s %s -> %s%s", run.key.name, before.state, run.state, f": {line['why']}" if line["why"] else "")
+        is_attempt_over = run.state in (State.RETRY_WAIT, State.FAILED, State.CANCELLED)
+        if is_attempt_over and before.state in (State.TEARDOWN, State.COMMITTING) and run.attempt:
+            self.record_failed_attempt(run)
+
+    def record_failed_attempt(self, run: Run) -> None:
+        """Write the row of an attempt that failed; the sweep goes on where that is not possible either."""
+        try:
+            self.commit(run)
+        except (OSError, ValueError) as error:
+            logger.warning("%s attempt %d has no row in the results: %s", run.key.name, run.attempt, error)
+
+    def persist(self, *, force: bool = False) -> None:
+        """Append the new transitions, replace state.json where it is due, leave a sign of life.
+
+        A full disk does not end the sweep: it is said once, and everything unsaved is written when space returns.
+        """
+        now = self.clock()
+        try:
+            self.directory.beat()
+            if self.unsaved or force or now - self.state_at >= STATE_EVERY_S:
+                self.directory.log_events(self.unsaved)
+                self.unsaved = []
+                self.directory.write_state(self.spec.name, self.runs.values(), self.offset)
+                self.state_at = now
+        except OSError as error:
+            if not self.is_disk_failing:
+                logger.warning("state not saved to %s: %s", self.directory.storage.shown, error)
+            self.is_disk_failing = True
+            return
+        if self.is_disk_failing:
+            logger.warning("state is saved to %s again", self.directory.storage.shown)
+        self.is_disk_failing = False
+
+
+def transition(before: Run, run: Run, wall: float, why: str) -> dict[str, Any]:
+    """Return the line of events.jsonl for a new state."""
+    reason = why if run.state is State.INFEASIBLE else ""
+    if run.failure is not None and run.state in (State.TEARDOWN, State.RETRY_WAIT, State.FAILED):
+        reason = run.failure.one_line
+    return {
+        "time": utc(wall),
+        "seed": run.key.seed,
+        "repeat": run.key.repeat,
+        "attempt": run.attempt,
+        "from": str(before.state),
+        "to": str(run.state),
+        "node": run.node,
+        "why": reason,
+        "failures": run.failures,
+        "preemptions": run.preemptions,
+        "failure": run.failure.to_json() if run.failure is not None and run.state is State.TEARDOWN else None,
+    }
+
+
+def exit_code(runs: Mapping[RunKey, Run], *, is_interrupted: bool) -> int:
+    """Return 0 if all is done, 1 if some run failed, 2 if a gang fits nowhere, 3 if it was interrupted."""
+    found = {run.state for run in runs.values()}
+    assert found <= FINAL, found
+    if State.INFEASIBLE in found:
+        return 2
+    if State.CANCELLED in found and (is_interrupted or State.FAILED not in found):
+        return 3
+    return 1 if State.FAILED in found else 0

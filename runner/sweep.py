@@ -1,0 +1,282 @@
+"""Running a sweep from its spec: the run directory is checked and taken, what is done is skipped, the rest driven.
+
+`run_sweep` is what `seedsweep run` calls, with Ray or without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from runner.capacity import count_slots
+from runner.commit import commit_run
+from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
+from runner.errors import Refused
+from runner.progress import open_view
+from runner.provenance import Git, code_hash, data_hash, git_state, machine, package_versions
+from runner.rank import PIPELINE, Job
+from runner.scheduler import Backend, Scheduler, exit_code
+from runner.spec import Gang, Limits, RunKey, SweepSpec
+from runner.states import Run, State
+from runner.storage import check_writable, local_root, open_storage
+
+logger = logging.getLogger(__name__)
+
+JOB_GRACE_S = 2.0  # `ray job stop` kills three seconds after it has asked
+GRACE_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a sweep is run, beside its spec."""
+
+    is_local: bool = False  # in this process, without Ray
+    address: str | None = None
+    allow_code_change: bool = False
+    progress: str = "auto"
+    git: Git | None = None  # as recorded at submission; None: ask git here
+    target: str = PIPELINE
+    only: frozenset[RunKey] | None = None  # these runs only
+
+
+def run_sweep(spec: SweepSpec, options: Options) -> int:
+    """Run every seed of spec that is not done, and return the exit code.
+
+    Raises SweepError (a ValueError) when the directory is in use or belongs to another config, data or code.
+    """
+    if options.is_local:
+        spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
+    directory = SweepDirectory(open_storage(spec.out))
+    check_writable(directory.storage)
+    directory.acquire()
+    try:
+        record = open_record(spec, directory, options)
+        directory.clear_cancel_requests()
+        runs = take_over(spec, directory, options.only)
+        return drive(spec, runs, directory, record, options)
+    finally:
+        directory.release()
+
+
+def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
+    """Check sweep.json against this sweep, or write it; return what every run of the sweep records.
+
+    Raises Refused if the directory was made by another config, data set or code.
+    """
+    git = options.git or git_state()
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "sweep": spec.name,
+        "config_hash": spec.config_hash,
+        "data_hash": data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size),
+        "code_hash": code_hash(),
+        "git_commit": git.commit,
+        "git_dirty": git.is_dirty,
+        "versions": package_versions(),
+        "world_size": spec.gang.world_size,
+    }
+    earlier = directory.read_json("sweep.json") or {}
+    check_same(earlier, record, directory.storage.shown, options)
+    record["first_code_hash"] = earlier.get("first_code_hash", record["code_hash"])
+    announced = {"time": utc(time.time()), "seeds": list(spec.seeds), "repeats": spec.repeats}
+    announcements = list(earlier.get("announcements", []))
+    if not announcements or {**announcements[-1], "time": ""} != {**announced, "time": ""}:
+        announcements.append(announced)
+    whole = {**record, "machine": machine(), "spec": spec.to_json(), "announcements": announcements}
+    directory.write_json("sweep.json", {**whole, "created": earlier.get("created", utc(time.time()))})
+    return record
+
+
+def check_same(earlier: dict[str, Any], record: dict[str, Any], shown: str, options: Options) -> None:
+    """Raise Refused unless the directory is new, or was made by this config, data and code."""
+    for name, words in (("config_hash", "configuration"), ("data_hash", "data set")):
+        before, now = earlier.get(name), record[name]
+        if before and now and before != now:
+            raise Refused(f"{shown} was made by another {words} ({before[:12]}, now {now[:12]}); choose another --out")
+    before, now = earlier.get("code_hash"), record["code_hash"]
+    if before and before != now and not options.allow_code_change:
+        raise Refused(
+            f"{shown} was made by other code ({before[:12]}, now {now[:12]}); "
+            f"choose another --out, or continue and mark the rows with --allow-code-change"
+        )
+
+
+def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey] | None) -> list[Run]:
+    """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
+    finished = finished_attempts(spec.out)
+    earlier: dict[RunKey, Run] = {}
+    for plain in directory.read_state().get("runs", []):
+        run = run_from_json(plain)
+        earlier[run.key] = run
+    runs = []
+    for key in spec.keys:
+        run = earlier.get(key, Run(key=key))
+        attempt = max(run.attempt, finished.get(key, 0))
+        if key in finished:
+            run = Run(key=key, state=State.DONE, attempt=attempt, preemptions=run.preemptions, node=run.node)
+        else:
+            run = Run(key=key, attempt=attempt, preemptions=run.preemptions)
+        if only is None or key in only or run.is_final:
+            runs.append(run)
+    return runs
+
+
+def finished_attempts(out: str) -> dict[RunKey, int]:
+    """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
+    from results.reader import read_runs
+    from results.schema import FINISHED
+
+    try:
+        rows = read_runs(out, columns=["attempt"])
+    except FileNotFoundError:
+        return {}
+    for problem in rows.problems:
+        logger.warning("%s (counts as not done)", problem)
+    frame = rows.frame[rows.frame["state"] == FINISHED]
+    found: dict[RunKey, int] = {}
+    for seed, repeat, attempt in zip(frame["seed"], frame["repeat"], frame["attempt"]):
+        key = RunKey(seed=int(seed), repeat=int(repeat))
+        found[key] = max(found.get(key, 0), int(attempt))
+    return found
+
+
+def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options) -> int:
+    """Run the scheduler over a backend until every run is final."""
+    if all(run.is_final for run in runs):
+        directory.write_state(spec.name, runs, time.time() - time.monotonic())
+        return exit_code({run.key: run for run in runs}, is_interrupted=False)
+    with open_backend(spec, options) as (backend, grace_s):
+        limits = replace(spec.limits, **LOCAL_LIMITS) if options.is_local else spec.limits
+        sweep = SweepWork(spec, record, options)
+        logger.info("sweep=%s runs=%d slots=%d", spec.name, len(runs), count_slots(backend.nodes(), spec.gang))
+        view = open_view(options.progress, f"{spec.name} -> {spec.out}")
+        scheduler = Scheduler(
+            spec, runs, backend, directory, view, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
+            grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
+        )  # fmt: skip
+        try:
+            with signals_end(scheduler.interrupt):
+                final = scheduler.run()
+        finally:
+            view.close()
+        return exit_code(final, is_interrupted=scheduler.is_interrupted)
+
+
+# A thread cannot be killed, so that limits which end in a kill do not apply to --local.
+LOCAL_LIMITS: dict[str, Any] = {
+    "start_s": float("inf"),
+    "stall_s": float("inf"),
+    "heartbeat_s": float("inf"),
+    "seed_s": None,
+}
+
+
+@contextmanager
+def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, float]]:
+    """Yield the backend, and the grace that stopping ranks get on it; whatever was started ends with the block."""
+    if options.is_local:
+        from runner.local_backend import LocalBackend
+
+        yield LocalBackend(spec.gang), GRACE_S
+        return
+    from runner.ray_backend import RayBackend, connect, disconnect, is_ray_job
+
+    connect(options.address)
+    try:
+        backend = RayBackend(spec.gang)
+        try:
+            yield backend, JOB_GRACE_S if is_ray_job() else GRACE_S
+        finally:
+            backend.close()
+    finally:
+        disconnect()
+
+
+class SweepWork:
+    """Makes the jobs of a sweep, and commits what comes of them."""
+
+    def __init__(self, spec: SweepSpec, record: dict[str, Any], options: Options) -> None:
+        self.spec, self.record, self.options = spec, record, options
+        self.root = local_root(spec.out) or scratch_root(spec.out)
+        self.nodes: list[str] = []
+
+    def workdir(self, key: RunKey) -> Path:
+        """Return the run directory of a run on this machine."""
+        return self.root / "seeds" / key.name
+
+    def record_of(self, run: Run) -> dict[str, Any]:
+        """Return what attempt.json says of a run before its node is known."""
+        return {
+            **self.record,
+            "seed": run.key.seed,
+            "repeat": run.key.repeat,
+            "config": dataclasses.asdict(self.spec.config_for(run.key)),
+        }
+
+    def make_job(self, run: Run) -> Job:
+        """Return the job of a placed run."""
+        return Job(
+            key=run.key,
+            attempt=run.attempt,
+            config=self.spec.config_for(run.key),
+            world_size=self.spec.gang.world_size,
+            threads=self.spec.gang.cpus,
+            uses_gpus=self.spec.gang.gpus > 0,
+            workdir=str(self.workdir(run.key)),
+            out=self.spec.out,
+            restart=self.spec.limits.restart,
+            allow_code_change=self.options.allow_code_change,
+            record=self.record_of(run),
+            fetch=self.spec.fetch,
+            target=self.options.target,
+            stall_s=None if self.options.is_local else self.spec.limits.stall_s,
+        )
+
+    def commit(self, run: Run) -> None:
+        """Write the results of an attempt that ended. Raises OSError or ValueError if that fails."""
+        if run.node_id not in self.nodes:
+            self.nodes.append(run.node_id)
+        label = f"node-{self.nodes.index(run.node_id)}"
+        commit_run(self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label)
+
+
+def scratch_root(out: str) -> Path:
+    """Return the node-local folder where runs of a sweep on an object store do their work."""
+    return Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}" / sha256(out.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def signals_end(interrupt: Callable[[], None]) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C call interrupt; a second Ctrl-C ends the process the usual way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupt()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def with_limits(spec: SweepSpec, **changes: Any) -> SweepSpec:
+    """Return spec with other limits."""
+    limits: Limits = replace(spec.limits, **changes)
+    return replace(spec, limits=limits)
