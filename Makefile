@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@echo "==> corpus: runs/corpus"
-	@$(BIN)/seedsweep data builtin --out runs/corpus
+	@$(BIN)/seedsweep data builtin --out runs/corpus --reuse
 	@echo "==> sweep: jobs/specs/demo.yaml -> runs/demo"
 	@$(BIN)/seedsweep run jobs/specs/demo.yaml; code=$$?; \
 		if [ $$code -le 1 ]; then $(BIN)/seedsweep table runs/demo || code=$$?; fi; exit $$code

