@@ -41,14 +41,51 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, *
     name = resolve_backend(backend, q, is_packed=packing is not None)
     if name == "sdpa":
         return _dense(q, k, v) if packing is None else _bucketed(q, k, v, packing)
-    num_rows, row_len, _, head_dim = q.shape
-    if packing is None:
-        cu_seqlens = torch.arange(0, (num_rows + 1) * row_len, row_len, dtype=torch.int32, device=q.device)
-        max_seqlen = row_len
-    else:
-        cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
-    flat = (x.reshape(num_rows * row_len, x.size(2), head_dim) for x in (q, k, v))
-    return VARLEN_KERNELS[name](*flat, cu_seqlens, max_seqlen).reshape(q.shape)
+    bounds = segment_bounds(packing, q.size(0), q.size(1), q.device)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return VARLEN_KERNELS[name](*flat, bounds).reshape(q.shape)
+
+
+class Bounds(NamedTuple):
+    """Where the segments of packed queries and keys lie: cu_seqlens int32 of both, and their longest segments.
+
+    A segment with fewer queries than keys has the last ones.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    max_keys: int
+
+
+def segment_bounds(packing: Packing | None, num_rows: int, row_len: int, device: torch.device) -> Bounds:
+    """Return the bounds of a pack, or of whole rows laid end to end."""
+    if packing is not None:
+        return Bounds(packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen)
+    starts = torch.arange(0, (num_rows + 1) * row_len, row_len, dtype=torch.int32, device=device)
+    return Bounds(starts, starts, row_len, row_len)
+
+
+def window_bounds(
+    left_padding: Tensor | None, num_rows: int, row_len: int, num_queries: int, device: torch.device
+) -> Bounds:
+    """Return the bounds of rows (num_rows, row_len) of which left_padding (num_rows,) leading keys are nobody's.
+
+    Only the last num_queries positions of each row are queries. Padding is a segment of its own, so that every kernel
+    can skip it; with fewer queries than keys it has none, and no padded position may be among them.
+    """
+    if left_padding is None:
+        keys = torch.arange(0, (num_rows + 1) * row_len, row_len, dtype=torch.int32, device=device)
+        queries = torch.arange(0, (num_rows + 1) * num_queries, num_queries, dtype=torch.int32, device=device)
+        return Bounds(queries, keys, num_queries, row_len)
+    rows = torch.arange(num_rows, device=device)
+    padded_queries = (left_padding - (row_len - num_queries)).clamp_min(0)
+
+    def entries(length: int, padding: Tensor) -> Tensor:
+        starts = torch.stack((rows * length, rows * length + padding), dim=1).flatten()
+        return torch.cat((starts, starts.new_tensor([num_rows * length]))).to(torch.int32)
+
+    return Bounds(entries(num_queries, padded_queries), entries(row_len, left_padding), num_queries, row_len)
 
 
 def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
@@ -157,31 +194,30 @@ def _bucketed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return torch.cat(results).index_select(0, layout.target)[None]
 
 
-# ---- variable-length kernels: (tokens, heads, E), cu_seqlens int32, longest segment ---------------------------------
+# ---- variable-length kernels: q (tokens, H, E), k and v (tokens, K, E), and the bounds of their segments -------------
 
 # Grouped heads need this argument from torch 2.12 on; 2.11 takes them without and does not know it.
 GQA_OPTION: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     # A left window of -1 and a right one of 0 is causal attention.
-    y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **GQA_OPTION)
-    return _first(y)
+    return _first(varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **GQA_OPTION))
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _flex(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     from model.kernels.flex import flex_varlen
 
-    return flex_varlen(q, k, v, cu_seqlens, max_seqlen)
+    return flex_varlen(q, k, v, bounds.keys)
 
 
 def _flash(module: str) -> Callable[..., Tensor]:
     """Return the variable-length function of a FlashAttention package, imported at the first call."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
         function = importlib.import_module(module).flash_attn_varlen_func
-        bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-        return _first(function(q, k, v, **bounds, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, causal=True))
+        longest = {"max_seqlen_q": bounds.max_queries, "max_seqlen_k": bounds.max_keys}
+        return _first(function(q, k, v, cu_seqlens_q=bounds.queries, cu_seqlens_k=bounds.keys, **longest, causal=True))
 
     return run
 

@@ -21,7 +21,7 @@ BLOCK = 128
 _last_mask: tuple[weakref.ref[Tensor], int, BlockMask] | None = None
 
 
-def flex_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def flex_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention inside segments; q (T, H, E), k and v (T, K, E). Compiled on CUDA, for small tests elsewhere."""
     mask = cached_block_mask(cu_seqlens, q.size(0))
     run = _compiled() if q.is_cuda else cast(Callable[..., Any], flex_attention)
