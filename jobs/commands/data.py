@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from model.data.writer import Corpus
 
+EXIT_OK, EXIT_INTERRUPTED = 0, 3
 LINE_EVERY_S = 10.0  # in a log
 REDRAW_EVERY_S = 0.2  # on a terminal
 
@@ -30,7 +31,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     split.add_argument("--val-documents", type=int, metavar="N", help="the first N documents are for validation")
     split.add_argument("--val-frac", type=float, metavar="F", help="this part of the documents is for validation")
     text.add_argument("--name", default="text", help="first part of the shards' names (default: text)")
-    for kind in (builtin, text):
+    fineweb = kinds.add_parser("fineweb", help="the published FineWeb shards and tokenizer, from the Hugging Face hub")
+    fineweb.add_argument("--shards", type=int, metavar="N", help="the first N training shards (default: all)")
+    fineweb.add_argument("--repo", metavar="OWNER/NAME", help="dataset repository on the hub")
+    fineweb.add_argument("--variant", metavar="spN", help="tokenizer variant, by vocabulary size (default sp8192)")
+    fineweb.add_argument("--revision", metavar="REV", help="branch, tag or commit (default main)")
+    for kind in (builtin, text, fineweb):
         kind.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the corpus")
 
 
@@ -43,13 +49,23 @@ def execute(args: argparse.Namespace) -> int:
 
         if args.reuse and is_intact(args.out, name=NAME):
             print(f"{args.out}: intact corpus kept")
-            return 0
+            return EXIT_OK
         corpus = build_builtin(args.out, progress)
+    elif args.kind == "fineweb":
+        from model.data.fineweb import FetchOptions, fetch_fineweb
+
+        given = {name: getattr(args, name) for name in ("repo", "variant", "revision") if getattr(args, name)}
+        try:
+            corpus = fetch_fineweb(args.out, FetchOptions(num_shards=args.shards, **given), progress)
+        except ConnectionError as error:
+            progress.close()
+            print(f"seedsweep: interrupted: {error}", file=sys.stderr)
+            return EXIT_INTERRUPTED
     else:
         corpus = make_text_corpus(args, progress)
     progress.close()
     print_corpus(corpus)
-    return 0
+    return EXIT_OK
 
 
 def make_text_corpus(args: argparse.Namespace, progress: ProgressLine) -> Corpus:
@@ -76,7 +92,8 @@ def print_corpus(corpus: Corpus) -> None:
     print(f"{corpus.folder}: corpus {corpus.name}, tokenizer {corpus.tokenizer.name} of {corpus.vocab_size} pieces")
     print(f"{'split':<6}{'documents':>12}{'tokens':>16}{'bytes':>16}")
     for split, counts in corpus.splits.items():
-        print(f"{split:<6}{counts.documents:>12}{counts.tokens:>16}{counts.text_bytes:>16}")
+        text_bytes = "-" if counts.tokens and not counts.text_bytes else str(counts.text_bytes)
+        print(f"{split:<6}{counts.documents:>12}{counts.tokens:>16}{text_bytes:>16}")
 
 
 class ProgressLine:

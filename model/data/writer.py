@@ -30,7 +30,10 @@ SPLITS = ("train", "val")
 
 @dataclass(slots=True)
 class SplitCounts:
-    """What a split holds: documents, tokens (a BOS each included) and UTF-8 bytes of the text as given."""
+    """What a split holds: documents, tokens (a BOS each included) and UTF-8 bytes of the text as given.
+
+    text_bytes is 0 where only tokens are known.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -61,34 +64,49 @@ def is_intact(folder: Path, *, name: str | None = None) -> bool:
 
 
 @contextlib.contextmanager
+def hold_folder(out: Path, *, is_patient: bool = False) -> Iterator[None]:
+    """Make folder out if need be and keep other seedsweep data commands off it; is_patient waits for them to end.
+
+    Raises ValueError if out is not writable, or is held by another process and nobody waits.
+    """
+    lock_path = out / LOCK_NAME
+    while True:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = lock_path.open("wb")
+        except OSError as error:
+            raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if is_patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
+            try:
+                if os.fstat(lock.fileno()).st_nlink == 0:
+                    continue  # its last holder removed the file while this one waited
+                yield
+            finally:
+                if os.fstat(lock.fileno()).st_nlink:
+                    lock_path.unlink(missing_ok=True)
+        return
+
+
+@contextlib.contextmanager
 def claim_folder(out: Path, name: str, *, is_remade: bool = False) -> Iterator[None]:
     """Hold folder out for one writer of corpus name, and clear what an interrupted one of that name left there.
 
     is_remade: a damaged corpus, one with a manifest and files missing or of wrong length, is cleared as well.
-    Raises ValueError if out is not writable, is held by another process, or holds another corpus.
+    Raises ValueError as hold_folder does, or if out holds another corpus.
     """
     if not CORPUS_NAME.fullmatch(name):
         raise ValueError(f"--name {name!r} must be letters, digits, dots and hyphens, at most 64")
-    lock_path = out / LOCK_NAME
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_path.open("wb")
-    except OSError as error:
-        raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
-    with lock:
+    with hold_folder(out):
+        _clear_leftovers(out, name, is_remade=is_remade)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
-        try:
-            _clear_leftovers(out, name, is_remade=is_remade)
-            try:
-                yield
-            finally:
-                if not (out / MANIFEST_NAME).exists():
-                    _clear_leftovers(out, name)
+            yield
         finally:
-            lock_path.unlink(missing_ok=True)
+            if not (out / MANIFEST_NAME).exists():
+                _clear_leftovers(out, name)
 
 
 def _clear_leftovers(out: Path, name: str, *, is_remade: bool = False) -> None:
