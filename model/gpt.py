@@ -19,19 +19,11 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
-from model.kernels.attention import attention
 from model.kernels.cross_entropy import softcap_cross_entropy
-from model.kernels.window_attention import window_attention
-from model.layers import (
-    exclude_own_value,
-    low_rank,
-    merge_skip,
-    normalize_and_rotate,
-    rms_norm,
-    rotary_tables,
-    softcap,
-    squared_leaky_relu,
-)
+from model.kernels.mlp import mlp
+from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
+from model.kernels.self_attention import Rows, self_attention
+from model.layers import low_rank, rotary_tables, softcap
 from model.lora import Adapters, Pair
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
@@ -78,12 +70,16 @@ class Projection(nn.Module):
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights in the compute type."""
+    """One layer's weights: matrices in the compute type, vectors as stored.
+
+    out and down already hold the layer's output scales: a scale on the rows of a matrix costs nothing, a scale on the
+    residual stream costs a pass over it.
+    """
 
     qkv: Tensor  # (D + 2 K E, D)
-    out: Tensor  # (D, D)
+    out: Tensor  # (D, D), rows times attn_scale
     up: Tensor  # (M, D)
-    down: Tensor  # (D, M)
+    down: Tensor  # (D, M), rows times mlp_scale
     attn_scale: Tensor  # (D,)
     mlp_scale: Tensor  # (D,)
     resid_mix: Tensor  # (2, D)
@@ -96,17 +92,26 @@ class Context(NamedTuple):
     x0: Tensor  # (B, T, D)
     cos: Tensor  # (T or B x T, rope_dims / 2)
     sin: Tensor
-    packing: Packing | None
-    left_padding: Tensor | None  # (B,)
+    rows: Rows
+
+
+class Stream(NamedTuple):
+    """A residual stream whose last addition is still to be made, by the kernel that reads it next: x + delta."""
+
+    x: Tensor  # (B, T, D)
+    delta: Tensor | None  # (B, T, D)
 
 
 class GPT(nn.Module):
     """The decoder; parameters are created empty (also on the meta device), init_weights fills them."""
 
-    def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32, attention_backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attention_backend = attention_backend
         num_layers, dim = config.num_layers, config.model_dim
         self.tok_emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, dim), freeze=False)
         self.qo_bank = nn.Parameter(torch.empty(2 * num_layers, dim, dim))  # queries, then output projections
@@ -159,9 +164,12 @@ class GPT(nn.Module):
         other; without it each row is one causal sequence. left_padding (B,) int64: leading tokens of each row that
         are no part of it. With num_scored = n only the last n positions of each row are scored: targets and results
         have n columns, and work that cannot reach them is left out. adapters: one set a row.
-        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n). Logits are (B, T or n, V).
+        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n); "calibrate" -> nothing of use, for hooks.
+        Logits are (B, T or n, V).
         """
         hidden = self._hidden(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
+        if reduction == "calibrate":  # the head's input is heard, its 8,192 columns are not computed
+            return self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
         logits = self.projections["head"](hidden, self.tok_emb.weight.to(hidden.dtype))  # (B, n, V)
         pair = adapters.head() if adapters is not None else None
         if pair is not None:
@@ -179,90 +187,86 @@ class GPT(nn.Module):
         pairs = adapters.by_visit(plan.num_visits) if adapters is not None else [{}] * plan.num_visits
         weights = self._layer_weights()
         n = num_scored or tokens.size(1)
-        x = rms_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype))  # (B, T, D)
-        cos, sin = self._rotary(tokens, packing, left_padding)
-        context = Context(x, cos, sin, packing, left_padding)
+        _, x0 = add_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype), None)  # (B, T, D)
+        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding))
+        stream = Stream(x0, None)
         skips: list[Tensor] = []
         for visit, layer in enumerate(plan.encoder):
-            x = self._attend(layer, x, weights[layer], context, pairs[visit])
-            x = x + self._mlp(layer, x, weights[layer], pairs[visit])
-            skips.append(x)
-        lane: Tensor | None = None  # the MLPs' lane, once the lanes have parted
+            x, stream = self._attend(layer, stream, weights[layer], context, pairs[visit])
+            if visit > 0:
+                skips.append(x)
+            stream = self._mlp(layer, stream, weights[layer], pairs[visit])
+        x = stream.x if stream.delta is None else stream.x + stream.delta
+        stream = Stream(x, None)
+        skips.append(x)
+        lane: Stream | None = None  # the MLPs' lane, once the lanes have parted
         for step, layer in enumerate(plan.decoder):
             visit = len(plan.encoder) + step
+            skip = None
             if step < self.skip_weights.size(0) and skips:
-                x = merge_skip(x, skips.pop(), self.skip_weights[step], self.skip_gates[step])
-            if lane is None and layer >= self.config.parallel_start_layer:
-                lane = x[:, -n:]  # no MLP of this lane looks at another position
+                skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
+            is_last = visit + 1 == plan.num_visits
+            is_parting = lane is None and layer >= self.config.parallel_start_layer
+            num_queries = n if is_last and (is_parting or lane is not None) and n < tokens.size(1) else None
+            x, stream = self._attend(layer, stream, weights[layer], context, pairs[visit], skip, num_queries)
+            if is_parting:
+                lane = Stream(x[:, -n:], None)  # no MLP of this lane looks at another position
             if lane is None:
-                x = self._attend(layer, x, weights[layer], context, pairs[visit])
-                x = x + self._mlp(layer, x, weights[layer], pairs[visit])
+                stream = self._mlp(layer, stream, weights[layer], pairs[visit])
             else:
-                num_queries = n if visit + 1 == plan.num_visits else x.size(1)
-                x = self._attend(layer, x, weights[layer], context, pairs[visit], num_queries)
-                lane = lane + self._mlp(layer, lane, weights[layer], pairs[visit])
-        x = x[:, -n:]
-        if lane is not None:
-            share = self.lane_merge.to(x.dtype)
-            x = share * x + (1 - share) * lane
-        return rms_norm(x)
+                lane = self._mlp(layer, lane, weights[layer], pairs[visit])
+        x, delta = stream.x[:, -n:], None if stream.delta is None else stream.delta[:, -n:]
+        if lane is None:
+            return add_norm(x, delta)[1]
+        assert delta is not None
+        assert lane.delta is not None
+        return merge_norm(x, delta, lane.x, lane.delta, self.lane_merge)
 
     def _attend(
-        self, layer: int, x: Tensor, w: LayerWeights, context: Context, pairs: dict[str, Pair],
-        num_queries: int | None = None,
-    ) -> Tensor:
-        """Return a*x + b*x0 plus the scaled attention output, for the last num_queries positions of each row."""
-        config = self.config
-        batch, time, _ = x.shape
-        n = num_queries or time
-        mixed = w.resid_mix[0] * x + w.resid_mix[1] * context.x0
-        normed = rms_norm(mixed, norm_scale(layer))
-        sizes = (config.model_dim, config.kv_dim, config.kv_dim)
-        q, k, v = self.projections[f"layers_{layer}_qkv"](normed, w.qkv).split(sizes, dim=-1)
-        if pairs:
-            q, k, v = (
-                base + low_rank(normed, pairs[kind]) if kind in pairs else base
-                for kind, base in (("q", q), ("k", k), ("v", v))
-            )
-        q = q.view(batch, time, config.num_heads, config.head_dim)
-        k = k.view(batch, time, config.num_kv_heads, config.head_dim)
-        v = v.view(batch, time, config.num_kv_heads, config.head_dim)
-        q = normalize_and_rotate(q[:, -n:], context.cos[..., -n:, :], context.sin[..., -n:, :], w.q_gain)
-        k = normalize_and_rotate(k, context.cos, context.sin)
-        if context.left_padding is None and n == time:
-            y = attention(q, k, v, context.packing)  # (B, T, H, E)
-        else:
-            y = window_attention(q, k, v, context.left_padding)  # (B, n, H, E)
-        if layer >= config.num_layers - config.xsa_last_n:
-            y = exclude_own_value(y, v[:, -n:])
-        out = self.projections[f"layers_{layer}_o"](y.reshape(batch, n, config.model_dim), w.out)
-        if "o" in pairs:
-            out = out + low_rank(normed[:, -n:], pairs["o"])
-        return mixed[:, -n:] + w.attn_scale * out
+        self, layer: int, stream: Stream, w: LayerWeights, context: Context, pairs: dict[str, Pair],
+        skip: Skip | None = None, num_queries: int | None = None,
+    ) -> tuple[Tensor, Stream]:
+        """Return the stream as it came in (skip merged), and after the attention part of the layer.
 
-    def _mlp(self, layer: int, x: Tensor, w: LayerWeights, pairs: dict[str, Pair]) -> Tensor:
-        """Return the scaled MLP output for x (B, T, D)."""
-        normed = rms_norm(x, norm_scale(layer))
-        hidden = squared_leaky_relu(self.projections[f"layers_{layer}_up"](normed, w.up))  # (B, T, M)
-        out = self.projections[f"layers_{layer}_down"](hidden, w.down)
+        With num_queries the second is made for the last positions of each row only.
+        """
+        config = self.config
+        n = num_queries or stream.x.size(1)
+        x, mixed, normed = mix_norm(*stream, context.x0, w.resid_mix, norm_scale(layer), skip)
+        qkv = self.projections[f"layers_{layer}_qkv"](normed, w.qkv)  # (B, T, D + 2 K E)
+        if pairs:
+            sizes = [config.model_dim, config.kv_dim, config.kv_dim]
+            parts = zip(("q", "k", "v"), torch.split(qkv, sizes, dim=-1), strict=True)
+            qkv = torch.cat([y + low_rank(normed, pairs[kind]) if kind in pairs else y for kind, y in parts], dim=-1)
+        y = self_attention(
+            qkv, context.cos, context.sin, w.q_gain, context.rows._replace(num_queries=num_queries),
+            num_kv_heads=config.num_kv_heads, is_value_excluded=layer >= config.num_layers - config.xsa_last_n,
+            backend=self.attention_backend,
+        )  # (B, n, D)
+        out = self.projections[f"layers_{layer}_o"](y, w.out)
+        if "o" in pairs:
+            out = out + low_rank(normed[:, -n:], scale_outputs(pairs["o"], w.attn_scale))
+        return x, Stream(mixed[:, -n:], out)
+
+    def _mlp(self, layer: int, stream: Stream, w: LayerWeights, pairs: dict[str, Pair]) -> Stream:
+        """Return the stream after the MLP part of the layer."""
+        x, normed = add_norm(*stream, norm_scale(layer))
+        up, down = (self.projections[f"layers_{layer}_{kind}"] for kind in ("up", "down"))
+        out = mlp(normed, w.up, w.down, up, down)
         if "mlp" in pairs:
-            out = out + low_rank(normed, pairs["mlp"])
-        return w.mlp_scale * out
+            out = out + low_rank(normed, scale_outputs(pairs["mlp"], w.mlp_scale))
+        return Stream(x, out)
 
     def _layer_weights(self) -> list[LayerWeights]:
         """Return every layer's weights, cast once to the compute type."""
         dtype, count = self.compute_dtype, self.config.num_layers
-        qo, kv = self.qo_bank.to(dtype).unbind(0), self.kv_bank.to(dtype).unbind(0)
-        up, down = self.mlp_up_bank.to(dtype).unbind(0), self.mlp_down_bank.to(dtype).unbind(0)
-        attn_scale, mlp_scale = self.attn_scale.to(dtype).unbind(0), self.mlp_scale.to(dtype).unbind(0)
-        mix, gain = self.resid_mix.to(dtype).unbind(0), self.q_gain.unbind(0)
-        return [
-            LayerWeights(
-                torch.cat((qo[i], kv[i], kv[count + i])), qo[count + i], up[i], down[i],
-                attn_scale[i], mlp_scale[i], mix[i], gain[i],
-            )
-            for i in range(count)
-        ]
+        kv = self.kv_bank.to(dtype)
+        qkv = torch.cat((self.qo_bank[:count].to(dtype), kv[:count], kv[count:]), dim=1).unbind(0)
+        out = (self.qo_bank[count:] * self.attn_scale.unsqueeze(-1)).to(dtype).unbind(0)
+        up, down = self.mlp_up_bank.to(dtype), (self.mlp_down_bank * self.mlp_scale.unsqueeze(-1)).to(dtype)
+        vectors = (self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain)
+        per_layer = zip(qkv, out, up.unbind(0), down.unbind(0), *(v.unbind(0) for v in vectors), strict=True)
+        return [LayerWeights(*tensors) for tensors in per_layer]
 
     def _rotary(
         self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None
@@ -275,6 +279,12 @@ class GPT(nn.Module):
             positions = segment_positions(packing, tokens.size(1))
         dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return rotary_tables(positions, rope_dims=self.config.rope_dims, base=self.config.rope_base, dtype=dtype)
+
+
+def scale_outputs(pair: Pair, scale: Tensor) -> Pair:
+    """Return the adapter whose output is scale (out,) times pair's."""
+    a, b = pair
+    return a, b * scale.to(b.dtype).unsqueeze(-1)
 
 
 def norm_scale(layer: int) -> float:

@@ -50,16 +50,30 @@ def mix_norm(
     return total, mixed, rms_norm(mixed, scale)
 
 
+def merge_norm(a: Tensor, delta_a: Tensor, b: Tensor, delta_b: Tensor, share: Tensor) -> Tensor:
+    """Return rms(share (a + delta_a) + (1 - share) (b + delta_b)), the end of the two lanes; share a scalar tensor."""
+    if uses_triton(a):
+        from model.kernels.residual_triton import MergeNorm
+
+        flat = (_rows(x) for x in (a, delta_a, b, delta_b))
+        y: Tensor = MergeNorm.apply(*flat, share)  # type: ignore[no-untyped-call]
+        return y.view(a.shape)
+    share = share.to(a.dtype)
+    return rms_norm(share * (a + delta_a) + (1 - share) * (b + delta_b))
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """Return x (..., D) as contiguous rows (N, D)."""
+    return None if x is None else x.reshape(-1, x.size(-1)).contiguous()
+
+
 def _fused(
     x: Tensor, delta: Tensor | None, skip: Skip | None, first: Tensor | None, mix: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from model.kernels.residual_triton import MixNorm
 
-    def rows(y: Tensor | None) -> Tensor | None:
-        return None if y is None else y.reshape(-1, y.size(-1)).contiguous()
-
     source, weight, gate = skip if skip is not None else (None, None, None)
-    flat, flat_delta, flat_source, flat_first = rows(x), rows(delta), rows(source), rows(first)
+    flat, flat_delta, flat_source, flat_first = _rows(x), _rows(delta), _rows(source), _rows(first)
     outputs = MixNorm.apply(flat, flat_delta, flat_source, weight, gate, flat_first, mix, scale)  # type: ignore[no-untyped-call]
     total, mixed, normed = (None if y is None else y.view(x.shape) for y in outputs)
     assert normed is not None

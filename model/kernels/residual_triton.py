@@ -169,3 +169,75 @@ class MixNorm(torch.autograd.Function):
         return (
             grad_x, grad_x if ctx.has_delta else None, grad_skip, grad_weight, grad_gate, grad_first, grad_mix, None,
         )  # fmt: skip
+
+
+@triton.jit
+def _merge(
+    a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share_ptr, y_ptr, num_rows,
+    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    at = rows[:, None] * D + cols[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
+    share = tl.load(share_ptr).to(tl.float32)
+    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = share * a + (1 - share) * b
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
+    tl.store(y_ptr + at, (x * inverse[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _merge_backward(
+    grad_ptr, a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share_ptr, grad_a_ptr, grad_b_ptr, partial_ptr, num_rows,
+    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    at = rows[:, None] * D + cols[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
+    share = tl.load(share_ptr).to(tl.float32)
+    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    normed = share * a + (1 - share) * b
+    inverse = tl.rsqrt(tl.sum(normed * normed, axis=1) / D + EPS)[:, None]
+    normed *= inverse
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    along = tl.sum(grad * normed, axis=1)[:, None] / D
+    grad = inverse * (grad - normed * along)
+    tl.store(grad_a_ptr + at, (share * grad).to(grad_a_ptr.dtype.element_ty), mask=inside)
+    tl.store(grad_b_ptr + at, ((1 - share) * grad).to(grad_b_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(grad * (a - b), axis=1), axis=0))
+
+
+class MergeNorm(torch.autograd.Function):
+    """(a, delta_a, b, delta_b, share) -> rms(share (a + delta_a) + (1 - share) (b + delta_b)), all (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, delta_a: Tensor, b: Tensor, delta_b: Tensor, share: Tensor) -> Tensor:
+        num_rows, width = a.shape
+        y = torch.empty_like(a)
+        _merge[(triton.cdiv(num_rows, ROWS),)](
+            a, delta_a, b, delta_b, share, y, num_rows,
+            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
+        ctx.save_for_backward(a, delta_a, b, delta_b, share)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        a, delta_a, b, delta_b, share = ctx.saved_tensors
+        num_rows, width = a.shape
+        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+        programs = triton.cdiv(num_rows, ROWS)
+        partial = torch.empty(programs, device=a.device, dtype=torch.float32)
+        _merge_backward[(programs,)](
+            grads[0].contiguous(), a, delta_a, b, delta_b, share, grad_a, grad_b, partial, num_rows,
+            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+        )  # fmt: skip
+        return grad_a, grad_a, grad_b, grad_b, partial.sum().to(share.dtype)
