@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from typing import Any
 
@@ -21,21 +20,13 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 POLL_EVERY_S = 0.05
-JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the entrypoint of a job
-
-
-def is_ray_job() -> bool:
-    """Return whether this process is the entrypoint of a submitted job; only its environment says so."""
-    return JOB_VARIABLE in os.environ
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at address; the job's own cluster under `ray job submit`; else start one on this machine.
+    """Join the cluster at address, or start one on this machine that listens on loopback only.
 
-    One started here listens on loopback only. Raises SweepError if there is no cluster at address.
+    Raises SweepError if there is no cluster at address.
     """
-    if address is None and is_ray_job():
-        address = "auto"
     if address is not None:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -44,8 +35,6 @@ def connect(address: str | None) -> None:
                 f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
             ) from None
         return
-    # several nodes on one machine would need other addresses; one node binds loopback
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     ray.init(
         address="local", _node_ip_address=LOOPBACK, include_dashboard=False, log_to_driver=False,
         logging_level=logging.WARNING,

@@ -1,0 +1,142 @@
+"""Small work in place of the pipeline: four stages with records, a checkpoint, and faults on demand.
+
+A rank runs `work`; OUT/faults.json lists what goes wrong where. The figures depend on seed and steps only, so that an
+interrupted run must end in the same ones as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.train import Interrupted
+from runner.rank import Rank
+from runner.storage import LocalStorage
+
+STAGES = ("train", "quantize", "evaluate", "ttt")
+NUM_STEPS = {"train": 12, "quantize": 2, "evaluate": 2, "ttt": 4}
+STEP_S = 0.02
+TARGET = "tests.stub_work:work"
+GANG_TARGET = "tests.stub_work:gang_work"
+
+
+def work(rank: Rank) -> None:
+    """Run the stages that are not finished; every rank computes the same, rank 0 writes."""
+    for stage in STAGES:
+        if not (Path(rank.job.workdir) / "stages" / f"{stage}.json").exists():
+            run_stage(rank, stage)
+
+
+def gang_work(rank: Rank) -> None:
+    """Run the stages in a real process group: ranks meet at every step, as in training."""
+    from runner.worker import join_gang
+
+    dist = join_gang(rank)
+    try:
+        for stage in STAGES:
+            dist.barrier()
+            if not (Path(rank.job.workdir) / "stages" / f"{stage}.json").exists():
+                run_stage(rank, stage, barrier=dist.barrier)
+    finally:
+        dist.close()
+
+
+def run_stage(rank: Rank, stage: str, barrier: Any = lambda: None) -> None:
+    """Take the steps of one stage, resuming training from its checkpoint, and leave its record."""
+    storage = LocalStorage(Path(rank.job.workdir))
+    step, value, resumed = 0, float(rank.job.config.seed), []
+    checkpoint = Path(rank.job.workdir) / "checkpoints" / "step.json"
+    if stage == "train" and rank.job.restart == "checkpoint" and checkpoint.exists():
+        step, value = json.loads(checkpoint.read_text())
+        resumed = [step]
+    barrier()
+    while step < NUM_STEPS[stage]:
+        misbehave(rank, stage, step)
+        if stage == "train" and rank.should_stop():
+            raise Interrupted(f"stopped at step {step}")
+        time.sleep(STEP_S)
+        barrier()
+        step, value = step + 1, value * 0.75 + 1.0 / (step + 2)
+        if rank.rank == 0:
+            rank.report(stage, step, NUM_STEPS[stage], {"loss": value, "tokens_per_s": 1000.0})
+            if stage == "train" and step % 4 == 0:
+                storage.write("checkpoints/step.json", json.dumps([step, value]).encode())
+    barrier()
+    if rank.rank == 0:
+        leave_record(rank, stage, value, resumed, storage)
+
+
+def leave_record(rank: Rank, stage: str, value: float, resumed: list[int], storage: LocalStorage) -> None:
+    """Write a stage's record and the arrays that the commit reads."""
+    metrics: dict[str, Any] = {f"{stage}_s": 1.0}
+    if stage == "train":
+        metrics |= {"steps": NUM_STEPS["train"], "num_resumes": len(resumed), "resumed_at_steps": resumed}
+        save(rank, "steps.npz", step=np.arange(1, NUM_STEPS["train"] + 1), loss=np.full(NUM_STEPS["train"], value))
+    if stage == "evaluate":
+        metrics |= score("pre_ttt", value)
+        save(rank, "evaluate.npz", **documents(), nats_plain=np.full(3, value))
+    if stage == "ttt":
+        metrics |= score("ttt_lr0", value) | score("post_ttt", value - 0.01)
+        save(rank, "ttt.npz", **documents(), nats_lr0=np.full(3, value), nats_ttt=np.full(3, value - 0.01))
+    record = {"format": 1, "stage": stage, "seconds": 1.0, "metrics": metrics, "outputs": {}, **hashes(rank)}
+    storage.write(f"stages/{stage}.json", json.dumps(record).encode())
+
+
+def hashes(rank: Rank) -> dict[str, Any]:
+    """Return the hashes of the sweep that this rank works for."""
+    return {name: rank.job.record.get(name) for name in ("config_hash", "data_hash", "code_hash")}
+
+
+def score(name: str, value: float) -> dict[str, float]:
+    """Return the metrics of one scoring pass."""
+    return {f"{name}_nats": value * 30, f"{name}_tokens": 30, f"{name}_bytes": 90, f"{name}_bpb": value}
+
+
+def documents() -> dict[str, np.ndarray]:
+    """Return three validation documents."""
+    return {"index": np.arange(3), "tokens": np.full(3, 10), "bytes": np.full(3, 30)}
+
+
+def save(rank: Rank, name: str, **arrays: np.ndarray) -> None:
+    """Write arrays into the run directory."""
+    np.savez(Path(rank.job.workdir) / name, **arrays)
+
+
+def misbehave(rank: Rank, stage: str, step: int) -> None:
+    """Do what OUT/faults.json wants of this rank at this place, once for each attempt that it names."""
+    path = Path(rank.job.out) / "faults.json"
+    if not path.exists():
+        return
+    for fault in json.loads(path.read_text()):
+        wanted = {
+            "seed": rank.job.key.seed,
+            "attempt": rank.job.attempt,
+            "rank": rank.rank,
+            "stage": stage,
+            "step": step,
+        }
+        if all(fault.get(name, value) == value for name, value in wanted.items()):
+            commit_fault(fault)
+
+
+def commit_fault(fault: dict[str, Any]) -> None:
+    """Raise, die, hang or take long."""
+    match fault["do"]:
+        case "raise":
+            raise RuntimeError(fault.get("message", "a stub failed"))
+        case "refuse":
+            raise ValueError(fault.get("message", "train.max_steps=0 must be at least 1"))
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "hang":
+            time.sleep(3600)
+        case "wait":
+            time.sleep(fault["seconds"])
+        case other:
+            raise AssertionError(other)
