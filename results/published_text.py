@@ -88,7 +88,8 @@ def render_record(record: Record, form: str) -> str:
         keys = ["seed", *(key for _, key, _ in COLUMNS)]
         return csv_table(keys, [[row[key] for key in keys] for row in seeds]).rstrip("\n")
     table = markdown_table(header, rows) if form == "markdown" else _text(header, rows)
-    title = f"PR {record_number(record)} ({record['folder']}): figures of its authors, recomputed from their logs"
+    number = "imported" if record.get("pr") is None else f"PR {record['pr']}"
+    title = f"{number} ({record['folder']}): figures of its authors, recomputed from their logs"
     return "\n".join([title, table, *_facts(record), *_disagreement_lines(record)])
 
 
@@ -97,7 +98,11 @@ def published_block(record: Record, ours: Text) -> str:
     reason = why_not_comparable(ours, side_of_record(record).text)
     verdict = "same validation text" if reason is None else "other validation text: not comparable"
     header, rows = _cells(record)
-    return "\n".join([f"published, PR {record_number(record)} ({verdict})", _text(header, rows)])
+    count = len(find_disagreements(record))
+    lines = [f"published, PR {record_number(record)} ({verdict})", _text(header, rows)]
+    if count:
+        lines.append(f"{count} disagreements inside this record: seedsweep published show {record_number(record)}")
+    return "\n".join(lines)
 
 
 def block_json(record: Record, ours: Text) -> dict[str, Any]:

@@ -85,12 +85,11 @@ def side_of_runs(out: str, stage: str | None = None) -> Side:
     if scored["code_changed"].eq(True).any():
         notes.append("some seeds were continued under other code (code_changed)")
     ratio = (scored[f"{chosen}_bytes"] / scored[f"{chosen}_tokens"]).dropna()
-    nats = scored.dropna(subset=[f"{chosen}_nats_per_token"]).groupby("seed")[f"{chosen}_nats_per_token"].mean()
     return Side(
         name=str(out),
         stage=chosen,
-        bpb={int(seed): float(value) for seed, value in scored.groupby("seed")[f"{chosen}_bpb"].mean().items()},
-        nats_per_token={int(seed): float(value) for seed, value in nats.items()},
+        bpb=_by_seed(scored, f"{chosen}_bpb"),
+        nats_per_token=_by_seed(scored, f"{chosen}_nats_per_token"),
         bytes_per_token=float(ratio.iloc[0]) if len(ratio) else _ratio_of_scores(scored, chosen),
         tokenizer_hash=_only(scored["tokenizer_hash"]),
         text=_text_of_runs(scored, chosen),
@@ -167,6 +166,12 @@ def _text_of_runs(runs: pd.DataFrame, stage: str) -> Text:
     return Text(_only(runs["val_documents_hash"]), size)
 
 
+def _by_seed(runs: pd.DataFrame, column: str) -> dict[int, float]:
+    """Return each seed's mean over its repeats; seeds without the figure are left out."""
+    kept = runs.dropna(subset=[column])
+    return {int(seed): float(kept.loc[kept["seed"] == seed, column].mean()) for seed in sorted(kept["seed"].unique())}
+
+
 def _only(column: pd.Series) -> str | None:
     """Return the one value of a column, None when it has none or several."""
     values = column.dropna().unique()
@@ -183,7 +188,8 @@ def _ratio_of_scores(runs: pd.DataFrame, stage: str) -> float | None:
 
 
 def _mixture(runs: pd.DataFrame, name: str) -> str:
-    parts = [f"{value[:12]} (seeds {', '.join(map(str, group['seed']))})" for value, group in runs.groupby(name)]
+    seeds = {value: runs.loc[runs[name] == value, "seed"].tolist() for value in runs[name].dropna().unique()}
+    parts = [f"{value[:12]} (seeds {', '.join(map(str, group))})" for value, group in seeds.items()]
     return f"{name} differs inside it: {'; '.join(parts)}"
 
 

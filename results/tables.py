@@ -207,8 +207,16 @@ def render(table: SeedTable, form: str) -> str:
 def _title(table: SeedTable) -> str:
     """Return the line above the table: which sweep, how many seeds, which data and configuration."""
     finished = sum(row["state"] == FINISHED for row in table.seeds)
-    hashes = "  ".join(f"{name[:-5]} {(table.identity[name] or 'mixed')[:12]}" for name in ("config_hash", "data_hash"))
+    hashes = "  ".join(f"{name[:-5]} {_hash_shown(table, name)}" for name in ("config_hash", "data_hash"))
     return f"{table.identity['sweep'] or 'unnamed sweep'}: {finished} of {len(table.seeds)} runs finished  {hashes}"
+
+
+def _hash_shown(table: SeedTable, name: str) -> str:
+    """Return the start of the hash that all rows share; mixed when they differ, unknown when none has one."""
+    value = table.identity[name]
+    if value is not None:
+        return value[:12]
+    return "mixed" if any(note.startswith(f"{name} differs") for note in table.notes) else "unknown"
 
 
 def _cells(table: SeedTable) -> tuple[list[str], list[list[str]]]:
