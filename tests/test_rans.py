@@ -1,0 +1,124 @@
+"""The entropy coder: exact for any codes, close to the entropy, and firm with anything it did not write."""
+
+from __future__ import annotations
+
+import random
+
+import brotli
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import rans
+from model.compression import compress
+from tests.memory import peak_bytes
+
+
+def gaussian_codes(seed: int, size: int, *, std: float, qmax: int) -> np.ndarray:
+    """Return codes as quantized weights look."""
+    draws = np.random.default_rng(seed).standard_normal(size) * std
+    return np.clip(np.rint(draws), -qmax, qmax).astype(np.int8)
+
+
+def entropy_bytes(array: np.ndarray) -> float:
+    """Return the order-0 entropy of an array, in bytes for all of it."""
+    share = np.unique(array, return_counts=True)[1] / array.size
+    return float(-(share * np.log2(share)).sum()) * array.size / 8
+
+
+def assert_round_trip(arrays: list[np.ndarray]) -> bytes:
+    """Check that decoding gives the arrays back; returns the stream."""
+    data = rans.encode(arrays)
+    decoded = rans.decode(data, [array.size for array in arrays])
+    for array, back in zip(arrays, decoded, strict=True):
+        assert back.dtype == np.int8
+        assert np.array_equal(array.reshape(-1), back)
+    return data
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 700), st.sampled_from([0.0, 0.3, 2.4, 40.0]), st.integers(0, 2**16)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_any_arrays_round_trip(plan: list[tuple[int, float, int]]) -> None:
+    arrays = [gaussian_codes(seed, size, std=std, qmax=127) for size, std, seed in plan]
+    assert_round_trip(arrays)
+
+
+def test_every_byte_value_round_trips() -> None:
+    assert_round_trip([np.arange(-128, 128, dtype=np.int8).reshape(16, 16), np.full(5, -128, dtype=np.int8)])
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 131_071, 131_072, 131_089])
+def test_sizes_around_the_lane_steps_round_trip(size: int) -> None:
+    assert_round_trip([gaussian_codes(0, size, std=2.4, qmax=31)])
+
+
+def test_the_stream_is_within_a_fifth_of_a_percent_of_the_entropy() -> None:
+    arrays = [gaussian_codes(seed, 1 << 18, std=2.41, qmax=31) for seed in range(4)]
+    arrays.append(gaussian_codes(9, 1 << 18, std=6.3, qmax=127))
+    data = assert_round_trip(arrays)
+    assert len(data) < 1.002 * sum(entropy_bytes(array) for array in arrays)
+
+
+def test_alike_arrays_share_a_table_and_unlike_ones_do_not() -> None:
+    alike = [gaussian_codes(seed, 50_000, std=2.4, qmax=31) for seed in range(3)]
+    other = gaussian_codes(5, 50_000, std=9.0, qmax=31)
+    assert rans.PREFIX.unpack_from(rans.encode(alike))[0] == 1
+    assert rans.PREFIX.unpack_from(rans.encode([*alike, other]))[0] == 2
+
+
+def test_equal_arrays_give_equal_bytes() -> None:
+    arrays = [gaussian_codes(1, 40_000, std=2.4, qmax=31)]
+    assert rans.encode(arrays) == rans.encode([arrays[0].copy()])
+
+
+def test_every_cut_is_refused() -> None:
+    data = rans.encode([gaussian_codes(2, 300, std=2.4, qmax=31)])
+    for length in range(len(data)):
+        with pytest.raises(ValueError, match=r"rans|brotli"):
+            rans.decode(data[:length], [300])
+
+
+def test_wrong_sizes_are_refused() -> None:
+    data = rans.encode([gaussian_codes(3, 20_000, std=2.4, qmax=31)])
+    for sizes in ([19_999], [20_001], [10_000, 10_001], [100_000], []):
+        with pytest.raises(ValueError, match=r"rans|brotli"):
+            rans.decode(data, sizes)
+
+
+def test_random_damage_is_refused_or_decodes_to_the_announced_size() -> None:
+    arrays = [gaussian_codes(seed, 900, std=2.4, qmax=31) for seed in range(2)]
+    data, rng, num_refused = rans.encode(arrays), random.Random(0), 0
+    for _ in range(200):
+        broken = bytearray(data)
+        for _ in range(rng.randrange(1, 4)):
+            broken[rng.randrange(len(broken))] = rng.randrange(256)
+        try:
+            assert [array.size for array in rans.decode(bytes(broken), [900, 900])] == [900, 900]
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 150
+
+
+def test_tables_that_do_not_add_up_are_refused() -> None:
+    head = compress(np.zeros(1 + rans.ALPHABET, dtype="<u2").tobytes())
+    data = rans.PREFIX.pack(1, len(head)) + head + bytes(4 * rans.MIN_LANES)
+    with pytest.raises(ValueError, match="a table whose frequencies do not add up"):
+        rans.decode(data, [10])
+
+
+def test_a_lying_table_count_takes_no_memory() -> None:
+    head = brotli.compress(bytes(1 << 26), quality=1)
+    data = rans.PREFIX.pack(60_000, len(head)) + head + bytes(1 << 10)
+
+    def attempt() -> None:
+        with pytest.raises(ValueError, match="rans"):
+            rans.decode(data, [100])
+
+    assert peak_bytes(attempt) < 5_000_000
