@@ -171,6 +171,7 @@ class QuantConfig:
     keep_float_numel: int = 65_536  # tensors of at most this many numbers stay float16
     size_limit_bytes: int = 16_000_000  # model + code, decimal
     on_oversize: Literal["mark", "fail", "fit"] = "mark"
+    codec: Literal["rans", "brotli"] = "rans"  # of the artifact's codes; the same weights either way
 
     def __post_init__(self) -> None:
         for name in ("matrix_bits", "embedding_bits"):
@@ -183,6 +184,7 @@ class QuantConfig:
         require(self.size_limit_bytes >= 1, f"quant.size_limit_bytes={self.size_limit_bytes} must be at least 1")
         require_choice("quant.calibration_documents", self.calibration_documents, ("masked", "unmasked"))
         require_choice("quant.on_oversize", self.on_oversize, ("mark", "fail", "fit"))
+        require_choice("quant.codec", self.codec, ("rans", "brotli"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
