@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import brotli
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.compression import byte_shuffle, compress
 from model.config import QuantConfig, TrainConfig
 from model.data.packing import cu_seqlens_from_bos
 from model.data.tokenizer import load_tokenizer
@@ -28,6 +30,7 @@ from tests.parity_core import (
 )
 
 MUON = "muon.npz"
+SHUFFLE = "byte_shuffle.npz"
 TOKENIZER = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 
 
@@ -137,6 +140,7 @@ def check_gptq(golden: GoldenSet) -> None:
             error = output_error(weight, hessian, ours)
             golden.compare(f"{name}_{case}", error, tolerance=0.01, measure=relative_error)
         golden.compare(f"dead_{case}", (hessian.diagonal() == 0).nonzero()[:, 0], tolerance=0)
+    _check_shuffle(golden)
 
 
 def share_different(ours: np.ndarray, golden: np.ndarray) -> float:
@@ -167,3 +171,28 @@ def check_schedule(golden: GoldenSet) -> None:
     golden.check("first_looping_step_by_iterations", first == golden.read("first_looping_step_by_iterations"))
     budget_ms = 1000.0 / schedule_frac(0, 1.0, by_time)  # the elapsed time at which the schedule is over
     golden.compare("effective_wallclock_ms", budget_ms, tolerance=1e-12, measure=relative_error)
+
+
+def _check_shuffle(golden: GoldenSet) -> None:
+    """Compare shuffled bytes exactly, and the compressed sizes that follow from stored bytes."""
+    raw = golden.read("raw", file=SHUFFLE).tobytes()
+    for key in golden.keys("shuffled_stride", file=SHUFFLE):
+        stride = int(key.removeprefix("shuffled_stride"))
+        golden.compare(key, _bytes(byte_shuffle(raw, stride)), tolerance=0, file=SHUFFLE)
+    for key in golden.keys("edge_in_", file=SHUFFLE):
+        edge = byte_shuffle(golden.read(key, file=SHUFFLE).tobytes(), 2)
+        golden.compare(key.replace("in", "out"), _bytes(edge), tolerance=0, file=SHUFFLE)
+    payload = b"".join(golden.read(key, file=SHUFFLE).tobytes() for key in ("q_sample", "s_sample"))
+    shuffled = len(compress(byte_shuffle(payload, 2)))
+    ours = np.array([len(payload), len(compress(payload)), shuffled, shuffled])  # the rest needs weights not stored
+    is_same_brotli = brotli.__version__.startswith("1.2")
+
+    def error_of_first(ours: np.ndarray, expected: np.ndarray) -> float:
+        return relative_error(ours[:4], expected[:4])
+
+    sizes = np.concatenate([ours, golden.content[SHUFFLE]["sizes"][4:]])
+    golden.compare("sizes", sizes, tolerance=0 if is_same_brotli else 0.01, measure=error_of_first, file=SHUFFLE)
+
+
+def _bytes(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.uint8)
