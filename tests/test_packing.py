@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from model.data.packing import cu_seqlens_from_bos, pack_row, segment_positions
 
-# a copy of the golden set cu_seqlens.json, produced by the published training script (parameter-golf PR #1536)
-CASES = json.loads((Path(__file__).parent / "data" / "cu_seqlens.json").read_text())["cases"]
+# golden set 6, produced by the published training script (parameter-golf PR #1536)
+CASES = json.loads((Path(__file__).parent / "golden" / "cu_seqlens.json").read_text())["cases"]
 
 
 @pytest.mark.parametrize("case", CASES)

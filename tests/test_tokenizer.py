@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from model.data.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
+GOLDEN = Path(__file__).parent / "golden" / "bpb_luts.npz"
 SP8192 = DATA / "fineweb_8192_bpe.model"
 
 
@@ -28,7 +29,7 @@ def num_target_bytes(tokenizer: Tokenizer, tokens: np.ndarray) -> int:
 
 
 def test_the_table_agrees_with_the_published_one(tokenizer: Tokenizer) -> None:
-    with np.load(DATA / "bpb_luts.npz", allow_pickle=False) as golden:
+    with np.load(GOLDEN, allow_pickle=False) as golden:
         for name in ("base_bytes", "has_leading_space", "is_boundary"):
             array = getattr(tokenizer.byte_table, name)
             assert array.dtype == golden[name].dtype
@@ -36,7 +37,7 @@ def test_the_table_agrees_with_the_published_one(tokenizer: Tokenizer) -> None:
 
 
 def test_ids_and_byte_counts_agree_with_the_published_ones(tokenizer: Tokenizer) -> None:
-    with np.load(DATA / "bpb_luts.npz", allow_pickle=False) as golden:
+    with np.load(GOLDEN, allow_pickle=False) as golden:
         for index, text in enumerate(golden["texts"]):
             start, end = golden["offsets"][index : index + 2]
             tokens = tokenizer.encode_document(str(text))
