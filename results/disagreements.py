@@ -6,7 +6,6 @@ mechanical: a README may have meant another stage or another run, and then the l
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -48,7 +47,7 @@ def agrees(said: object, actual: float | None) -> bool:
     value, half_unit = printed_number(said)
     if value is None or actual is None:
         return value is None and actual is None
-    return abs(value - actual) <= half_unit * (1 + 1e-6) + 1e-12
+    return abs(value - actual) <= half_unit * (1 + 1e-6) + 1e-9
 
 
 def printed_number(said: object) -> tuple[float | None, float]:
@@ -149,9 +148,9 @@ def _headline(record: Record) -> Iterator[Finding]:
 
 
 def _agrees_with_mean(said: object, mean: float | None) -> bool:
-    """Return agrees(), but lenient by one unit of the last decimal: authors also averaged rounded values."""
+    """Return agrees() for a mean of logged values, which themselves carry eight decimals."""
     value, half_unit = printed_number(said)
-    return value is None or mean is None or abs(value - mean) <= 2 * half_unit * (1 + 1e-6) + 1e-8
+    return value is None or mean is None or abs(value - mean) <= half_unit * (1 + 1e-6) + 1e-8
 
 
 def _stated_std(record: Record) -> Iterator[Finding]:
@@ -191,15 +190,9 @@ def _submitted_seed_figures(record: Record) -> Iterator[Finding]:
             values = {"submission_json": size, "log_total": run.get("total_bytes"), "log_model": run.get("model_bytes")}
             yield Finding(seed, "artifact/total bytes: submission.json vs log", values)
         for key, actual in (("val_bpb", run["final_bpb"]), ("val_loss", run["final_nats"])):
-            if said.get(key) is not None and not _near(said[key], actual):
+            if said.get(key) is not None and not agrees(said[key], actual):
                 values = {"submission_json": said[key], "log": actual, "log_stage": run["scored_stage"]}
                 yield Finding(seed, f"{key}: submission.json vs log", values)
-
-
-def _near(said: object, actual: float | None) -> bool:
-    """Return agrees(), or within one unit of the last printed decimal (truncated instead of rounded)."""
-    value, half_unit = printed_number(said)
-    return value is None or (actual is not None and abs(value - actual) <= 2 * half_unit + 1e-8)
 
 
 def _readme_tables(record: Record) -> Iterator[Finding]:
@@ -230,7 +223,7 @@ def _readme_cell(seed: int, column: str, cell: str, runs: list[Run]) -> Iterator
     elif label == "TTT gain":
         is_same = any(_same_gain(cell, value) for values in actual for value in values)
     else:
-        is_same = any(_near_cell(cell, value, label) for values in actual for value in values)
+        is_same = any(agrees(cell, value) for values in actual for value in values)
     if is_same:
         return
     values: dict[str, Any] = {"readme": cell, "column": column, "log": _flat(actual)}
@@ -294,11 +287,6 @@ def _log_values(run: Run, label: str) -> list[float | None]:
     return choices[label]
 
 
-def _near_cell(cell: str, actual: float | None, label: str) -> bool:
-    """Return whether a README cell shows this value; artifact sizes must match exactly unless printed in MB."""
-    return agrees(cell, actual) if label in ("artifact bytes", "ms/step") else _near(cell, actual)
-
-
 def _same_gain(cell: str, actual: float | None) -> bool:
     """Return whether a printed gain is the log's, whichever sign it was printed with."""
     value = printed_number(cell)[0]
@@ -318,14 +306,12 @@ def _pull_request_text(record: Record) -> Iterator[Finding]:
             continue
         before = run["post_quant"]["val_bpb"] if run.get("post_quant") else None
         gain = run.get("ttt_gain_vs_post_quant_bpb")
-        wrong_score = said.get("pre_ttt_bpb") is not None and not _near(said["pre_ttt_bpb"], before)
+        wrong_score = said.get("pre_ttt_bpb") is not None and not agrees(said["pre_ttt_bpb"], before)
         wrong_gain = said.get("ttt_gain") is not None and not _same_gain(str(said["ttt_gain"]), gain)
         if wrong_score or wrong_gain:
             text = {key: said[key] for key in ("pre_ttt_bpb", "ttt_gain") if key in said}
             values = {"pr_text": text, "log": {"post_quant_bpb": before, "ttt_gain": gain}}
             yield Finding(run["seed"], "pre-TTT bpb and TTT gain: PR text vs README and log", values)
-        if said.get("post_ttt_bpb") is not None and not math.isclose(
-            said["post_ttt_bpb"], run["final_bpb"], abs_tol=2 * printed_number(said["post_ttt_bpb"])[1] + 1e-8
-        ):
+        if said.get("post_ttt_bpb") is not None and not agrees(said["post_ttt_bpb"], run["final_bpb"]):
             values = {"pr_text": said["post_ttt_bpb"], "log": run["final_bpb"]}
             yield Finding(run["seed"], "final bpb: PR text vs log", values)

@@ -118,7 +118,8 @@ def welch_freedom(part_a: float, part_b: float, n_a: int, n_b: int) -> float:
     """Return Satterthwaite's degrees of freedom; part = variance / n of a side. Equal values: the pooled count."""
     if part_a + part_b == 0:
         return float(n_a + n_b - 2)
-    return float((part_a + part_b) ** 2 / (part_a**2 / (n_a - 1) + part_b**2 / (n_b - 1)))
+    share = part_a / (part_a + part_b)
+    return float(1 / (share**2 / (n_a - 1) + (1 - share) ** 2 / (n_b - 1)))
 
 
 def paired(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Difference:

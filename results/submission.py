@@ -210,7 +210,8 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
         "source": f"imported from {record['folder']}", "config_json": hparams, "steps": run["steps"],
         "train_s": run.get("train_seconds"), "live_bpb": run["live_weights_bpb_at_stop"],
         "live_nats_per_token": run.get("live_weights_nats_at_stop"), "hessian_s": run["gptq_hessian_s"],
-        "evaluate_s": run["total_eval_s"], "model_bytes": run["model_bytes"], "artifact_bytes": run["total_bytes"],
+        "quantize_s": run["quantize_s"], "evaluate_s": run["evaluate_s"], "order0_bpb": run["order0_bpb"],
+        "model_bytes": run["model_bytes"], "artifact_bytes": run["total_bytes"],
         "code_bytes": run.get("code_bytes_implied"), "code_bytes_convention": "as the log counted it",
         "num_params": run["model_params"], "size_limit_bytes": 16_000_000, "attempts": 1,
         "peak_memory_bytes": None if run["peak_mem_mib"] is None else run["peak_mem_mib"] * 2**20,
@@ -227,7 +228,8 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
             row[f"{ours}_bpb"] = run[stage]["val_bpb"]
             row[f"{ours}_nats_per_token"] = run[stage]["val_loss_nats"]
             row[f"{ours}_s"] = run[stage]["seconds"]
-    row["ttt_s"] = run["post_ttt"]["seconds"] if run.get("post_ttt") else None
+    if run["ttt_s"] is not None or run.get("post_ttt"):
+        row["ttt_s"] = run["ttt_s"] if run["ttt_s"] is not None else run["post_ttt"]["seconds"]
     return row
 
 
