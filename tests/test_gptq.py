@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import QuantConfig, tiny
+from model.gpt import GPT
 from model.gptq import fit_to_limit, quantize_state, quantize_weight, quantize_weights, round_to_nearest
 from model.hessians import HessianCollector
 from model.quantized import (
@@ -155,7 +157,7 @@ def test_an_unusable_hessian_is_named() -> None:
 
 def test_a_diverged_weight_is_named() -> None:
     state, hessians = random_state(0)
-    state["kv_bank"][5 + 2, 0, 0] = torch.inf
+    state["kv_bank"][tiny().model.num_layers + 2, 0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"cannot quantize layers\.2\.v: it holds infinities"):
         quantize_state(state, hessians, tiny().quant)
 
@@ -171,14 +173,11 @@ def test_tensors_too_large_for_float16_are_named() -> None:
         quantize_state(state, hessians, tiny().quant)
 
 
-def test_all_tiny_matrices_round_better_than_nearest() -> None:
-    state, hessians = random_state(1)
-    config = tiny().quant
-    quantized = quantize_state(state, hessians, config)
+def assert_each_better_than_nearest(
+    state: dict[str, Tensor], hessians: dict[str, Tensor], quantized: QuantizedState, config: QuantConfig
+) -> None:
+    """Check bits, scales and the error in the Hessian's norm of every matrix against plain rounding."""
     tensors = split_banks(state)
-    large = {name for name, tensor in tensors.items() if tensor.numel() > config.keep_float_numel}
-    assert set(quantized.matrices) == large
-    assert set(quantized.floats) == set(tensors) - large
     for name, weight in quantized.matrices.items():
         kind = name.rsplit(".", 1)[-1]
         hessian = hessians[name.replace(kind, "qkv") if kind in "qkv" else name]
@@ -193,11 +192,42 @@ def test_all_tiny_matrices_round_better_than_nearest() -> None:
         assert output_error(tensors[name], hessian, weight) < output_error(tensors[name], hessian, nearest), name
 
 
+def test_all_tiny_matrices_round_better_than_nearest() -> None:
+    state, hessians = random_state(1)
+    config = tiny().quant
+    quantized = quantize_state(state, hessians, config)
+    tensors = split_banks(state)
+    large = {name for name, tensor in tensors.items() if tensor.numel() > config.keep_float_numel}
+    assert set(quantized.matrices) == large
+    assert set(quantized.floats) == set(tensors) - large
+    assert_each_better_than_nearest(state, hessians, quantized, config)
+
+
+def test_every_matrix_of_a_trained_model_rounds_better_than_nearest() -> None:
+    torch.manual_seed(0)
+    config = replace(tiny().model, vocab_size=256)
+    model = GPT(config)
+    model.init_weights(0)
+    steps = torch.randint(1, 4, (2, 129)).cumsum(dim=1) % 256  # a walk: each token tells much about the next
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(steps[:, :-1], steps[:, 1:], is_looped=True).backward()
+        optimizer.step()
+    with HessianCollector(model) as collector, torch.no_grad():
+        model(steps[:, :-1], is_looped=True)
+    hessians = collector.finish(num_batches=1)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    quantized = quantize_state(state, hessians, tiny().quant)
+    assert len(quantized.matrices) == 6 * config.num_layers + 1
+    assert_each_better_than_nearest(state, hessians, quantized, tiny().quant)
+
+
 def test_small_matrices_stay_float16() -> None:
     state, hessians = random_state(2)
     quantized = quantize_state(state, hessians, QuantConfig(keep_float_numel=64 * 128))
     assert {name.rsplit(".", 1)[-1] for name in quantized.matrices} == {"q", "o", "up", "down", "embedding"}
-    assert torch.equal(quantized.floats["layers.4.v"], state["kv_bank"][9].half())
+    assert torch.equal(quantized.floats["layers.1.v"], state["kv_bank"][tiny().model.num_layers + 1].half())
     nothing = quantize_state(state, {}, QuantConfig(keep_float_numel=10**9))
     assert not nothing.matrices
     assert {name: tensor.shape for name, tensor in dequantize(nothing).items()} == {
@@ -222,8 +252,8 @@ def test_splitting_and_joining_banks_are_inverse() -> None:
     state, _ = random_state(4)
     split = split_banks(state)
     assert {name: tuple(tensor.shape) for name, tensor in split.items()} == tensor_shapes(tiny().model)
-    assert torch.equal(split["layers.1.o"], state["qo_bank"][6])
-    assert torch.equal(split["layers.1.v"], state["kv_bank"][6])
+    assert torch.equal(split["layers.1.o"], state["qo_bank"][tiny().model.num_layers + 1])
+    assert torch.equal(split["layers.1.v"], state["kv_bank"][tiny().model.num_layers + 1])
     for name, tensor in join_banks(split).items():
         assert torch.equal(tensor, state[name]), name
 
