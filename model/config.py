@@ -306,9 +306,7 @@ def bench_500() -> RunConfig:
     base = published()
     return replace(
         base,
-        train=replace(
-            base.train, max_steps=500, budget_s=None, batch_tokens=196_608, span_group=1, clip="per_rank"
-        ),
+        train=replace(base.train, max_steps=500, budget_s=None, batch_tokens=196_608, span_group=1, clip="per_rank"),
         quant=replace(base.quant, calibration_documents="unmasked"),
         evaluation=replace(base.evaluation, row_tokens=32_768),
         ttt=replace(base.ttt, order="sorted"),
@@ -321,15 +319,36 @@ def tiny() -> RunConfig:
     return replace(
         base,
         model=ModelConfig(
-            vocab_size=1024, num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, rope_dims=16,
-            xsa_last_n=5, loop_start=1, loop_end=2, num_loops=1, parallel_start_layer=3,
+            vocab_size=1024,
+            num_layers=4,
+            model_dim=128,
+            num_heads=4,
+            num_kv_heads=2,
+            mlp_mult=3.0,
+            rope_dims=16,
+            xsa_last_n=4,
+            loop_start=1,
+            loop_end=2,
+            num_loops=1,
+            parallel_start_layer=3,
         ),
         train=TrainConfig(
-            max_steps=150, budget_s=None, batch_tokens=8192, micro_batch_tokens=4096, seq_len=512, span_group=2,
-            muon_momentum_warmup_steps=60, ema_decay=0.95, newton_schulz_dtype="float32", embedding_dtype="float32",
+            max_steps=160,
+            budget_s=None,
+            batch_tokens=2048,
+            micro_batch_tokens=1024,
+            seq_len=512,
+            span_group=2,
+            muon_momentum_warmup_steps=60,
+            ema_decay=0.95,
+            newton_schulz_dtype="float32",
+            embedding_dtype="float32",
         ),
         quant=replace(
-            base.quant, num_calibration_batches=4, calibration_windows=8, calibration_seq_len=512,
+            base.quant,
+            num_calibration_batches=4,
+            calibration_windows=8,
+            calibration_seq_len=512,
             keep_float_numel=4096,
         ),
         evaluation=EvalConfig(row_tokens=8192, seq_len=512),

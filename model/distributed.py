@@ -10,9 +10,11 @@ import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -43,7 +45,13 @@ class Dist:
 
     @classmethod
     def join(
-        cls, store: dist.Store, *, rank: int, world_size: int, local_rank: int, device: torch.device,
+        cls,
+        store: TCPStore,
+        *,
+        rank: int,
+        world_size: int,
+        local_rank: int,
+        device: torch.device,
         timeout_s: float = 1800.0,
     ) -> Dist:
         """Form the gang's process group over a store that every rank can reach (gloo, and NCCL on CUDA)."""
@@ -65,7 +73,7 @@ class Dist:
             return cls.single(device)
         host, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
         use_agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(host, port, world_size, is_master=rank == 0 and not use_agent_store)
+        store = TCPStore(host, port, world_size, is_master=rank == 0 and not use_agent_store)
         return cls.join(store, rank=rank, world_size=world_size, local_rank=local_rank, device=device)
 
     @property
@@ -119,6 +127,19 @@ class Dist:
         shares = [torch.empty_like(share) for _ in range(self.world_size)]
         dist.all_gather(shares, share.contiguous())
         return torch.cat(shares)
+
+    def gather_rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return every rank's rows (n, c) int64 joined in rank order; n may differ."""
+        if self.world_size == 1:
+            return rows
+        counts = torch.zeros(self.world_size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        dist.all_reduce(counts)
+        padded = torch.zeros(int(counts.max()), rows.shape[1], dtype=torch.int64)
+        padded[: len(rows)] = torch.from_numpy(rows)
+        shares = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(shares, padded)
+        return np.concatenate([share[:count].numpy() for share, count in zip(shares, counts.tolist(), strict=True)])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -29,7 +29,8 @@ def target_bytes(table: ByteTable, tokens: np.ndarray) -> np.ndarray:
 
     A piece's leading space counts one byte unless the token before is a control, unknown or unused piece.
     """
-    return table.base_bytes[tokens[1:]] + (table.has_leading_space[tokens[1:]] & ~table.is_boundary[tokens[:-1]])
+    spaces: np.ndarray = table.has_leading_space[tokens[1:]] & ~table.is_boundary[tokens[:-1]]
+    return np.add(table.base_bytes[tokens[1:]], spaces, dtype=np.int16)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -77,8 +78,8 @@ def document_sums(
     ends = np.minimum(ranges[:, 1] - 1, num_scored)
 
     def sums(values: np.ndarray, dtype: type) -> np.ndarray:
-        total = np.concatenate(([0], np.cumsum(values[:num_scored], dtype=dtype)))
-        return total[ends] - total[starts]
+        total: np.ndarray = np.concatenate(([0], np.cumsum(values[:num_scored], dtype=dtype)))
+        return np.subtract(total[ends], total[starts])
 
     nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
     num_bytes = sums(target_bytes(table, validation.tokens), np.int64)
@@ -93,8 +94,15 @@ def row_bounds(num_targets: int, config: EvalConfig) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def score_rows(
-    model: GPT, validation: ValidationSet, config: EvalConfig, dist: Dist, report: Report, *,
-    is_looped: bool = True, bos_id: int = BOS_ID, label: str = "evaluate",
+    model: GPT,
+    validation: ValidationSet,
+    config: EvalConfig,
+    dist: Dist,
+    report: Report,
+    *,
+    is_looped: bool = True,
+    bos_id: int = BOS_ID,
+    label: str = "evaluate",
 ) -> np.ndarray:
     """Return the nll (N,) float32 of every target, NaN where the tail is dropped; rows are shared over the ranks.
 
@@ -109,9 +117,7 @@ def score_rows(
         row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64))
         packing = pack_row(row[:-1], bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len)
         row = row.to(dist.device).unsqueeze(0)  # (1, T + 1)
-        losses = model(
-            row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing.to(dist.device), reduction="none"
-        )
+        losses = model(row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing.to(dist.device), reduction="none")
         nll[start:end] = losses[0]
         report(label, number + 1, len(bounds), {})
     scored = dist.all_reduce_(nll).cpu().numpy()
@@ -121,8 +127,15 @@ def score_rows(
 
 
 def evaluate_plain(
-    model: GPT, validation: ValidationSet, table: ByteTable, config: EvalConfig, dist: Dist, report: Report, *,
-    is_looped: bool = True, label: str = "evaluate",
+    model: GPT,
+    validation: ValidationSet,
+    table: ByteTable,
+    config: EvalConfig,
+    dist: Dist,
+    report: Report,
+    *,
+    is_looped: bool = True,
+    label: str = "evaluate",
 ) -> DocumentScores:
     """Score the validation stream once and return the sums per document."""
     started = time.monotonic()
@@ -133,9 +146,7 @@ def evaluate_plain(
             f"evaluation.tail='dropped' scores nothing: {validation.num_targets} targets are fewer than one row of "
             f"evaluation.row_tokens={config.row_tokens}"
         )
-    return document_sums(
-        validation, table, nll, num_scored=bounds[-1][1], seconds=time.monotonic() - started
-    )
+    return document_sums(validation, table, nll, num_scored=bounds[-1][1], seconds=time.monotonic() - started)
 
 
 def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:

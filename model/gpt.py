@@ -5,7 +5,8 @@ pre-hooks on the modules in `projections`; test-time training passes adapters; n
 Source: parameter-golf PR #1536.
 """
 
-# B sequences, T tokens, D model_dim, H query heads, K kv heads, E head_dim, V vocab, R lora_rank, L layers, M mlp_hidden
+# B sequences, T tokens, D model_dim, H query heads, K kv heads, E head_dim, V vocab, R lora_rank, L layers
+# M mlp_hidden
 
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.attention_backend = attention_backend
         num_layers, dim = config.num_layers, config.model_dim
-        self.tok_emb = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, dim), freeze=False)
+        self.tok_emb = nn.Embedding(config.vocab_size, dim, _weight=torch.empty(config.vocab_size, dim))
         self.qo_bank = nn.Parameter(torch.empty(2 * num_layers, dim, dim))  # queries, then output projections
         self.kv_bank = nn.Parameter(torch.empty(2 * num_layers, config.kv_dim, dim))  # keys, then values
         self.mlp_up_bank = nn.Parameter(torch.empty(num_layers, config.mlp_hidden, dim))
@@ -179,8 +180,13 @@ class GPT(nn.Module):
         return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
 
     def _hidden(
-        self, tokens: Tensor, is_looped: bool, packing: Packing | None, left_padding: Tensor | None,
-        adapters: Adapters | None, num_scored: int | None,
+        self,
+        tokens: Tensor,
+        is_looped: bool,
+        packing: Packing | None,
+        left_padding: Tensor | None,
+        adapters: Adapters | None,
+        num_scored: int | None,
     ) -> Tensor:
         """Run every visit and return the final normed hidden state (B, n, D)."""
         plan = visit_plan(self.config, is_looped=is_looped)
@@ -223,8 +229,14 @@ class GPT(nn.Module):
         return merge_norm(x, delta, lane.x, lane.delta, self.lane_merge)
 
     def _attend(
-        self, layer: int, stream: Stream, w: LayerWeights, context: Context, pairs: dict[str, Pair],
-        skip: Skip | None = None, num_queries: int | None = None,
+        self,
+        layer: int,
+        stream: Stream,
+        w: LayerWeights,
+        context: Context,
+        pairs: dict[str, Pair],
+        skip: Skip | None = None,
+        num_queries: int | None = None,
     ) -> tuple[Tensor, Stream]:
         """Return the stream as it came in (skip merged), and after the attention part of the layer.
 
@@ -239,8 +251,13 @@ class GPT(nn.Module):
             parts = zip(("q", "k", "v"), torch.split(qkv, sizes, dim=-1), strict=True)
             qkv = torch.cat([y + low_rank(normed, pairs[kind]) if kind in pairs else y for kind, y in parts], dim=-1)
         y = self_attention(
-            qkv, context.cos, context.sin, w.q_gain, context.rows._replace(num_queries=num_queries),
-            num_kv_heads=config.num_kv_heads, is_value_excluded=layer >= config.num_layers - config.xsa_last_n,
+            qkv,
+            context.cos,
+            context.sin,
+            w.q_gain,
+            context.rows._replace(num_queries=num_queries),
+            num_kv_heads=config.num_kv_heads,
+            is_value_excluded=layer >= config.num_layers - config.xsa_last_n,
             backend=self.attention_backend,
         )  # (B, n, D)
         out = self.projections[f"layers_{layer}_o"](y, w.out)
@@ -268,9 +285,7 @@ class GPT(nn.Module):
         per_layer = zip(qkv, out, up.unbind(0), down.unbind(0), *(v.unbind(0) for v in vectors), strict=True)
         return [LayerWeights(*tensors) for tensors in per_layer]
 
-    def _rotary(
-        self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _rotary(self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotation tables for every position of the rows."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         if left_padding is not None:

@@ -92,7 +92,7 @@ def factor_hessians(hessians: Tensor, *, damping_frac: float, names: Sequence[st
     # H = R R^T with R upper is a Cholesky factor of the matrix read backwards, and U = R^-1. One factorization,
     # and the inverse of H is never formed.
     lower, info = torch.linalg.cholesky_ex(damped.flip(-2, -1))
-    failed = info.nonzero().flatten().tolist()
+    failed = ((info != 0) | ~lower.flatten(1).isfinite().all(dim=1)).nonzero().flatten().tolist()
     if failed:
         raise ValueError(
             f"hessian of {names[failed[0]] if names else failed[0]} is not positive definite: "

@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, *, rope_dims: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (..., rope_dims // 2) of position * base^(-2m / rope_dims), for positions (...) of any integer type.
+    """Return cos and sin (..., rope_dims // 2) of position * base^(-2m / rope_dims), positions (...) integers.
 
     The frequencies are rounded to float32 whatever dtype is, as the reference record's are.
     """
@@ -62,7 +62,8 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     direction = (direction / direction.norm(dim=-1, keepdim=True).clamp_min(1e-12)).unsqueeze(3)  # (B, T, K, 1, E)
     grouped = widen(y).reshape(batch, time, kv_heads, heads // kv_heads, width)
     kept = grouped - (grouped * direction).sum(-1, keepdim=True) * direction
-    return kept.reshape(batch, time, heads, width).to(y.dtype)
+    kept = kept.reshape(batch, time, heads, width)
+    return kept.to(y.dtype)
 
 
 def squared_leaky_relu(x: Tensor) -> Tensor:

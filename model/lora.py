@@ -1,7 +1,7 @@
-"""Low-rank adapters for test-time training: one set a document, laid out so that a batch of documents is one tensor a kind.
+"""Low-rank adapters for test-time training: one set a document, all documents of a batch in one tensor a kind.
 
-A set has, for every visit of the plan (not for every layer), the kinds q, k, v, o and mlp, and one for the head. TRAP: "o"
-reads the block's normed input, not the attention output.
+A set has, for every visit of the plan (not for every layer), the kinds q, k, v, o and mlp, and one for the head.
+TRAP: "o" reads the block's normed input, not the attention output.
 """
 
 # S documents held at once, N visits, R lora_rank, D model_dim
@@ -30,13 +30,17 @@ def adapter_widths(config: ModelConfig, kind: str) -> tuple[int, int]:
 
 def num_adapter_parameters(config: ModelConfig, *, num_visits: int, lora_rank: int, kinds: Iterable[str]) -> int:
     """Return how many numbers one document's adapters hold (8,355,840 at full size)."""
-    return sum(
-        (1 if kind == HEAD else num_visits) * lora_rank * sum(adapter_widths(config, kind)) for kind in kinds
-    )
+    return sum((1 if kind == HEAD else num_visits) * lora_rank * sum(adapter_widths(config, kind)) for kind in kinds)
 
 
 def initial_a(
-    config: ModelConfig, *, num_visits: int, lora_rank: int, kinds: Iterable[str], seed: int, document: int | None = None
+    config: ModelConfig,
+    *,
+    num_visits: int,
+    lora_rank: int,
+    kinds: Iterable[str],
+    seed: int,
+    document: int | None = None,
 ) -> dict[str, Tensor]:
     """Draw the starting A of every kind: (N, R, D) float32, uniform in +-1/sqrt(D); the head's N is 1.
 
@@ -63,8 +67,15 @@ class Adapters:
 
     @classmethod
     def zeros(
-        cls, config: ModelConfig, *, num_slots: int, num_visits: int, lora_rank: int, kinds: Iterable[str],
-        dtype: torch.dtype, device: torch.device,
+        cls,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        num_visits: int,
+        lora_rank: int,
+        kinds: Iterable[str],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Adapters:
         """Return adapters whose A and B are both zero."""
         a, b = {}, {}

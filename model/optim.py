@@ -8,7 +8,7 @@ Source: Muon (Jordan et al., 2024) with row normalisation; parameter-golf PR #15
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,13 @@ def newton_schulz(G: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
 
 
 def muon_update(
-    grad: Tensor, buffer: Tensor, *, momentum: float, steps: int = 5, is_nesterov: bool = True, normalize_rows: bool = True
+    grad: Tensor,
+    buffer: Tensor,
+    *,
+    momentum: float,
+    steps: int = 5,
+    is_nesterov: bool = True,
+    normalize_rows: bool = True,
 ) -> Tensor:
     """Advance buffer (N, r, c) by grad in place and return the orthogonalised update, both in buffer's type."""
     grad = grad.to(buffer.dtype)
@@ -88,9 +94,7 @@ class Muon:
             if missing:
                 grad = torch.cat((grad, grad.new_zeros(missing, *bank.shape[1:])))
             share = self.dist.reduce_scatter_mean(grad)
-            update = muon_update(
-                share, self.buffers[name], momentum=momentum, steps=self.config.newton_schulz_steps
-            )
+            update = muon_update(share, self.buffers[name], momentum=momentum, steps=self.config.newton_schulz_steps)
             update = self.dist.all_gather(update)[: bank.size(0)]
             bank.mul_(1 - lr * self.config.matrix_weight_decay)
             bank.add_(update.to(bank.dtype), alpha=-lr * muon_scale(bank.size(-2), bank.size(-1)))
@@ -162,12 +166,12 @@ class Optimizers:
             }
 
 
-def gradient_norm(grads: Sequence[Tensor]) -> Tensor:
+def gradient_norm(grads: list[Tensor]) -> Tensor:
     """Return the L2 norm over all gradients together, float32 scalar on their device."""
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(grads)]))
+    return torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).norm()
 
 
-def clip_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
     """Scale grads in place by min(1, max_norm / (norm + 1e-6)) and return the norm from before; no host wait."""
     norm = gradient_norm(grads)
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))

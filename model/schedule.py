@@ -1,4 +1,4 @@
-"""What changes during training, as functions of the fraction of the schedule (or the step): learning rate, looping, momentum."""
+"""What changes during training as functions of schedule fraction or step: learning rate, looping, momentum."""
 
 from __future__ import annotations
 

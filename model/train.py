@@ -1,7 +1,7 @@
 """The training stage: one loop over optimizer steps, the same on one CPU core and on eight GPUs.
 
-The host never waits for the device inside a step: losses are read two steps late, and the clock that drives a wall-clock
-schedule is rank 0's, handed to all ranks.
+The host never waits for the device inside a step: losses are read two steps late, and the clock that drives a
+wall-clock schedule is rank 0's, handed to all ranks.
 """
 
 from __future__ import annotations
@@ -78,9 +78,18 @@ class Trainer:
     """State of one training run; run() is the loop."""
 
     def __init__(
-        self, model: GPT, loader: SpanLoader, config: TrainConfig, dist: Dist, report: Report, *,
-        runtime: RuntimeConfig | None = None, checkpoints: CheckpointStore | None = None,
-        should_stop: Callable[[], bool] = lambda: False, clock: Callable[[], float] = time.monotonic,
+        self,
+        model: GPT,
+        loader: SpanLoader,
+        config: TrainConfig,
+        dist: Dist,
+        report: Report,
+        *,
+        runtime: RuntimeConfig | None = None,
+        checkpoints: CheckpointStore | None = None,
+        reached_step: int = 0,
+        should_stop: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.micro_batches_per_step % dist.world_size:
             raise ValueError(
@@ -96,6 +105,7 @@ class Trainer:
         self.step = 0
         self.before_s = 0.0  # training seconds of earlier attempts
         self.paused_s = 0.0  # checkpoint writing since the loop began, no part of the budget
+        self.reached_step = reached_step  # by an earlier attempt; what lies behind its last checkpoint is lost
         self.resumed_at: list[int] = []
         self.lost_steps = 0
         self.pending: deque[StepRow] = deque()
@@ -153,8 +163,11 @@ class Trainer:
     def _one_step(self, batches: Iterator[Batch], frac: float, elapsed: float) -> None:
         """Forward, backward, clip, update and average; the loss is noted, not read."""
         loss, norm = accumulate_gradients(
-            self.model, [next(batches).to(self.dist.device) for _ in range(self.micro_batches)],
-            is_looped=is_looping(frac, self.config), clip=self.config.clip, max_norm=self.config.grad_clip_norm,
+            self.model,
+            [next(batches).to(self.dist.device) for _ in range(self.micro_batches)],
+            is_looped=is_looping(frac, self.config),
+            clip=self.config.clip,
+            max_norm=self.config.grad_clip_norm,
             dist=self.dist,
         )
         self.optimizers.step(lr_factor=lr_factor(frac, self.config), momentum=muon_momentum(self.step, self.config))
@@ -183,8 +196,14 @@ class Trainer:
         config, previous = self.config, self.log["elapsed_s"][-1] if self.log["elapsed_s"] else None
         rate = config.batch_tokens / (row.elapsed_s - previous) if previous and row.elapsed_s > previous else 0.0
         values = (
-            row.step, loss, norm, lr_factor(row.frac, config), muon_momentum(row.step, config),
-            is_looping(row.frac, config), row.elapsed_s, rate,
+            row.step + 1,
+            loss,
+            norm,
+            lr_factor(row.frac, config),
+            muon_momentum(row.step, config),
+            is_looping(row.frac, config),
+            row.elapsed_s,
+            rate,
         )
         for name, value in zip(STEP_COLUMNS, values, strict=True):
             self.log[name].append(value)
@@ -224,6 +243,7 @@ class Trainer:
         """Continue from the newest undamaged checkpoint, if there is one."""
         found = self.checkpoints.load_newest() if self.checkpoints is not None else None
         if found is None:
+            self.lost_steps = self.reached_step
             return
         tensors, meta = found
         for name, parameter in self.model.named_parameters():
@@ -235,7 +255,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng"])
         self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
         self.resumed_at = [*meta["resumed_at"], self.step]
-        self.lost_steps = int(meta["lost_steps"])
+        self.lost_steps = int(meta["lost_steps"]) + max(0, self.reached_step - self.step)
 
     def _finish(self) -> TrainResult:
         if self.dist.device.type == "cuda":

@@ -58,7 +58,11 @@ def chunk_window(document: int, num_predictions: int, chunk: int, config: TTTCon
     first = chunk * config.chunk_tokens
     end = min(first + config.chunk_tokens, num_predictions)
     return Window(
-        document, max(0, end - config.window_tokens), end, end - first, chunk * config.updates_per_chunk,
+        document,
+        max(0, end - config.window_tokens),
+        end,
+        end - first,
+        chunk * config.updates_per_chunk,
         end == num_predictions,
     )
 
@@ -86,7 +90,7 @@ def window_cost(num_predictions: int, config: TTTConfig) -> int:
 
 
 def share_documents(validation: ValidationSet, config: TTTConfig, dist: Dist) -> list[int]:
-    """Return this rank's documents in the order they are worked on: each goes to the rank with the least work so far."""
+    """Return this rank's documents in working order: each goes to the rank with the least work so far."""
     lengths = np.diff(validation.document_ranges, axis=1)[:, 0] - 1  # predictions
     order = np.arange(lengths.size)
     if config.order == "sorted":
@@ -119,12 +123,19 @@ class Slots:
 
     def __post_init__(self) -> None:
         device, dtype = self.model.qo_bank.device, self.dtype
-        kinds, num_visits = self.config.adapter_kinds, visit_plan(self.model.config, is_looped=self.is_looped).num_visits
-        shape = {
-            "num_slots": self.num_slots, "num_visits": num_visits, "lora_rank": self.config.lora_rank, "kinds": kinds,
-        }
-        self.adapters = Adapters.zeros(self.model.config, **shape, dtype=dtype, device=device)
-        self.second_moments = Adapters.zeros(self.model.config, **shape, dtype=dtype, device=device)
+        num_visits = visit_plan(self.model.config, is_looped=self.is_looped).num_visits
+        self.adapters, self.second_moments = (
+            Adapters.zeros(
+                self.model.config,
+                num_slots=self.num_slots,
+                num_visits=num_visits,
+                lora_rank=self.config.lora_rank,
+                kinds=self.config.adapter_kinds,
+                dtype=dtype,
+                device=device,
+            )
+            for _ in range(2)
+        )
         self.num_updates = torch.zeros(self.num_slots, dtype=torch.int64, device=device)
         if self.initial is None and self.config.adapter_key == "seed":
             self.initial = self._draw(None)
@@ -139,8 +150,12 @@ class Slots:
     def _draw(self, document: int | None) -> dict[str, Tensor]:
         num_visits = visit_plan(self.model.config, is_looped=self.is_looped).num_visits
         return initial_a(
-            self.model.config, num_visits=num_visits, lora_rank=self.config.lora_rank,
-            kinds=self.config.adapter_kinds, seed=self.seed, document=document,
+            self.model.config,
+            num_visits=num_visits,
+            lora_rank=self.config.lora_rank,
+            kinds=self.config.adapter_kinds,
+            seed=self.seed,
+            document=document,
         )
 
     def reset(self, slot: int, document: int) -> None:
@@ -168,8 +183,8 @@ class Slots:
             moment = moments[slots].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
             moments[slots] = moment
             root = (moment / correction.view(-1, 1, 1, 1)).sqrt_().add_(config.eps)
-            store[slots] = value.detach().mul(1 - config.lr * config.weight_decay).addcdiv_(
-                gradient, root, value=-config.lr
+            store[slots] = (
+                value.detach().mul(1 - config.lr * config.weight_decay).addcdiv_(gradient, root, value=-config.lr)
             )
 
 
@@ -177,7 +192,13 @@ class Adapter:
     """Scores a list of documents with or without adaptation; one instance a pass."""
 
     def __init__(
-        self, model: GPT, validation: ValidationSet, config: TTTConfig, report: Report, *, label: str,
+        self,
+        model: GPT,
+        validation: ValidationSet,
+        config: TTTConfig,
+        report: Report,
+        *,
+        label: str,
         is_looped: bool = True,
     ) -> None:
         self.model, self.validation, self.config, self.report = model, validation, config, report
@@ -260,8 +281,12 @@ class Adapter:
         padding = np.array([length - (window.end - window.start) for window in windows])
         left_padding = torch.from_numpy(padding).to(self.device) if padding.any() else None
         losses = self.model(
-            torch.from_numpy(tokens).to(self.device), torch.from_numpy(targets).to(self.device),
-            is_looped=self.is_looped, left_padding=left_padding, adapters=adapters, num_scored=columns,
+            torch.from_numpy(tokens).to(self.device),
+            torch.from_numpy(targets).to(self.device),
+            is_looped=self.is_looped,
+            left_padding=left_padding,
+            adapters=adapters,
+            num_scored=columns,
             reduction="none",
         )
         if is_scored:
@@ -287,8 +312,17 @@ class Adapter:
 
 
 def score_documents(
-    model: GPT, validation: ValidationSet, table: ByteTable, config: TTTConfig, dist: Dist, report: Report, *,
-    seed: int, is_adapting: bool = True, is_looped: bool = True, initial: Mapping[str, Tensor] | None = None,
+    model: GPT,
+    validation: ValidationSet,
+    table: ByteTable,
+    config: TTTConfig,
+    dist: Dist,
+    report: Report,
+    *,
+    seed: int,
+    is_adapting: bool = True,
+    is_looped: bool = True,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> TTTResult:
     """Score every target of the stream, each document on its own, adapting as it goes unless is_adapting is False.
 

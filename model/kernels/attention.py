@@ -172,7 +172,7 @@ class _Pad(torch.autograd.Function):
 
 
 def _pad(x: Tensor, layout: _Buckets) -> Tensor:
-    y: Tensor = _Pad.apply(x, layout.source, layout.target)  # type: ignore[no-untyped-call]
+    y: Tensor = _Pad.apply(x, layout.source, layout.target)
     return y
 
 
@@ -227,7 +227,7 @@ def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-FLASH_MODULES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
+FLASH_MODULES = {"fa2": "flash_attn.flash_attn_interface", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 VARLEN_KERNELS: dict[str, Callable[..., Tensor]] = {
     "varlen": _varlen,
     "flex": _flex,

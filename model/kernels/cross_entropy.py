@@ -30,7 +30,7 @@ def _fused(logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tenso
     from model.kernels.cross_entropy_triton import SoftcapCrossEntropy, row_nll
 
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = SoftcapCrossEntropy.apply(logits, targets, cap, reduction)  # type: ignore[no-untyped-call]
+        loss: Tensor = SoftcapCrossEntropy.apply(logits, targets, cap, reduction)
         return loss
     nll = row_nll(logits, targets, cap)
     return nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()

@@ -22,7 +22,7 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, apply_up: Linear, apply_down: Linea
     apply_up and apply_down take (input, weight) and multiply them: modules, so that calibration can hook their inputs.
     """
     if uses_triton(x):
-        y: Tensor = _Mlp.apply(x, up, down, apply_up, apply_down)  # type: ignore[no-untyped-call]
+        y: Tensor = _Mlp.apply(x, up, down, apply_up, apply_down)
         return y
     return apply_down(squared_leaky_relu(apply_up(x, up)), down)
 

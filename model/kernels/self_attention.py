@@ -90,7 +90,7 @@ def _fused(
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
-    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name)  # type: ignore[no-untyped-call]
+    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name)
     return z.view(shape.batch, shape.num_queries, -1)
 
 

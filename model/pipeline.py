@@ -1,0 +1,246 @@
+"""One seed from data to scores: train, quantize, evaluate, ttt, each stage leaving a record with checksums.
+
+A run directory is the unit of resume. Called again on it, run_seed continues after the last finished stage, and inside
+training from the newest checkpoint. Works without Ray; with several ranks, rank 0 decides and writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from model.checkpoint import write_json
+from model.codesize import code_hash
+from model.config import RunConfig, config_hash
+from model.data.files import file_sha256, replace_file
+from model.data.manifest import hash_data
+from model.distributed import Dist
+from model.ledger import Ledger
+from model.train import Interrupted, Report
+
+STAGES = ("train", "quantize", "evaluate", "ttt")
+FORMAT = 1
+PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton", "flash-attn")
+
+__all__ = ["STAGES", "Interrupted", "RunMismatch", "SeedResult", "read_records", "run_seed"]
+
+
+class RunMismatch(ValueError):
+    """A run directory was made under another configuration, other data or other code."""
+
+
+class SeedResult(NamedTuple):
+    """What a finished seed leaves: its directory and every metric of its stages by name."""
+
+    workdir: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Run:
+    """One seed at work: what every stage needs."""
+
+    config: RunConfig
+    dist: Dist
+    workdir: Path
+    report: Report
+    should_stop: Callable[[], bool] = lambda: False
+    on_write: Callable[[Path], None] = lambda _path: None
+    uses_checkpoints: bool = True
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write arrays as an npz file of the run directory."""
+        with replace_file(self.workdir / name) as file:
+            np.savez(file, allow_pickle=False, **arrays)
+
+
+def run_seed(
+    config: RunConfig,
+    dist: Dist,
+    workdir: Path,
+    report: Report,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_write: Callable[[Path], None] = lambda _path: None,
+    restart: str = "checkpoint",
+    allow_code_change: bool = False,
+) -> SeedResult:
+    """Run every stage of one seed that workdir does not hold yet, and return all metrics.
+
+    report(phase, step, total, metrics) hears of progress on rank 0. should_stop is asked between training steps; when
+    it says yes a checkpoint is written and Interrupted raised. on_write(path) hears of each finished file, a stage's
+    record last. restart "scratch" neither writes nor reads checkpoints inside training.
+    Raises RunMismatch if workdir was made under another configuration or other data (or other code, unless
+    allow_code_change), ValueError or FileNotFoundError for data that cannot be used.
+    """
+    run = Run(
+        config, dist, workdir, report if dist.is_main else _silent, should_stop, on_write, restart == "checkpoint"
+    )
+    _claim_directory(run, allow_code_change=allow_code_change)
+    for stage in STAGES:
+        is_done = dist.is_main and _finished(run, stage) is not None
+        if not dist.broadcast_floats([float(is_done)])[0]:
+            _run_stage(run, stage)
+    dist.barrier()
+    records = read_records(workdir) if dist.is_main else {}
+    return SeedResult(
+        workdir, {name: value for record in records.values() for name, value in record["metrics"].items()}
+    )
+
+
+def read_records(workdir: Path) -> dict[str, dict[str, Any]]:
+    """Return the stage records of a run directory by stage, in order; a stage that is not finished is left out."""
+    records = {}
+    for stage in STAGES:
+        path = workdir / "stages" / f"{stage}.json"
+        if not path.is_file():
+            break
+        try:
+            records[stage] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"stage record {path} is damaged ({error}); remove it to redo the stage") from error
+    return records
+
+
+def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
+    """Write run.json, or check that the one there was made under the same hashes."""
+    run.report("prepare", 0, None, {})
+    if run.dist.is_main:
+        data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
+        run.hashes = {
+            "config_hash": config_hash(run.config, world_size=run.dist.world_size),
+            "data_hash": data.data_hash,
+            "code_hash": code_hash(),
+        }
+        path = run.workdir / "run.json"
+        is_code_changed = False
+        if path.is_file():
+            is_code_changed = _check_same(path, run.hashes, allow_code_change=allow_code_change)
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "seed": run.config.seed,
+                "config": dataclasses.asdict(run.config),
+                **run.hashes,
+                "code_changed": is_code_changed,
+                "world_size": run.dist.world_size,
+                "versions": library_versions(),
+                "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
+            },
+        )
+        run.on_write(path)
+    run.dist.barrier()
+
+
+def _check_same(path: Path, hashes: dict[str, str], *, allow_code_change: bool) -> bool:
+    """Return whether the code changed since run.json was written. Raises RunMismatch where that is not allowed."""
+    try:
+        before = json.loads(path.read_text())
+        before_hashes = {name: before[name] for name in hashes}
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunMismatch(f"{path} is damaged ({error}); remove the run directory to start again") from error
+    for name, what in (("config_hash", "configuration"), ("data_hash", "data")):
+        if before_hashes[name] != hashes[name]:
+            raise RunMismatch(
+                f"{path.parent} was made with another {what} ({name} {before_hashes[name][:12]}, now "
+                f"{hashes[name][:12]}); choose another out, or remove it"
+            )
+    if before_hashes["code_hash"] == hashes["code_hash"]:
+        return bool(before.get("code_changed", False))
+    if not allow_code_change:
+        raise RunMismatch(
+            f"{path.parent} was made with other code (code_hash {before_hashes['code_hash'][:12]}, now "
+            f"{hashes['code_hash'][:12]}); pass --allow-code-change to go on and mark the seed, or choose another out"
+        )
+    return True
+
+
+def _finished(run: Run, stage: str) -> dict[str, Any] | None:
+    """Return a stage's record if its outputs are what it left, else None: the stage is done (again)."""
+    path = run.workdir / "stages" / f"{stage}.json"
+    try:
+        record = json.loads(path.read_text())
+        for name, facts in record["outputs"].items():
+            output = run.workdir / name
+            if output.stat().st_size != facts["bytes"] or file_sha256(output) != facts["sha256"]:
+                raise ValueError(f"{output} does not match its record")
+        if any(record[name] != run.hashes[name] for name in ("config_hash", "data_hash")):
+            raise ValueError(f"{path} was made under other hashes")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        run.report("prepare", 0, None, {"note": f"stage {stage} is done again: {error}"})
+        return None
+    return dict(record)
+
+
+def _run_stage(run: Run, stage: str) -> None:
+    """Run one stage on all ranks, then write its record on rank 0."""
+    from model import stages  # here, not above: stages imports Run from this module
+
+    if run.dist.is_main:  # what comes after is stale from now on
+        for later in STAGES[STAGES.index(stage) :]:
+            (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
+    run.report(stage, 0, None, {})
+    ledger = Ledger(stage)
+    with ledger.span(stage):
+        metrics, outputs = getattr(stages, f"run_{stage}")(run, ledger)
+    metrics["peak_memory_bytes"] = peak_memory_bytes(run.dist)
+    if run.dist.is_main:
+        write_json(run.workdir / "ledger" / f"{stage}.json", ledger.as_json())
+        write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
+    run.dist.barrier()
+
+
+def write_record(run: Run, stage: str, seconds: float, metrics: dict[str, Any], outputs: Iterable[str]) -> None:
+    """Write the record that makes a stage finished."""
+    described = {}
+    for name in outputs:
+        path = run.workdir / name
+        described[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        run.on_write(path)
+    record = {
+        "format": FORMAT,
+        "stage": stage,
+        "seconds": seconds,
+        "metrics": metrics,
+        "outputs": described,
+        **run.hashes,
+    }
+    path = run.workdir / "stages" / f"{stage}.json"
+    write_json(path, record)
+    run.on_write(path)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of every package that can move a score."""
+    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
+def peak_memory_bytes(dist: Dist) -> int:
+    """Return the most memory this process has held: allocated on its GPU, or resident."""
+    if dist.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(dist.device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _silent(_phase: str, _step: int, _total: int | None, _metrics: dict[str, Any]) -> None:
+    """Report nothing: rank 0 speaks."""

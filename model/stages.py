@@ -1,0 +1,350 @@
+"""The four stages of a seed: each reads what the one before left in the run directory and leaves its own outputs.
+
+A stage returns (flat metrics, names of its output files); pipeline.py times it and writes the record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.artifact import load_artifact, save_artifact
+from model.calibrate import collect_hessians
+from model.checkpoint import CheckpointStore, load_tensors, save_tensors
+from model.codesize import code_bytes
+from model.config import ModelConfig
+from model.data.loader import SpanLoader
+from model.data.shards import list_shards
+from model.data.tokenizer import Tokenizer, load_tokenizer
+from model.data.validation import ValidationSet, load_validation
+from model.distributed import Dist
+from model.evaluate import DocumentScores, evaluate_plain, order0_bpb
+from model.gpt import EMBEDDING, GPT
+from model.gptq import fit_to_limit, quantize_state
+from model.ledger import Ledger
+from model.pipeline import Run
+from model.quantized import QuantizedState, dequantize
+from model.train import Trainer
+from model.ttt import SCORE_COLUMNS, score_documents
+
+logger = logging.getLogger(__name__)
+Outcome = tuple[dict[str, Any], list[str]]
+WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
+EVALUATED, ADAPTED, SCORE_LOG = "evaluate.npz", "ttt.npz", "ttt_scores.npz"
+
+
+def compute_dtype(dist: Dist) -> torch.dtype:
+    """Return the activations' type: bf16 on CUDA, float32 on a CPU, where bf16 is many times slower."""
+    return torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+
+
+def build_model(config: ModelConfig, dist: Dist, *, embedding_dtype: str = "float32") -> GPT:
+    """Return an unfilled model on the rank's device, its embedding stored in embedding_dtype."""
+    model = GPT(config, compute_dtype=compute_dtype(dist)).to(dist.device)
+    model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, embedding_dtype))
+    return model
+
+
+def open_training(run: Run, ledger: Ledger) -> SpanLoader:
+    """Return the loader over the training shards."""
+    config = run.config
+    return SpanLoader(
+        list_shards(config.data.train),
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        span_group=config.train.span_group,
+        vocab_size=config.model.vocab_size,
+        on_open=ledger.opened,
+    )
+
+
+def open_validation(run: Run, ledger: Ledger) -> tuple[Tokenizer, ValidationSet]:
+    """Return the tokenizer and the validation stream."""
+    data = run.config.data
+    ledger.opened(Path(data.tokenizer))
+    tokenizer = load_tokenizer(Path(data.tokenizer), vocab_size=run.config.model.vocab_size)
+    validation = load_validation(
+        list_shards(data.val),
+        vocab_size=run.config.model.vocab_size,
+        val_documents=data.val_documents,
+        val_tokens=data.val_tokens,
+        on_open=ledger.opened,
+    )
+    return tokenizer, validation
+
+
+def run_train(run: Run, ledger: Ledger) -> Outcome:
+    """Train from the seed's initial weights, or from the newest checkpoint."""
+    config = run.config
+    with ledger.span("load"):
+        loader = open_training(run, ledger)
+        model = build_model(config.model, run.dist)
+        model.init_weights(config.seed)
+        model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, config.train.embedding_dtype))
+    with ledger.span("warm_up"):
+        warm_up(model, run)
+    store = CheckpointStore(run.workdir / "checkpoints", run.on_write) if run.uses_checkpoints else None
+    trainer = Trainer(
+        model,
+        loader,
+        config.train,
+        run.dist,
+        remember_progress(run),
+        runtime=config.runtime,
+        checkpoints=store,
+        reached_step=reached_step(run.workdir),
+        should_stop=run.should_stop,
+    )
+    with ledger.span("steps"):
+        result = trainer.run()
+    if run.dist.is_main:
+        live = {f"live/{name}": p.detach() for name, p in model.named_parameters()}
+        save_tensors(run.workdir / WEIGHTS, live | {f"ema/{name}": value for name, value in result.ema.items()})
+        run.write(STEPS, result.steps)
+        if store is not None:
+            store.clear()
+    result.metrics["warmup_s"] = ledger.seconds("warm_up")
+    result.metrics["num_params"] = sum(p.numel() for p in model.parameters())
+    result.metrics["attention_backend"] = attention_backend_name(run.dist)
+    return result.metrics, [WEIGHTS, STEPS]
+
+
+def warm_up(model: GPT, run: Run) -> None:
+    """Run both loop states forward and backward on synthetic tokens (CUDA only: kernels are built there).
+
+    Nothing is left behind: no optimizer has been stepped, and the gradients are dropped.
+    """
+    if run.dist.device.type != "cuda":
+        return
+    from model.data.packing import pack_row
+    from model.train import fixed_entries
+
+    train = run.config.train
+    generator = np.random.Generator(np.random.PCG64(0))
+    tokens = generator.integers(2, run.config.model.vocab_size, size=train.micro_batch_tokens + 1)
+    tokens[:: train.seq_len] = 1
+    packing = pack_row(
+        tokens[:-1], bos_id=1, max_segment=train.seq_len, max_seqlen=train.seq_len, num_entries=fixed_entries(train)
+    ).to(run.dist.device)
+    row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
+    for is_looped in (False, True):
+        run.report("warm_up", int(is_looped), 2, {})
+        model(row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing).backward()
+        model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize(run.dist.device)
+
+
+def remember_progress(run: Run):  # type: ignore[no-untyped-def]
+    """Return run.report, which also notes the step reached, so that a later attempt knows what a fault cost."""
+    path = run.workdir / "train_progress.json"
+
+    def report(phase: str, step: int, total: int | None, metrics: dict[str, Any]) -> None:
+        if run.dist.is_main:
+            path.write_text(json.dumps({"step": step}))
+        run.report(phase, step, total, metrics)
+
+    return report
+
+
+def reached_step(workdir: Path) -> int:
+    """Return the last step that an earlier attempt reported, 0 where there was none."""
+    try:
+        return int(json.loads((workdir / "train_progress.json").read_text())["step"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a torn progress note only loses a statistic
+        return 0
+
+
+def attention_backend_name(dist: Dist) -> str:
+    """Return the attention kernel that this device uses."""
+    from model.kernels.attention import resolve_backend
+
+    probe = torch.empty(1, 1, 1, 64, dtype=compute_dtype(dist), device=dist.device)
+    return resolve_backend("auto", probe, is_packed=True)
+
+
+def load_weights(run: Run, kind: str) -> dict[str, Tensor]:
+    """Return the "live" or "ema" weights that training left, on the rank's device."""
+    tensors = load_tensors(run.workdir / WEIGHTS)
+    prefix = f"{kind}/"
+    return {k.removeprefix(prefix): v.to(run.dist.device) for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def run_quantize(run: Run, ledger: Ledger) -> Outcome:
+    """Calibrate on training text, round the averaged weights by GPTQ and write the artifact."""
+    config, dist = run.config, run.dist
+    if config.quant.num_calibration_batches < dist.world_size:
+        raise ValueError(
+            f"quant.num_calibration_batches={config.quant.num_calibration_batches} must be at least the number of "
+            f"ranks, {dist.world_size}"
+        )
+    with ledger.span("load"):
+        weights = load_weights(run, "ema")
+        model = build_model(config.model, dist, embedding_dtype=str(weights[EMBEDDING].dtype).removeprefix("torch."))
+        model.load_state_dict(weights)
+        loader = open_training(run, ledger)
+    with ledger.span("hessians"):
+        hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
+    metrics: dict[str, Any] = {}
+    if dist.is_main:
+        metrics = _round_and_save(run, ledger, weights, hessians)
+    metrics |= {
+        "hessian_s": ledger.seconds("hessians"),
+        "solve_s": ledger.seconds("solve"),
+        "compress_s": ledger.seconds("compress"),
+        "quantize_s": sum(ledger.seconds(name) for name in ("load", "hessians", "solve", "compress", "reload")),
+    }
+    return metrics, [ARTIFACT]
+
+
+def _round_and_save(
+    run: Run, ledger: Ledger, weights: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Quantize, write the artifact, read it back, and return the size metrics (rank 0)."""
+    config, path = run.config, run.workdir / ARTIFACT
+    code = code_bytes()
+
+    def write(state: QuantizedState) -> int:
+        with ledger.span("compress"):
+            save_artifact(path, state, config.model, {"seed": config.seed, **run.hashes}, codec=config.quant.codec)
+        return path.stat().st_size + code.num_bytes
+
+    with ledger.span("round_and_fit"):
+        if config.quant.on_oversize == "fit":
+            fitted = fit_to_limit(weights, hessians, config.quant, write)
+            state, sigmas = fitted.state, fitted.matrix_clip_sigmas
+        else:
+            with ledger.span("solve"):
+                state, sigmas = quantize_state(weights, hessians, config.quant), config.quant.matrix_clip_sigmas
+    total = write(state)
+    with ledger.span("reload"):
+        loaded = dequantize(load_artifact(path)[1])
+        for name, value in dequantize(state).items():
+            if not torch.equal(loaded[name].cpu(), value.cpu()):
+                raise ValueError(f"artifact {path} does not reload: {name} differs")
+    limit = config.quant.size_limit_bytes
+    if total > limit and config.quant.on_oversize == "fail":
+        raise ValueError(
+            f"artifact of seed {config.seed} has {total} bytes with code, over quant.size_limit_bytes={limit}; "
+            "set quant.on_oversize to 'fit' or 'mark', or raise quant.matrix_clip_sigmas"
+        )
+    return {
+        "model_bytes": path.stat().st_size,
+        "code_bytes": code.num_bytes,
+        "code_bytes_convention": code.convention,
+        "artifact_bytes": total,
+        "size_limit_bytes": limit,
+        "within_limit": total <= limit,
+        "matrix_clip_sigmas": sigmas,
+    }
+
+
+def load_quantized(run: Run, ledger: Ledger) -> GPT:
+    """Return the model that the artifact holds, on the rank's device; the embedding in its training type."""
+    path = run.workdir / ARTIFACT
+    ledger.opened(path)
+    config, state = load_artifact(path)
+    model = build_model(config, run.dist, embedding_dtype=run.config.train.embedding_dtype)
+    model.load_state_dict(dequantize(state))
+    return model.requires_grad_(False)
+
+
+def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
+    """Score live, averaged and quantized weights on the same rows of the validation stream."""
+    config, dist = run.config, run.dist
+    with ledger.span("load"):
+        tokenizer, validation = open_validation(run, ledger)
+    metrics: dict[str, Any] = {}
+    scores: DocumentScores | None = None
+    for prefix in ("live", "post_ema", "pre_ttt"):
+        with ledger.span("load"):
+            if prefix == "pre_ttt":
+                model = load_quantized(run, ledger)
+            else:
+                weights = load_weights(run, "live" if prefix == "live" else "ema")
+                embedding_dtype = str(weights[EMBEDDING].dtype).removeprefix("torch.")
+                model = build_model(config.model, dist, embedding_dtype=embedding_dtype).requires_grad_(False)
+                model.load_state_dict(weights)
+        with ledger.span(prefix):
+            scores = evaluate_plain(
+                model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, label="evaluate"
+            )
+        metrics |= scores.metrics(prefix)
+        run.report("evaluate", 0, None, {f"{prefix}_bpb": scores.bpb})
+    assert scores is not None
+    metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "live", "post_ema", "pre_ttt"))
+    if dist.is_main:
+        with ledger.span("identify"):
+            metrics |= describe_validation(tokenizer, validation)
+            counts = token_counts(open_training(run, ledger), config.model.vocab_size)
+            metrics["order0_bpb"] = order0_bpb(counts, validation, tokenizer.byte_table)
+        run.write(EVALUATED, document_arrays(scores, nats_plain=scores.nats))
+    return metrics, [EVALUATED]
+
+
+def token_counts(loader: SpanLoader, vocab_size: int) -> np.ndarray:
+    """Return how often each token occurs in the training shards, (V,) int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for shard in range(len(loader.shard_sizes)):
+        tokens = loader.shard_tokens(shard)
+        for start in range(0, tokens.size, 1 << 22):
+            counts += np.bincount(tokens[start : start + (1 << 22)], minlength=vocab_size)
+    return counts
+
+
+def describe_validation(tokenizer: Tokenizer, validation: ValidationSet) -> dict[str, Any]:
+    """Return what the validation text is: a hash over its decoded documents, their number and bytes."""
+    digest, num_bytes = hashlib.sha256(), 0
+    ends = np.append(validation.document_starts[1:], validation.tokens.size)
+    for start, end in zip(validation.document_starts, ends, strict=True):
+        text = tokenizer.decode(validation.tokens[start:end]).encode()
+        digest.update(hashlib.sha256(text).digest())
+        num_bytes += len(text)
+    return {
+        "val_documents_hash": digest.hexdigest(),
+        "val_documents": validation.num_documents,
+        "val_bytes": num_bytes,
+        "tokenizer_hash": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+    }
+
+
+def run_ttt(run: Run, ledger: Ledger) -> Outcome:
+    """Score every document on its own, first with the base weights, then adapting as it goes."""
+    config, dist = run.config, run.dist
+    with ledger.span("load"):
+        tokenizer, validation = open_validation(run, ledger)
+        model = load_quantized(run, ledger)
+    results = {}
+    for prefix in ("ttt_lr0", "post_ttt"):
+        with ledger.span(prefix):
+            results[prefix] = score_documents(
+                model,
+                validation,
+                tokenizer.byte_table,
+                config.ttt,
+                dist,
+                run.report,
+                seed=config.seed,
+                is_adapting=prefix == "post_ttt",
+            )
+        run.report("ttt", 0, None, {f"{prefix}_bpb": results[prefix].scores.bpb})
+    plain, adapted = results["ttt_lr0"], results["post_ttt"]
+    metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
+    metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "ttt_lr0", "post_ttt"))
+    events = dist.gather_rows(adapted.events)
+    if dist.is_main:
+        run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
+        columns = dict(zip(SCORE_COLUMNS, events.T, strict=True))
+        run.write(SCORE_LOG, {**columns, "nll": adapted.nll.astype(np.float32)})
+    return metrics, [ADAPTED, SCORE_LOG]
+
+
+def document_arrays(scores: DocumentScores, **nats: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the per-document columns of one or more passes over the same targets."""
+    return {"index": np.arange(scores.tokens.size), "tokens": scores.tokens, "bytes": scores.bytes, **nats}
