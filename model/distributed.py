@@ -38,6 +38,11 @@ class Dist:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    def __post_init__(self) -> None:
+        """Make CPUs take numbers below 1e-38 for zero, as GPUs do: computing with them is ten times slower."""
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)
+
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> Dist:
         """Return a group of one process."""
