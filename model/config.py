@@ -333,7 +333,7 @@ def tiny() -> RunConfig:
             parallel_start_layer=3,
         ),
         train=TrainConfig(
-            max_steps=160,
+            max_steps=120,
             budget_s=None,
             batch_tokens=2048,
             micro_batch_tokens=1024,
