@@ -15,6 +15,7 @@ from model.gpt import EMBEDDING, GPT, norm_scale, num_skips, visit_plan
 from model.lora import num_adapter_parameters
 from model.optim import Optimizers, muon_scale, muon_update
 from model.quantized import tensor_shapes
+from model.stages import build_model
 from tests.parity_core import GoldenSet, model_config, our_place, take_parameter, train_config
 
 # our matrix kind -> the published name inside blocks.<layer>.
@@ -28,7 +29,7 @@ def check_facts(golden: GoldenSet) -> None:
     """Set 3: build the model that the stored settings describe and compare what can be said without training it."""
     hyper = golden.read("hyperparameters")
     config = model_config(hyper)
-    model = GPT(config)
+    model = build_model(config, Dist.single(), embedding_dtype=train_config(hyper).embedding_dtype)
     model.init_weights(int(hyper["seed"]))
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     golden.compare("total_params", sum(tensor.numel() for tensor in parameters.values()), tolerance=0)
@@ -53,10 +54,12 @@ def _stored(golden: GoldenSet, key: str) -> Any:
 
 
 def _check_shapes(golden: GoldenSet, parameters: Mapping[str, Tensor]) -> None:
-    """Every published parameter is ours with its shape, and we have none besides."""
+    """Every published parameter is ours with its shape and storage type, and we have none besides."""
     facts = _stored(golden, "params")
     for name, fact in facts.items():
-        golden.check(f"params/{name}", list(take_parameter(parameters, name).shape) == fact["shape"])
+        ours = take_parameter(parameters, name)
+        stored = [list(ours.shape), str(ours.dtype).removeprefix("torch.")]
+        golden.check(f"params/{name}", stored == [fact["shape"], fact["dtype_during_training"]])
     golden.check("params", {our_place(name)[0] for name in facts} == set(parameters))
 
 
