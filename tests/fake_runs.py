@@ -14,14 +14,14 @@ BYTES_PER_TOKEN = 3.7266
 STAGE_LEVELS = {"live": 1.0763, "post_ema": 1.0767, "pre_ttt": 1.0879, "ttt_lr0": 1.0834, "post_ttt": 1.0775}
 
 
-def fake_documents(num_documents: int = 40, *, seed: int = 0, level: float = 1.0879) -> dict[str, np.ndarray]:
-    """Return per-document rows: lengths heavy-tailed, texts shared by all seeds, scores near `level` bpb."""
+def fake_documents(num_documents: int = 40, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return per-document rows: lengths heavy-tailed, texts shared by all seeds, scores near 1.09 bpb."""
     texts = np.random.default_rng(7)
     tokens = np.clip(texts.lognormal(6.2, 1.0, num_documents), 20, 20_000).astype(np.int32)
     difficulty = texts.normal(0.0, 0.1, num_documents)
     num_bytes = np.maximum(1, tokens * BYTES_PER_TOKEN + texts.normal(0, 3, num_documents)).astype(np.int32)
     noise = np.random.default_rng(seed).normal(0.0, 0.004, num_documents)
-    plain = num_bytes * math.log(2) * (level + difficulty + noise)
+    plain = num_bytes * math.log(2) * (1.0879 + difficulty + noise)
     lr0 = plain * (1 - 0.004 * np.minimum(1, tokens / 4096))
     return {
         "index": np.arange(num_documents, dtype=np.int32),
@@ -87,15 +87,31 @@ def fake_stages(seed: int) -> list[dict[str, Any]]:
 
 
 def commit_fake(out: Path | str, seed: int, *, num_documents: int = 40, **changes: Any) -> str:
-    """Commit one finished made-up attempt and return its file name."""
-    level = STAGE_LEVELS["pre_ttt"] + float(changes.get("shift", 0.0))
-    return commit_attempt(
-        out,
-        run=fake_run(seed, **changes),
-        stages=fake_stages(seed),
-        steps=fake_steps(),
-        documents=fake_documents(num_documents, seed=seed, level=level),
-    )
+    """Commit one finished made-up attempt and return its file name.
+
+    num_documents: the row's sums are those of its document rows; 0 stands for a run on the challenge's validation set
+    (151.078 MB) whose document rows are not there.
+    """
+    run = fake_run(seed, **changes)
+    documents = fake_documents(num_documents, seed=seed) if num_documents else {}
+    if documents:
+        run |= _sums_of(documents, run) | {name: value for name, value in changes.items() if name != "shift"}
+    return commit_attempt(out, run=run, stages=fake_stages(seed), steps=fake_steps(), documents=documents)
+
+
+def _sums_of(documents: dict[str, np.ndarray], run: dict[str, Any]) -> dict[str, Any]:
+    """Scale the documents' nats to the bits per byte in run, in place, and return the sums that follow."""
+    tokens, num_bytes = int(documents["tokens"].sum()), int(documents["bytes"].sum())
+    sums: dict[str, Any] = {"val_bytes": num_bytes, "val_documents": len(documents["tokens"])}
+    columns = {"pre_ttt": "nats_plain", "ttt_lr0": "nats_lr0", "post_ttt": "nats_ttt"}
+    for stage in STAGE_LEVELS:
+        nats = (run[f"{stage}_bpb"] or 1.0) * math.log(2) * num_bytes
+        if stage in columns:
+            column = columns[stage]
+            documents[column] *= nats / documents[column].sum() if math.isfinite(nats) else 1.0
+            nats = float(documents[column].sum())
+        sums |= {f"{stage}_nats": nats, f"{stage}_tokens": tokens, f"{stage}_bytes": num_bytes}
+    return sums
 
 
 def commit_failed(out: Path | str, seed: int, *, attempt: int = 1, error: str = "rank 3: out of memory") -> str:

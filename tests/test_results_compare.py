@@ -58,13 +58,13 @@ def test_other_validation_text_is_refused_and_force_labels_every_line(
 def test_a_small_corpus_does_not_compare_with_published_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = fake_sweep(tmp_path / "a", post_ttt_bytes=1_000_000)
+    small = fake_sweep(tmp_path / "a", val_bytes=1_000_000)
     assert compare(small, "pr:1536") == 2
     assert "1.000 MB and 151.078 MB" in capsys.readouterr().err
 
 
 def test_the_fineweb_set_compares_with_published_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare(fake_sweep(tmp_path / "a"), "pr:1493") == 0
+    assert compare(fake_sweep(tmp_path / "a", num_documents=0), "pr:1493") == 0
     assert "p_margin_0 = " in capsys.readouterr().out
 
 
@@ -148,17 +148,17 @@ def test_another_stage_can_be_compared(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_table_prints_published_records_in_their_own_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = fake_sweep(tmp_path, post_ttt_bytes=1_000_000)
+    out = fake_sweep(tmp_path)
     assert main(["table", str(out), "--with", "pr:1536,pr:1530"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("(other validation text: not comparable)") == 2
-    assert main(["table", str(fake_sweep(tmp_path / "fineweb")), "--with", "pr:1536"]) == 0
+    assert main(["table", str(fake_sweep(tmp_path / "fineweb", num_documents=0)), "--with", "pr:1536"]) == 0
     assert "published, PR 1536 (same validation text)" in capsys.readouterr().out
     assert main(["table", str(out), "--with", "pr:5"]) == 2
 
 
 def test_table_json_gains_one_key_with_published_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = fake_sweep(tmp_path)
+    out = fake_sweep(tmp_path, num_documents=0)
     assert main(["table", str(out), "--with", "pr:1536", "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert list(content)[-1] == "published"

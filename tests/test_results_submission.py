@@ -237,7 +237,7 @@ def test_an_exported_folder_imports_to_the_same_figures(tmp_path: Path, capsys: 
 
 
 def test_the_exported_submission_states_what_the_rows_show(tmp_path: Path) -> None:
-    out = fake_sweep(tmp_path / "runs", (42, 0, 1337))
+    out = fake_sweep(tmp_path / "runs", (42, 0, 1337), num_documents=0)
     folder = tmp_path / "folder"
     assert main(["export", str(out), "--author", "A. Author", "--github-id", "aa", "-o", str(folder)]) == 0
     content = json.loads((folder / "submission.json").read_text())
