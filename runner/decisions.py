@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from runner.capacity import Node, gangs_on
 from runner.errors import Failure, Kind
 from runner.spec import Gang, Limits, RunKey
-from runner.states import ALIVE, WORKING, Run, State, enter
+from runner.states import ALIVE, FINAL, WORKING, Run, State, enter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +26,7 @@ class Situation:
     slots: int  # gangs that fit on the cluster as it is
     nodes: tuple[Node, ...] = ()
     grace_s: float = 30.0  # from stop to kill
+    has_repeats: bool = False
     infeasible: str = ""  # no node can hold a gang, and the time to wait for one is over
     cancelled: frozenset[RunKey] = field(default_factory=frozenset)  # runs that a person wants to end
 
@@ -84,10 +85,11 @@ def decide(runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
     commands: list[Command] = []
     num_groups = sum(run.has_group for run in runs.values())
     for run in runs.values():
-        if run.is_final:
-            continue
-        command = decide_one(run, situation)
-        if command is None and wants_group(run, situation) and num_groups <= situation.slots:
+        is_waiting = wants_group(run, situation)
+        # only room decides about a run that merely waits, and a sweep may have a thousand of them
+        skip = run.state in FINAL or (is_waiting and not situation.cancelled)
+        command = None if skip else decide_one(run, situation)
+        if command is None and is_waiting and num_groups <= situation.slots:
             num_groups += 1
             command = place(run, runs.values(), situation)
         if command is not None:
@@ -163,7 +165,7 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
 
 def wants_group(run: Run, situation: Situation) -> bool:
     """Return whether a run waits for a place and has not asked for one."""
-    return run.state is State.QUEUED and not run.has_group and not situation.infeasible
+    return run.state is State.QUEUED and not (run.has_group or run.is_cancelled or situation.infeasible)
 
 
 def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
@@ -172,9 +174,9 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
     avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
     if len(avoid) == len(able):
         avoid = ()  # every node has failed it once: any is better than none
-    siblings = {other.node_id for other in runs if other.key.seed == run.key.seed and other.key != run.key}
     prefer = ""
-    if siblings - {""}:
+    if situation.has_repeats:
+        siblings = {other.node_id for other in runs if other.key.seed == run.key.seed and other.key != run.key}
         prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
     return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
 

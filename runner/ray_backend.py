@@ -19,6 +19,7 @@ from runner.states import Event
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
+QUIET = logging.CRITICAL  # what Ray has to say about dead workers, the gang says with rank and node
 POLL_EVERY_S = 0.05
 
 
@@ -29,7 +30,7 @@ def connect(address: str | None) -> None:
     """
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=QUIET)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise SweepError(
                 f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
@@ -37,7 +38,7 @@ def connect(address: str | None) -> None:
         return
     ray.init(
         address="local", _node_ip_address=LOOPBACK, include_dashboard=False, log_to_driver=False,
-        logging_level=logging.WARNING,
+        logging_level=QUIET,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from runner.states import FINAL, Committed, Event, Failed, Run, State, after
 logger = logging.getLogger(__name__)
 
 NODES_EVERY_S = 5.0
-STATE_EVERY_S = 2.0
+STATE_EVERY_S = 1.0  # a picture of 1,000 runs takes tens of milliseconds; the events have every transition at once
 POLL_S = 0.2
 LOST_NODES_S = 60.0  # how long a sweep that had room waits for a node to come back, at least
 
@@ -75,6 +75,7 @@ class Scheduler:
         self.cancelled: frozenset[RunKey] = frozenset()
         self.is_interrupted = False
         self.nodes: tuple[Node, ...] = ()
+        self.slots = 0
         self.nodes_at = self.state_at = -float("inf")
         self.feasible_at = clock()  # when some node could last hold a gang
         self.had_room = False
@@ -97,27 +98,34 @@ class Scheduler:
         """Apply what happened, decide, and tell disk and view."""
         for event in self.backend.poll(POLL_S):
             self.apply(event)
-        situation = self.situation()
-        for command in decide(self.runs, situation):
-            self.give(command, situation)
+        self.give_all()
         self.persist()
         self.view.update(self.runs, self.changed, self.clock())
         self.changed = []
+
+    def give_all(self) -> int:
+        """Decide, hand every command to the backend, and return how many there were."""
+        situation = self.situation()
+        commands = decide(self.runs, situation)
+        for command in commands:
+            self.give(command, situation)
+        return len(commands)
 
     def situation(self) -> Situation:
         """Return what decisions depend on beside the runs."""
         now = self.clock()
         if now - self.nodes_at >= NODES_EVERY_S:
             self.nodes, self.nodes_at = self.backend.nodes(), now
+            self.slots = count_slots(self.nodes, self.spec.gang)
             self.read_requests()
-        slots = count_slots(self.nodes, self.spec.gang)
+        slots = self.slots
         if slots:
             self.feasible_at, self.had_room = now, True
         patience_s = max(self.limits.wait_s, LOST_NODES_S if self.had_room else 0.0)
         is_over = not slots and now - self.feasible_at >= patience_s
         return Situation(
             now=now, gang=self.spec.gang, limits=self.limits, slots=slots, nodes=self.nodes, grace_s=self.grace_s,
-            infeasible=why_infeasible(self.nodes, self.spec.gang) if is_over else "",
+            has_repeats=self.spec.repeats > 1, infeasible=why_infeasible(self.nodes, self.spec.gang) if is_over else "",
             cancelled=frozenset(self.runs) if self.is_interrupted else self.cancelled,
         )  # fmt: skip
 
@@ -193,9 +201,10 @@ class Scheduler:
         now = self.clock()
         try:
             self.directory.beat()
-            if self.unsaved or force or now - self.state_at >= STATE_EVERY_S:
+            if self.unsaved:
                 self.directory.log_events(self.unsaved)
                 self.unsaved = []
+            if force or now - self.state_at >= STATE_EVERY_S:
                 self.directory.write_state(self.spec.name, self.runs.values(), self.offset)
                 self.state_at = now
         except OSError as error:

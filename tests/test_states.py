@@ -1,0 +1,101 @@
+"""The transition function: what each event makes of a run, and what it must never make of one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from runner import states
+from runner.decisions import Release, Situation, decide, issued
+from runner.errors import Failure, Kind
+from runner.spec import Gang, Limits, RunKey
+from runner.states import Run, State, after
+
+KEY = RunKey(seed=42)
+LIMITS = Limits(attempts=3, preemptions=2, backoff_s=5.0, backoff_max_s=12.0)
+TRAINING = Run(key=KEY, state=State.TRAIN, group=1, has_group=True, attempt=1, node_id="n1", node="10.0.0.1")
+
+
+def failed(run: Run, failure: Failure, now: float = 100.0) -> Run:
+    """Return run after a failure, its kill, and its group's removal."""
+    run = after(run, states.Failed(key=KEY, group=run.group, failure=failure), now, LIMITS)
+    assert run.state is State.TEARDOWN
+    situation = Situation(now=now, gang=Gang(), limits=LIMITS, slots=1)
+    (command,) = decide({KEY: run}, situation)
+    assert isinstance(command, Release)
+    return after(issued(run, command, situation), states.Gone(key=KEY, group=run.group), now, LIMITS)
+
+
+def error(message: str = "boom", kind: Kind = Kind.RAISED) -> Failure:
+    """Return a failure with an exception."""
+    return Failure(kind=kind, message=message, error_type="RuntimeError", rank=0)
+
+
+def test_a_failure_waits_twice_as_long_each_time_up_to_the_limit() -> None:
+    run, waits = TRAINING, []
+    for message in ("a", "b"):
+        run = failed(replace(run, state=State.TRAIN, has_group=True, previous=run.failure), error(message))
+        assert run.state is State.RETRY_WAIT
+        waits.append(run.not_before - 100.0)
+    assert waits == [5.0, 10.0]
+
+
+def test_a_third_failure_is_final() -> None:
+    assert failed(replace(TRAINING, failures=2), error()).state is State.FAILED
+
+
+def test_the_same_exception_twice_in_a_row_is_final() -> None:
+    assert failed(replace(TRAINING, previous=error("same")), error("same")).state is State.FAILED
+    assert failed(replace(TRAINING, previous=error("other")), error("same")).state is State.RETRY_WAIT
+
+
+def test_a_users_mistake_is_not_retried() -> None:
+    assert failed(TRAINING, error("val_tokens=0", Kind.USER)).state is State.FAILED
+
+
+def test_a_lost_node_costs_a_preemption_and_no_attempt() -> None:
+    lost = Failure(kind=Kind.NODE_LOST, message="the node went away")
+    run = failed(replace(TRAINING, failures=2), lost)
+    assert (run.state, run.failures, run.preemptions, run.bad_nodes) == (State.RETRY_WAIT, 2, 1, ("n1",))
+    assert failed(replace(TRAINING, preemptions=2), lost).state is State.FAILED
+
+
+def test_words_of_an_older_group_change_nothing() -> None:
+    late = states.Finished(key=KEY, group=0)
+    assert after(TRAINING, late, 5.0, LIMITS) is TRAINING
+
+
+def test_a_run_that_is_over_stays_over() -> None:
+    done = replace(TRAINING, state=State.DONE)
+    for event in (states.Failed(key=KEY, group=1, failure=error()), states.Gone(key=KEY, group=1)):
+        assert after(done, event, 5.0, LIMITS) is done
+
+
+def test_done_comes_from_committed_only() -> None:
+    finished = after(TRAINING, states.Finished(key=KEY, group=1), 5.0, LIMITS)
+    assert finished.state is State.COMMITTING
+    gone = after(finished, states.Gone(key=KEY, group=1), 6.0, LIMITS)
+    assert gone.state is State.COMMITTING
+    assert after(TRAINING, states.Committed(key=KEY, group=1), 5.0, LIMITS) is TRAINING
+    assert after(gone, states.Committed(key=KEY, group=1), 7.0, LIMITS).state is State.DONE
+
+
+def test_results_that_cannot_be_written_are_retried() -> None:
+    gone = replace(TRAINING, state=State.COMMITTING, has_group=False)
+    run = after(gone, states.Failed(key=KEY, group=1, failure=error("disk full", Kind.COMMIT)), 5.0, LIMITS)
+    assert run.state is State.RETRY_WAIT
+
+
+@pytest.mark.parametrize(
+    ("phase", "state"), [("train", "TRAIN"), ("quantize", "QUANTIZE"), ("evaluate", "EVALUATE"), ("ttt", "TTT")]
+)
+def test_reported_phases_move_the_state(phase: str, state: str) -> None:
+    starting = replace(TRAINING, state=State.STARTING)
+    run = after(starting, states.Progress(key=KEY, group=1, phase=phase, step=3, total=9), 5.0, LIMITS)
+    assert (str(run.state), run.step, run.total) == (state, 3, 9)
+
+
+def test_an_unknown_phase_counts_as_progress_and_leaves_the_state() -> None:
+    run = after(TRAINING, states.Progress(key=KEY, group=1, phase="prepare"), 5.0, LIMITS)
+    assert (run.state, run.progress_at) == (State.TRAIN, 5.0)
