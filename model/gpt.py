@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
 from model.kernels.cross_entropy import softcap_cross_entropy
-from model.kernels.mlp import mlp
+from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
 from model.kernels.self_attention import Rows, self_attention
 from model.layers import low_rank, rotary_tables, softcap
@@ -68,6 +68,14 @@ class Projection(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return x W^T for x (..., in) and weight (out, in)."""
         return F.linear(x, weight)
+
+
+class ActivatedProjection(nn.Module):
+    """The MLP's first product and its activation, together so that a kernel can do both at once."""
+
+    def forward(self, x: Tensor, weight: Tensor, needs_hidden: bool) -> tuple[Tensor | None, Tensor]:
+        """Return (x W^T, its activation); without needs_hidden the first may be None."""
+        return project_and_activate(x, weight, needs_hidden)
 
 
 class LayerWeights(NamedTuple):
@@ -126,26 +134,27 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(num_skips(config), dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips(config), dim))
         self.lane_merge = nn.Parameter(torch.tensor(0.5))
-        names = [f"layers_{i}_{kind}" for i in range(num_layers) for kind in ("qkv", "o", "up", "down")]
-        self.projections = nn.ModuleDict({name: Projection() for name in [*names, "head"]})
+        plain = [f"layers_{i}_{kind}" for i in range(num_layers) for kind in ("qkv", "o", "down")]
+        self.projections = nn.ModuleDict({name: Projection() for name in [*plain, "head"]})
+        self.projections.update({f"layers_{i}_up": ActivatedProjection() for i in range(num_layers)})
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw the initial weights: each tensor from its own generator, rounded to bf16 once.
 
         Embedding normal; queries, keys, values and MLP inputs orthogonal; output and MLP down projections zero.
+        Drawn on the CPU: the same seed gives the same bits on every device.
         """
-        config, num_layers = self.config, self.config.num_layers
-        self.tok_emb.weight.normal_(0, config.embedding_init_std, generator=_generator(seed, EMBEDDING))
+        num_layers, embedding = self.config.num_layers, torch.empty(self.tok_emb.weight.shape)
+        embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING))
+        self.tok_emb.weight.copy_(embedding.bfloat16())
         self.qo_bank.zero_()
         self.mlp_down_bank.zero_()
         for name, rows in (("qo_bank", num_layers), ("kv_bank", 2 * num_layers), ("mlp_up_bank", num_layers)):
-            for index in range(rows):
-                nn.init.orthogonal_(getattr(self, name)[index], generator=_generator(seed, f"{name}/{index}"))
-        for name in BANKS:
             bank = getattr(self, name)
-            bank.copy_(bank.bfloat16())
-        self.tok_emb.weight.copy_(self.tok_emb.weight.bfloat16())
+            for index in range(rows):
+                matrix = nn.init.orthogonal_(torch.empty(bank.shape[1:]), generator=_generator(seed, f"{name}/{index}"))
+                bank[index].copy_(matrix.bfloat16())
 
     def forward(
         self,
@@ -168,6 +177,7 @@ class GPT(nn.Module):
         reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n); "calibrate" -> nothing of use, for hooks.
         Logits are (B, T or n, V).
         """
+        assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
         hidden = self._hidden(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
         if reduction == "calibrate":  # the head's input is heard, its 8,192 columns are not computed
             return self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
@@ -204,7 +214,8 @@ class GPT(nn.Module):
             stream = self._mlp(layer, stream, weights[layer], pairs[visit])
         x = stream.x if stream.delta is None else stream.x + stream.delta
         stream = Stream(x, None)
-        skips.append(x)
+        if plan.encoder:
+            skips.append(x)
         lane: Stream | None = None  # the MLPs' lane, once the lanes have parted
         for step, layer in enumerate(plan.decoder):
             visit = len(plan.encoder) + step

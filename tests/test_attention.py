@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.kernels.attention import attention, bucket_length, resolve_backend
+from model.kernels.attention import attention, bucket_length, is_available, resolve_backend
 from model.kernels.flex import BLOCK, segment_block_mask
 from model.kernels.probe import probe_backends
 
@@ -180,3 +181,22 @@ def test_a_probe_says_why_a_backend_was_rejected() -> None:
     assert "needs bfloat16 on CUDA" in choice.rejected["varlen"]
     with pytest.raises(ValueError, match="no attention backend passed its check: varlen: "):
         probe_backends(q, k, v, pack([5, 3]), candidates=("varlen",))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compilers behind flex and fa4
+@pytest.mark.parametrize("backend", ["varlen", "flex", "fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("lengths", [[1], [1000], [1, 500, 64, 3, 432], [128] * 5])
+def test_cuda_backends_agree_with_float64(backend: str, lengths: list[int]) -> None:
+    if not is_available(backend):
+        pytest.skip(f"the package of {backend} is not installed")
+    packing = pack(lengths, padded=3)
+    packing.cu_seqlens = packing.cu_seqlens.cuda()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, sum(lengths), heads, 64) for heads in (8, 4, 4, 8)]
+    inputs = [torch.randn(s, generator=generator).bfloat16().cuda() for s in shapes]
+    narrow = [x.requires_grad_() for x in inputs[:3]] + inputs[3:]
+    wide = [x.detach().double().requires_grad_() for x in inputs[:3]] + [inputs[3].double()]
+    wanted = forward_backward(attention, wide, packing)
+    for got, want in zip(forward_backward(partial(attention, backend=backend), narrow, packing), wanted, strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm() + 1e-4

@@ -18,8 +18,8 @@ BACKWARD_PROGRAMS = 132 * 8
 
 @triton.jit
 def _rotate(
-    x_ptr, cos_ptr, sin_ptr, gain_ptr, y_ptr, inverse_ptr, num_rows, table_rows,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, cos_ptr, sin_ptr, gain_ptr, y_ptr, inverse_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     head = tl.arange(0, HEADS)[None, :, None]
@@ -37,24 +37,35 @@ def _rotate(
     gain = tl.load(gain_ptr + heads, mask=heads < H, other=1.0).to(tl.float32)
     factor = tl.where(heads < H + K, gain * inverse, 1.0)
     y = (x * cos + tl.where(e < HALF, partner, -partner) * sin) * factor[:, :, None]
-    tl.store(y_ptr + at + e, y.to(y_ptr.dtype.element_ty), mask=inside & (e < E))
+    y = y.to(y_ptr.dtype.element_ty)
+    out = y_ptr + rows * (3 * H * E) + e
+    tl.store(out + head * E, y, mask=inside & (head < H))
+    for copy in tl.static_range(G):
+        tl.store(out + (H + (head - H) * G + copy) * E, y, mask=inside & (head >= H))
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     tl.store(inverse_ptr + row * (H + K) + heads, inverse, mask=(row < num_rows) & (heads < H + K))
 
 
 @triton.jit
-def _load_grad(q_ptr, k_ptr, rows, head, e, turns, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
-    grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=turns & (head < H), other=0.0).to(tl.float32)
-    is_key = turns & (head >= H) & (head < H + K)
-    return grad + tl.load(k_ptr + rows * (K * E) + (head - H) * E + e, mask=is_key, other=0.0).to(tl.float32)
+def _load_grad(q_ptr, k_ptr, rows, head, e, inside, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
+    grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=inside & (head < H), other=0.0).to(tl.float32)
+    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), G, H * E, E)
+
+
+@triton.jit
+def _load_copies(ptr, rows, kv, e, mask, G: tl.constexpr, STRIDE: tl.constexpr, E: tl.constexpr):
+    """Add up the gradients of the copies of a key or value head."""
+    grad = tl.load(ptr + rows * STRIDE + kv * G * E + e, mask=mask, other=0.0).to(tl.float32)
+    for copy in tl.static_range(1, G):
+        grad += tl.load(ptr + rows * STRIDE + (kv * G + copy) * E + e, mask=mask, other=0.0).to(tl.float32)
+    return grad
 
 
 @triton.jit
 def _rotate_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_own_ptr, y_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
-    grad_x_ptr, partial_ptr, num_rows, table_rows,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
-    HAS_OWN: tl.constexpr,
+    grad_x_ptr, partial_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_OWN: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)[None, :, None]
     heads = tl.arange(0, HEADS)[None, :]
@@ -68,29 +79,29 @@ def _rotate_backward(
         rows = row[:, :, None]
         inside = (rows < num_rows) & (head < H + 2 * K) & (e < E)
         at = rows * ((H + 2 * K) * E) + head * E
+        y_at = rows * (3 * H * E) + tl.where(head < H, head, H + (head - H) * G) * E
         other = tl.where(e < HALF, e + HALF, e - HALF)
         sign = tl.where(e < HALF, 1.0, -1.0)
         turns = inside & (head < H + K) & (e < 2 * HALF)
         angle = (rows % table_rows) * HALF + e % HALF
         cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
         sin = tl.load(sin_ptr + angle, mask=turns, other=0.0) * sign
-        grad = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, e, inside, H, K, E)
-        y = tl.load(y_ptr + at + e, mask=inside & (head < H + K), other=0.0).to(tl.float32)
+        grad = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, e, inside, H, K, G, E)
+        y = tl.load(y_ptr + y_at + e, mask=inside & (head < H + K), other=0.0).to(tl.float32)
         sums += tl.sum(grad * y, axis=2)
         # Turned back: the gradient of the normed head, and the normed head itself.
-        grad = (grad * cos - _load_grad(grad_q_ptr, grad_k_ptr, rows, head, other, turns, H, K, E) * sin) * gain[
-            :, :, None
-        ]
-        y_other = tl.load(y_ptr + at + other, mask=turns, other=0.0).to(tl.float32)
+        grad_other = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, other, turns, H, K, G, E)
+        grad = (grad * cos - grad_other * sin) * gain[:, :, None]
+        y_other = tl.load(y_ptr + y_at + other, mask=turns, other=0.0).to(tl.float32)
         normed = (y * cos - y_other * sin) * over_gain[:, :, None]
         inverse = tl.load(inverse_ptr + row * (H + K) + heads, mask=(row < num_rows) & (heads < H + K), other=0.0)
         along = tl.sum(grad * normed, axis=2) / E
         grad = inverse[:, :, None] * (grad - normed * along[:, :, None])
         is_value = inside & (head >= H + K)
-        value_at = rows * (K * E) + (head - H - K) * E + e
-        grad += tl.load(grad_v_ptr + value_at, mask=is_value, other=0.0).to(tl.float32)
+        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, G, H * E, E)
         if HAS_OWN:
-            grad += tl.load(grad_own_ptr + value_at, mask=is_value, other=0.0).to(tl.float32)
+            own_at = rows * (K * E) + (head - H - K) * E + e
+            grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at + e, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     place = partial_ptr + tl.program_id(0) * H + tl.arange(0, HEADS)
     total = tl.sum(sums * over_gain, axis=0)
@@ -99,12 +110,13 @@ def _rotate_backward(
 
 @triton.jit
 def _exclude(
-    y_ptr, v_ptr, z_ptr, num_rows, v_stride, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr
-):
+    y_ptr, v_ptr, z_ptr, num_rows, v_stride,
+    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
     kv = tl.arange(0, K)[None, :, None, None]
     at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + tl.arange(0, E)[None, None, None, :]
-    v_at = rows * v_stride + kv * E + tl.arange(0, E)[None, None, None, :]
+    v_at = rows * v_stride + kv * V_HEAD + tl.arange(0, E)[None, None, None, :]
     inside = rows < num_rows
     v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -117,14 +129,14 @@ def _exclude(
 @triton.jit
 def _exclude_backward(
     grad_z_ptr, y_ptr, v_ptr, grad_y_ptr, grad_v_ptr, num_rows, v_stride,
-    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
+    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
     kv = tl.arange(0, K)[None, :, None, None]
     e = tl.arange(0, E)[None, None, None, :]
     at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + e
     inside = rows < num_rows
-    v = tl.load(v_ptr + rows * v_stride + kv * E + e, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_z_ptr + at, mask=inside, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
@@ -140,17 +152,20 @@ def _exclude_backward(
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Return (y, inverse): qkv (N, W) with its query and key heads normed, turned and scaled, and 1/rms (N, H + K).
+    """Return (y, inverse): heads ready for attention (N, 3 H, E), and 1/rms of queries and keys (N, H + K) float32.
 
-    cos and sin float32 (rows, E'), row n of qkv uses row n modulo rows; gain (H,).
+    y holds H queries, normed, turned and scaled, then H keys, normed and turned, and H values: every key and value head
+    stands as often as query heads use it, so that attention and its backward need no grouping. cos and sin float32
+    (rows, E'), row n of qkv (N, W) uses row n modulo rows; gain (H,).
     """
     num_heads = gain.numel()
     head_dim = qkv.size(1) // (num_heads + 2 * num_kv_heads)
-    y = torch.empty_like(qkv)
+    y = torch.empty(qkv.size(0), 3 * num_heads, head_dim, device=qkv.device, dtype=qkv.dtype)
     inverse = torch.empty(qkv.size(0), num_heads + num_kv_heads, device=qkv.device, dtype=torch.float32)
     _rotate[(triton.cdiv(qkv.size(0), ROWS),)](
-        qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads, E=head_dim,
-        HALF=cos.size(1), HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
+        qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads,
+        G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
+        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return y, inverse
 
@@ -159,19 +174,20 @@ def rotate_backward(
     grads: tuple[Tensor, Tensor, Tensor], grad_own: Tensor | None, y: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor,
     gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of qkv (N, W) and gain from those of q (N, H, E), k and v (N, K, E).
+    """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y, (N, H, E) each.
 
-    grad_own (N, K, E) is added to v's.
+    grad_own (N, K, E) is added to the values'.
     """
     grad_q, grad_k, grad_v = (g.contiguous() for g in grads)
-    num_heads, head_dim = grad_q.size(-2), grad_q.size(-1)
-    num_kv_heads = grad_k.size(-2)
-    grad_x = torch.empty_like(y)
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(y.size(0), ROWS))
+    num_rows, num_heads, head_dim = grad_q.shape
+    num_kv_heads = inverse.size(1) - num_heads
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    grad_x = torch.empty(num_rows, width, device=y.device, dtype=y.dtype)
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
     partial = torch.empty(programs, num_heads, device=y.device, dtype=torch.float32)
     _rotate_backward[(programs,)](
-        grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, y.size(0), cos.size(0),
-        H=num_heads, K=num_kv_heads, E=head_dim, HALF=cos.size(1),
+        grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
+        H=num_heads, K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
         HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_OWN=grad_own is not None,
         num_warps=4,
     )  # fmt: skip
@@ -179,12 +195,13 @@ def rotate_backward(
 
 
 def exclude(y: Tensor, v: Tensor) -> Tensor:
-    """Return y (N, H, E) without its component along v (N, K, E), whose rows may be strided."""
+    """Return y (N, H, E) without its component along v (N, K, E), whose rows and heads may be strided."""
     num_rows, num_heads, head_dim = y.shape
     z = torch.empty_like(y)
     _exclude[(triton.cdiv(num_rows, ROWS),)](
-        y, v, z, num_rows, v.stride(0), K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4
-    )
+        y, v, z, num_rows, v.stride(0), V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim,
+        ROWS=ROWS, num_warps=4,
+    )  # fmt: skip
     return z
 
 
@@ -195,6 +212,6 @@ def exclude_backward(grad_z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tens
     grad_v = torch.empty(num_rows, v.size(1), head_dim, device=y.device, dtype=y.dtype)
     _exclude_backward[(triton.cdiv(num_rows, ROWS),)](
         grad_z, y, v, grad_y, grad_v, num_rows, v.stride(0),
-        K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4,
+        V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return grad_y, grad_v

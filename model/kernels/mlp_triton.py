@@ -1,12 +1,21 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of the MLP's activation, leaky_relu(x, slope 0.5)^2, and of its backward."""
+"""Triton kernels of the MLP's activation, leaky_relu(x, slope 0.5)^2, and of its backward.
+
+Alone, and at the end of a matrix product: persistent kernels over tiles that come and go by Hopper's bulk copies, the
+activation or its derivative applied to a tile before it leaves, so that no pass over the hidden state remains.
+"""
+
+# N rows (tokens), D model_dim, M mlp_hidden
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 BLOCK = 4096  # numbers a program
 
@@ -46,3 +55,119 @@ def activate_backward_(grad: Tensor, x: Tensor, *, needs_y: bool) -> Tensor | No
     y = torch.empty_like(x) if needs_y else None
     _activate_backward[(triton.cdiv(x.numel(), BLOCK),)](grad, x, y, x.numel(), HAS_Y=needs_y, BLOCK=BLOCK, num_warps=8)
     return y
+
+
+# ---- products with the activation at their end ---------------------------------------------------------------------
+
+# Rows, columns and depth of a tile. A tile is written in two halves: their buffers fit beside the next tile's input.
+TILE_M, TILE_N, TILE_K, STAGES, WARPS = 128, 256, 64, 3, 8
+GROUP_M = 8  # tiles of neighboring rows that share a column of weights in L2
+
+
+@triton.jit
+def _tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Return a tile's row and column number, GROUP_M rows at a time."""
+    group = tile // (GROUP_M * num_n)
+    first = group * GROUP_M
+    height = min(num_m - first, GROUP_M)
+    inside = tile % (GROUP_M * num_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _up(
+    x_desc, weight_desc, hidden_desc, y_desc, num_rows, num_columns, depth,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+        m, n = _tile_place(tile, num_m, num_n, GROUP_M)
+        total = tl.zeros((M, N), tl.float32)
+        for k in range(tl.cdiv(depth, K)):
+            x = x_desc.load([m * M, k * K])
+            weight = weight_desc.load([n * N, k * K])
+            total = tl.dot(x, weight.T, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            part = left if half == 0 else right
+            at = [m * M, n * N + half * (N // 2)]
+            if HAS_HIDDEN:
+                hidden_desc.store(at, part.to(y_desc.dtype))
+            leaky = tl.where(part >= 0, part, 0.5 * part)
+            y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
+
+
+@triton.jit
+def _down_backward(
+    grad_desc, weight_desc, hidden_desc, grad_hidden_desc, y_desc, num_rows, num_columns, depth,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr, HAS_Y: tl.constexpr,
+):  # fmt: skip
+    num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+        m, n = _tile_place(tile, num_m, num_n, GROUP_M)
+        total = tl.zeros((M, N), tl.float32)
+        for k in range(tl.cdiv(depth, K)):
+            grad = grad_desc.load([m * M, k * K])
+            weight = weight_desc.load([k * K, n * N])
+            total = tl.dot(grad, weight, total)
+        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            part = left if half == 0 else right
+            at = [m * M, n * N + half * (N // 2)]
+            hidden = hidden_desc.load(at).to(tl.float32)
+            leaky = tl.where(hidden >= 0, hidden, 0.5 * hidden)
+            part *= tl.where(hidden >= 0, 2 * leaky, leaky)
+            grad_hidden_desc.store(at, part.to(y_desc.dtype))
+            if HAS_Y:
+                y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
+
+
+@lru_cache(maxsize=8)
+def has_bulk_copies(device: torch.device) -> bool:
+    """Return whether the device has the tensor copy engine that the product kernels use (Hopper and later)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def fits_products(x: Tensor, hidden_width: int) -> bool:
+    """Return whether the product kernels serve rows x (N, D): bf16, rows of whole 16-byte pieces, enough of them."""
+    is_aligned = x.size(1) % 8 == 0 and hidden_width % 8 == 0
+    return x.dtype == torch.bfloat16 and is_aligned and x.size(0) >= TILE_M and has_bulk_copies(x.device)
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
+def _grid(out: Tensor) -> tuple[int]:
+    """Return one program a multiprocessor, or one a tile of out (N, M) where those are fewer."""
+    tiles = triton.cdiv(out.size(0), TILE_M) * triton.cdiv(out.size(1), TILE_N)
+    return (min(tiles, torch.cuda.get_device_properties(out.device).multi_processor_count),)
+
+
+def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool) -> tuple[Tensor | None, Tensor]:
+    """Return (x weight^T, its activation) for x (N, D) and weight (M, D); the first only if needs_hidden."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty(x.size(0), weight.size(0), device=x.device, dtype=x.dtype)
+    hidden = torch.empty_like(y) if needs_hidden else None
+    out = _descriptor(y, TILE_M, TILE_N // 2)
+    _up[_grid(y)](
+        _descriptor(x, TILE_M, TILE_K), _descriptor(weight, TILE_N, TILE_K),
+        out if hidden is None else _descriptor(hidden, TILE_M, TILE_N // 2), out, *y.shape, x.size(1),
+        M=TILE_M, N=TILE_N, K=TILE_K, GROUP_M=GROUP_M, HAS_HIDDEN=needs_hidden, num_stages=STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    return hidden, y
+
+
+def down_backward(grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool) -> tuple[Tensor, Tensor | None]:
+    """Return (gradient of hidden (N, M), its activation if needs_y) from grad (N, D) and weight (D, M)."""
+    grad, weight = grad.contiguous(), weight.contiguous()
+    grad_hidden = torch.empty_like(hidden)
+    y = torch.empty_like(hidden) if needs_y else None
+    out = _descriptor(grad_hidden, TILE_M, TILE_N // 2)
+    _down_backward[_grid(hidden)](
+        _descriptor(grad, TILE_M, TILE_K), _descriptor(weight, TILE_K, TILE_N),
+        _descriptor(hidden, TILE_M, TILE_N // 2), out, out if y is None else _descriptor(y, TILE_M, TILE_N // 2),
+        *hidden.shape, grad.size(1),
+        M=TILE_M, N=TILE_N, K=TILE_K, GROUP_M=GROUP_M, HAS_Y=needs_y, num_stages=STAGES, num_warps=WARPS,
+    )  # fmt: skip
+    return grad_hidden, y

@@ -56,7 +56,7 @@ def merge_norm(a: Tensor, delta_a: Tensor, b: Tensor, delta_b: Tensor, share: Te
         from model.kernels.residual_triton import MergeNorm
 
         flat = (_rows(x) for x in (a, delta_a, b, delta_b))
-        y: Tensor = MergeNorm.apply(*flat, share)  # type: ignore[no-untyped-call]
+        y: Tensor = MergeNorm.apply(*flat, share)
         return y.view(a.shape)
     share = share.to(a.dtype)
     return rms_norm(share * (a + delta_a) + (1 - share) * (b + delta_b))
@@ -74,7 +74,7 @@ def _fused(
 
     source, weight, gate = skip if skip is not None else (None, None, None)
     flat, flat_delta, flat_source, flat_first = _rows(x), _rows(delta), _rows(source), _rows(first)
-    outputs = MixNorm.apply(flat, flat_delta, flat_source, weight, gate, flat_first, mix, scale)  # type: ignore[no-untyped-call]
+    outputs = MixNorm.apply(flat, flat_delta, flat_source, weight, gate, flat_first, mix, scale)
     total, mixed, normed = (None if y is None else y.view(x.shape) for y in outputs)
     assert normed is not None
     total = x if total is None else total

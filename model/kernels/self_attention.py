@@ -90,32 +90,32 @@ def _fused(
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
-    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name)
+    is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
+    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name, is_recording)
     return z.view(shape.batch, shape.num_queries, -1)
 
 
 class _SelfAttention(torch.autograd.Function):
-    """(qkv (N, W), cos, sin, gain, bounds, shape, is_value_excluded, backend) -> z (B n, H E)."""
+    """(qkv (N, W), cos, sin, gain, bounds, shape, is_value_excluded, backend, is_recording) -> z (B n, H E)."""
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, bounds: Bounds, shape: _Shape,
-        is_value_excluded: bool, backend: str,
+        is_value_excluded: bool, backend: str, is_recording: bool,
     ) -> Tensor:  # fmt: skip
         from model.kernels.heads_triton import exclude, rotate
 
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads)
         q, k, v = _split(turned, shape)
-        needs_grad = any(ctx.needs_input_grad)
-        if needs_grad:
+        if is_recording:
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.set_grad_enabled(needs_grad):
+        with torch.set_grad_enabled(is_recording):
             y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
-        if needs_grad:
+        if is_recording:
             ctx.inner = (q, k, v, y)
             ctx.save_for_backward(turned, inverse, cos, sin, gain)
             ctx.shape, ctx.is_value_excluded = shape, is_value_excluded
-        z = exclude(y.detach(), _last(v.detach(), shape)) if is_value_excluded else y.detach()
+        z = exclude(y.detach(), _own_values(v, shape)) if is_value_excluded else y.detach()
         return z.reshape(z.size(0), -1)
 
     @staticmethod
@@ -126,7 +126,7 @@ class _SelfAttention(torch.autograd.Function):
         (q, k, v, y), shape = ctx.inner, ctx.shape
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
         if ctx.is_value_excluded:
-            grad_y, grad_own = exclude_backward(grad_y, y.detach(), _last(v.detach(), shape))
+            grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
         grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
         ctx.inner = None
         if shape.num_queries < shape.time:
@@ -135,20 +135,22 @@ class _SelfAttention(torch.autograd.Function):
             whole[:, -n:] = grad_q.view(batch, n, *grad_q.shape[1:])
             grad_q = whole.flatten(0, 1)
             if grad_own is not None:
-                grad_v = grad_v.clone()
-                grad_v.view(batch, shape.time, *grad_v.shape[1:])[:, -n:] += grad_own.view(
-                    batch, n, *grad_own.shape[1:]
-                )
-                grad_own = None
+                own = grad_own.new_zeros(batch, shape.time, *grad_own.shape[1:])
+                own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
+                grad_own = own.flatten(0, 1)
         grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
-        return grad_qkv, None, None, grad_gain, None, None, None, None
+        return grad_qkv, None, None, grad_gain, None, None, None, None, None
 
 
 def _split(turned: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (B n, H, E), k and v (N, K, E) as views of turned (N, W), q a copy where n < T."""
-    sizes = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-    q, k, v = torch.split(turned.view(turned.size(0), -1, shape.head_dim), sizes, dim=1)
+    """Return q (B n, H, E), k and v (N, H, E) as views of turned (N, 3 H, E), q a copy where n < T."""
+    q, k, v = turned.chunk(3, dim=1)
     return _last(q, shape), k, v
+
+
+def _own_values(v: Tensor, shape: _Shape) -> Tensor:
+    """Return the wanted tokens' value heads (B n, K, E), each once."""
+    return _last(v.detach(), shape)[:, :: shape.num_heads // shape.num_kv_heads]
 
 
 def _last(x: Tensor, shape: _Shape) -> Tensor:

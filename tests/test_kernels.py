@@ -1,0 +1,257 @@
+"""Fused kernels: on a GPU each agrees with its plain twin in float64, forward and backward, over random shapes.
+
+The twin is the same function: it serves float64 anywhere, so every comparison is one call in bf16 and one in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model.config import tiny
+from model.data.packing import Packing, cu_seqlens_from_bos
+from model.gpt import GPT
+from model.kernels.attention import attention, window_bounds
+from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.mlp import mlp, project_and_activate
+from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
+from model.kernels.self_attention import Rows, self_attention
+from model.kernels.window_attention import window_attention
+from model.layers import rotary_tables
+
+TOLERANCE = 0.01  # relative, of whole tensors: bf16 rounds each number by up to 0.004
+SHAPES = [(1, 1, 64), (1, 13, 512), (2, 100, 512), (3, 7, 48), (1, 5000, 512)]
+Function = Callable[..., Tensor | Sequence[Tensor]]
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Return |got - wanted| / |wanted| over the whole tensor."""
+    return float((got.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
+
+
+def run(function: Function, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs and the gradients of the inputs (each that is a floating tensor)."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    loss = sum((y.double() * g).sum() for y, g in zip(outputs, grads, strict=True))
+    assert isinstance(loss, Tensor)
+    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+
+
+def check(function: Function, inputs: Sequence[Tensor | None], *, tolerance: float = TOLERANCE) -> None:
+    """Compare function in bf16 (vectors in float32) on the GPU with itself in float64."""
+    torch.manual_seed(1)
+    wide = [x if x is None else x.double() for x in inputs]
+    with torch.no_grad():
+        shapes = function(*wide)
+    shapes = [shapes] if isinstance(shapes, Tensor) else shapes
+    grads = [torch.randn_like(y) for y in shapes]
+    for number, (got, wanted) in enumerate(zip(run(function, inputs, grads), run(function, wide, grads), strict=True)):
+        assert relative_error(got, wanted) < tolerance, f"tensor {number} of outputs and gradients"
+
+
+def draw(*shape: int, scale: float = 1.0) -> Tensor:
+    """Return random bf16 numbers on the GPU."""
+    return (scale * torch.randn(shape, device="cuda")).bfloat16()
+
+
+def vector(*shape: int) -> Tensor:
+    """Return a random float32 parameter on the GPU, away from zero."""
+    return 1 + 0.3 * torch.randn(shape, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_add_norm_kernel(shape: tuple[int, ...], has_delta: bool) -> None:
+    check(lambda x, d: add_norm(x, d, 0.7), [draw(*shape), draw(*shape) if has_delta else None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_delta", [False, True])
+@pytest.mark.parametrize("has_skip", [False, True])
+def test_mix_norm_kernel(shape: tuple[int, ...], has_delta: bool, has_skip: bool) -> None:
+    width = shape[-1]
+
+    def function(x: Tensor, d: Tensor, first: Tensor, mix: Tensor, *skip: Tensor) -> tuple[Tensor, ...]:
+        return mix_norm(x, d, first, mix, 0.7, Skip(*skip) if has_skip else None)
+
+    inputs = [draw(*shape), draw(*shape) if has_delta else None, draw(*shape), vector(2, width)]
+    check(function, inputs + ([draw(*shape), vector(width), vector(width)] if has_skip else []))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES[1:])  # the scalar's gradient is a sum over everything: one row cancels
+def test_merge_norm_kernel(shape: tuple[int, ...]) -> None:
+    check(merge_norm, [*(draw(*shape) for _ in range(4)), torch.tensor(0.4, device="cuda")])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 7, 64, 128), (2, 300, 512, 2048), (1, 33, 48, 100), (3, 77, 40, 264)])
+def test_mlp_node(shape: tuple[int, ...]) -> None:
+    batch, time, width, hidden = shape
+    weights = [draw(hidden, width, scale=width**-0.5), draw(width, hidden, scale=hidden**-0.5)]
+    check(lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear), [draw(batch, time, width), *weights])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [256, 1000, 8192])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_kernel(vocab: int, reduction: str) -> None:
+    targets = torch.randint(vocab, (2, 150), device="cuda")
+
+    def function(logits: Tensor) -> Tensor:
+        return softcap_cross_entropy(logits * 1, targets, 30.0, reduction=reduction)  # a copy: it is overwritten
+
+    logits = draw(2, 150, vocab, scale=15.0)
+    check(function, [logits])
+    with torch.no_grad():
+        before = logits.clone()
+        got = softcap_cross_entropy(logits, targets, 30.0, reduction=reduction)
+        assert torch.equal(logits, before)
+        assert relative_error(got, softcap_cross_entropy(logits.double(), targets, 30.0, reduction=reduction)) < 1e-5
+
+
+@pytest.mark.gpu
+def test_overwritten_logits_cannot_be_used_by_another_backward() -> None:
+    hidden = draw(1, 8, 64).requires_grad_()
+    logits = hidden * 2
+    squares = (logits * logits).sum()  # keeps the logits for its backward
+    loss = softcap_cross_entropy(logits, torch.zeros(1, 8, dtype=torch.long, device="cuda"), 30.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squares).backward()
+
+
+HEADS = [(8, 4, 64, 16), (4, 2, 32, 16), (4, 4, 16, 8), (8, 1, 64, 64)]  # query heads, kv heads, head_dim, rotated
+
+
+def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: Rows, positions: Tensor) -> None:
+    """Compare self_attention with its twin; positions (T or B x T)."""
+    num_heads, num_kv_heads, head_dim, rope_dims = heads
+    n = rows.num_queries or time
+    keep = torch.ones(batch, n, 1, device="cuda")
+    if rows.left_padding is not None:  # what padding computes is nobody's business
+        keep = (torch.arange(time - n, time, device="cuda") >= rows.left_padding[:, None]).float().unsqueeze(-1)
+
+    def function(qkv: Tensor, gain: Tensor) -> Tensor:
+        cos, sin = rotary_tables(positions, rope_dims=rope_dims, base=1e4, dtype=torch.float32)
+        wide = qkv.dtype == torch.float64
+        tables = (cos.double(), sin.double()) if wide else (cos, sin)
+        y = self_attention(qkv, *tables, gain, rows, num_kv_heads=num_kv_heads, is_value_excluded=True)
+        return y.masked_fill(keep == 0, 0.0)
+
+    check(function, [draw(batch, time, (num_heads + 2 * num_kv_heads) * head_dim), vector(num_heads)], tolerance=0.03)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("starts", [[0], [0, 1, 2, 150], [0, 64, 128, 700, 701]])
+def test_self_attention_over_a_pack(heads: tuple[int, int, int, int], starts: list[int]) -> None:
+    time = 1000
+    packing = cu_seqlens_from_bos(np.array(starts), time, max_segment=256).to("cuda")
+    check_heads(heads, 1, time, Rows(packing), torch.arange(time, device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", HEADS[:2])
+@pytest.mark.parametrize("num_queries", [None, 64])
+@pytest.mark.parametrize("padding", [None, [0, 100, 37], [0, 200, 255]])
+def test_self_attention_over_windows(
+    heads: tuple[int, int, int, int], num_queries: int | None, padding: list[int] | None
+) -> None:
+    left_padding = None if padding is None else torch.tensor(padding, device="cuda")
+    positions = torch.arange(256, device="cuda")
+    if left_padding is not None:
+        positions = (positions - left_padding[:, None]).clamp_min(0)
+    check_heads(heads, 3, 256, Rows(None, left_padding, num_queries), positions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_looped", [False, True])
+def test_the_model_in_bf16_agrees_with_itself_in_float64(is_looped: bool) -> None:
+    """One micro-batch through every node at once, loss and gradients; and evaluation gives the same loss."""
+    config = replace(tiny().model, model_dim=256, num_heads=4, num_kv_heads=2)
+    time = 700
+    packing = cu_seqlens_from_bos(np.array([0, 5, 300, 301]), time, max_segment=256).to("cuda")
+    tokens, targets = torch.randint(config.vocab_size, (2, 1, time), device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = GPT(config, compute_dtype=dtype)
+        model.init_weights(1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for bank in (model.qo_bank[config.num_layers :], model.mlp_down_bank):
+                bank.copy_(0.05 * torch.randn(bank.shape, generator=generator))
+        model = model.to("cuda", torch.float64 if dtype == torch.float64 else torch.float32)
+        loss = model(tokens, targets, is_looped=is_looped, packing=packing)
+        loss.backward()
+        with torch.no_grad():
+            again = model(tokens, targets, is_looped=is_looped, packing=packing, reduction="none").mean()
+        torch.testing.assert_close(loss.detach(), again, rtol=1e-5, atol=0)
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append((loss, torch.cat([g.double().flatten() for g in grads])))
+    (narrow_loss, narrow), (wide_loss, wide) = found
+    assert abs(float(narrow_loss) / float(wide_loss) - 1) < 0.002
+    assert relative_error(narrow, wide) < 0.03
+
+
+# ---- what runs without a GPU ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(padding=st.lists(st.integers(0, 11), min_size=1, max_size=4), num_queries=st.sampled_from([3, 12]))
+def test_window_bounds_say_what_window_attention_does(padding: list[int], num_queries: int) -> None:
+    """Attention segment by segment, queries at the segment's end, gives the rows of window_attention."""
+    generator = torch.Generator().manual_seed(len(padding))
+    rows, time = len(padding), 12
+    q, k, v = (torch.randn(rows, n, 2, 4, generator=generator, dtype=torch.float64) for n in (num_queries, time, time))
+    left_padding = torch.tensor(padding)
+    bounds = window_bounds(left_padding, rows, time, num_queries, torch.device("cpu"))
+    assert bounds.queries[-1] == rows * num_queries
+    assert bounds.keys[-1] == rows * time
+    wanted = window_attention(q, k, v, left_padding).flatten(0, 1)
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    for i in range(1, 2 * rows, 2):  # the odd segments are the rows, the even ones their padding
+        keys, queries = (slice(int(x[i]), int(x[i + 1])) for x in (bounds.keys, bounds.queries))
+        count = queries.stop - queries.start
+        lead = keys.stop - keys.start - count
+        padded_q = torch.cat((flat_k[keys][:lead], flat_q[queries])).unsqueeze(0)
+        got = attention(padded_q, flat_k[keys].unsqueeze(0), flat_v[keys].unsqueeze(0))[0, lead:]
+        torch.testing.assert_close(got, wanted[queries], rtol=1e-10, atol=1e-12)
+
+
+def test_the_plain_twins_are_the_written_out_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, d, first, other = (torch.randn(2, 5, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    mix, weight, gate = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (2, 1, 1))
+
+    def rms(y: Tensor) -> Tensor:
+        return y / (y.square().mean(-1, keepdim=True) + 2.0**-23).sqrt()
+
+    share = torch.sigmoid(gate[0])
+    merged = share * (x + d) + (1 - share) * weight[0] * other
+    mixed = mix[0] * merged + mix[1] * first
+    for got, wanted in zip(
+        mix_norm(x, d, first, mix, 0.5, Skip(other, weight[0], gate[0])), (merged, mixed, 0.5 * rms(mixed)), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(add_norm(x, d, 0.5)[1], 0.5 * rms(x + d))
+    merged = merge_norm(x, d, first, other, torch.tensor(0.25))
+    torch.testing.assert_close(merged, rms(0.25 * (x + d) + 0.75 * (first + other)))
+
+
+def test_packing_is_a_bound_on_whole_rows_too() -> None:
+    bounds = window_bounds(None, 3, 7, 2, torch.device("cpu"))
+    assert bounds.queries.tolist() == [0, 2, 4, 6]
+    assert bounds.keys.tolist() == [0, 7, 14, 21]
+    assert isinstance(Rows(Packing(bounds.keys, 7)).packing, Packing)
