@@ -52,8 +52,10 @@ class CheckpointStore:
     on_write: Callable[[Path], None] | None = None
 
     def save(self, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Write a checkpoint and drop all but the two newest."""
+        """Write a checkpoint and drop all but the two newest, and what a killed attempt left half-written."""
         tensor_path, record_path = self._paths(step)
+        for left in self.folder.glob(".step-*.tmp"):
+            left.unlink(missing_ok=True)
         save_tensors(tensor_path, tensors)
         write_json(record_path, {"format": 1, "step": step, "sha256": file_sha256(tensor_path), "meta": meta})
         for path in (tensor_path, record_path):
@@ -78,9 +80,9 @@ class CheckpointStore:
         return None
 
     def clear(self) -> None:
-        """Remove every checkpoint."""
-        for step in self.steps():
-            for path in reversed(self._paths(step)):
+        """Remove every checkpoint, and what a killed attempt left half-written."""
+        for pattern in ("step-*.json", "step-*.safetensors", ".step-*.tmp"):
+            for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
 
     def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

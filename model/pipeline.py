@@ -11,32 +11,36 @@ import json
 import platform
 import resource
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from model.checkpoint import write_json
+from model import stages
+from model.checkpoint import CheckpointStore, write_json
 from model.codesize import code_hash
 from model.config import RunConfig, config_hash
-from model.data.files import file_sha256, replace_file
+from model.data.files import file_sha256
 from model.data.manifest import hash_data
 from model.distributed import Dist
 from model.ledger import Ledger
-from model.train import Interrupted, Report
+from model.run import Run
+from model.train import Report
 
-STAGES = ("train", "quantize", "evaluate", "ttt")
+RUN_STAGE = {
+    "train": stages.run_train,
+    "quantize": stages.run_quantize,
+    "evaluate": stages.run_evaluate,
+    "ttt": stages.run_ttt,
+}
+STAGES = tuple(RUN_STAGE)
 FORMAT = 1
 PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton", "flash-attn")
 
-__all__ = ["STAGES", "Interrupted", "RunMismatch", "SeedResult", "read_records", "run_seed"]
-
 
 class RunMismatch(ValueError):
-    """A run directory was made under another configuration, other data or other code."""
+    """A run directory was made for another seed, or under another configuration, other data or other code."""
 
 
 class SeedResult(NamedTuple):
@@ -44,25 +48,6 @@ class SeedResult(NamedTuple):
 
     workdir: Path
     metrics: dict[str, Any]
-
-
-@dataclass(slots=True)
-class Run:
-    """One seed at work: what every stage needs."""
-
-    config: RunConfig
-    dist: Dist
-    workdir: Path
-    report: Report
-    should_stop: Callable[[], bool] = lambda: False
-    on_write: Callable[[Path], None] = lambda _path: None
-    uses_checkpoints: bool = True
-    hashes: dict[str, str] = field(default_factory=dict)
-
-    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
-        """Write arrays as an npz file of the run directory."""
-        with replace_file(self.workdir / name) as file:
-            np.savez(file, allow_pickle=False, **arrays)
 
 
 def run_seed(
@@ -79,9 +64,9 @@ def run_seed(
     """Run every stage of one seed that workdir does not hold yet, and return all metrics.
 
     report(phase, step, total, metrics) hears of progress on rank 0. should_stop is asked between training steps; when
-    it says yes a checkpoint is written and Interrupted raised. on_write(path) hears of each finished file, a stage's
-    record last. restart "scratch" neither writes nor reads checkpoints inside training.
-    Raises RunMismatch if workdir was made under another configuration or other data (or other code, unless
+    it says yes a checkpoint is written and model.train.Interrupted raised. on_write(path) hears of each finished file,
+    a stage's record last. restart "scratch" neither writes nor reads checkpoints inside training.
+    Raises RunMismatch if workdir was made for another seed, configuration or data (or by other code, unless
     allow_code_change), ValueError or FileNotFoundError for data that cannot be used.
     """
     run = Run(
@@ -126,7 +111,7 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
         path = run.workdir / "run.json"
         is_code_changed = False
         if path.is_file():
-            is_code_changed = _check_same(path, run.hashes, allow_code_change=allow_code_change)
+            is_code_changed = _check_same(path, run, allow_code_change=allow_code_change)
         write_json(
             path,
             {
@@ -144,13 +129,16 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
     run.dist.barrier()
 
 
-def _check_same(path: Path, hashes: dict[str, str], *, allow_code_change: bool) -> bool:
+def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
     """Return whether the code changed since run.json was written. Raises RunMismatch where that is not allowed."""
+    hashes = run.hashes
     try:
         before = json.loads(path.read_text())
-        before_hashes = {name: before[name] for name in hashes}
+        before_hashes, before_seed = {name: str(before[name]) for name in hashes}, before["seed"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RunMismatch(f"{path} is damaged ({error}); remove the run directory to start again") from error
+        raise RunMismatch(f"{path} is damaged ({error!r}); remove the run directory to start again") from error
+    if before_seed != run.config.seed:
+        raise RunMismatch(f"{path.parent} was made for seed {before_seed}, not {run.config.seed}; choose another out")
     for name, what in (("config_hash", "configuration"), ("data_hash", "data")):
         if before_hashes[name] != hashes[name]:
             raise RunMismatch(
@@ -188,19 +176,19 @@ def _finished(run: Run, stage: str) -> dict[str, Any] | None:
 
 def _run_stage(run: Run, stage: str) -> None:
     """Run one stage on all ranks, then write its record on rank 0."""
-    from model import stages  # here, not above: stages imports Run from this module
-
     if run.dist.is_main:  # what comes after is stale from now on
         for later in STAGES[STAGES.index(stage) :]:
             (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
     run.report(stage, 0, None, {})
     ledger = Ledger(stage)
     with ledger.span(stage):
-        metrics, outputs = getattr(stages, f"run_{stage}")(run, ledger)
+        metrics, outputs = RUN_STAGE[stage](run, ledger)
     metrics["peak_memory_bytes"] = peak_memory_bytes(run.dist)
     if run.dist.is_main:
         write_json(run.workdir / "ledger" / f"{stage}.json", ledger.as_json())
         write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
+        if stage == "train":
+            CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
     run.dist.barrier()
 
 

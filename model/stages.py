@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,25 @@ from model.checkpoint import CheckpointStore, load_tensors, save_tensors
 from model.codesize import code_bytes
 from model.config import ModelConfig
 from model.data.loader import SpanLoader
-from model.data.shards import list_shards
+from model.data.packing import pack_row
+from model.data.shards import BOS_ID, list_shards
 from model.data.tokenizer import Tokenizer, load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
 from model.evaluate import DocumentScores, evaluate_plain, order0_bpb
-from model.gpt import EMBEDDING, GPT
+from model.gpt import GPT
 from model.gptq import fit_to_limit, quantize_state
+from model.kernels.attention import resolve_backend
 from model.ledger import Ledger
-from model.pipeline import Run
 from model.quantized import QuantizedState, dequantize
-from model.train import Trainer
+from model.run import Run
+from model.train import NOTHING_REACHED, Reached, Report, Trainer, fixed_entries
 from model.ttt import SCORE_COLUMNS, score_documents
 
-logger = logging.getLogger(__name__)
 Outcome = tuple[dict[str, Any], list[str]]
 WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
 EVALUATED, ADAPTED, SCORE_LOG = "evaluate.npz", "ttt.npz", "ttt_scores.npz"
+PROGRESS = "train_progress.json"
 
 
 def compute_dtype(dist: Dist) -> torch.dtype:
@@ -45,9 +46,9 @@ def compute_dtype(dist: Dist) -> torch.dtype:
     return torch.bfloat16 if dist.device.type == "cuda" else torch.float32
 
 
-def build_model(config: ModelConfig, dist: Dist, *, embedding_dtype: str = "float32") -> GPT:
+def build_model(config: ModelConfig, dist: Dist, *, embedding_dtype: str = "float32", attention: str = "auto") -> GPT:
     """Return an unfilled model on the rank's device, its embedding stored in embedding_dtype."""
-    model = GPT(config, compute_dtype=compute_dtype(dist)).to(dist.device)
+    model = GPT(config, compute_dtype=compute_dtype(dist), attention_backend=attention).to(dist.device)
     model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, embedding_dtype))
     return model
 
@@ -56,7 +57,7 @@ def open_training(run: Run, ledger: Ledger) -> SpanLoader:
     """Return the loader over the training shards."""
     config = run.config
     return SpanLoader(
-        list_shards(config.data.train),
+        list_shards(config.data.train, field="data.train"),
         micro_batch_tokens=config.train.micro_batch_tokens,
         span_group=config.train.span_group,
         vocab_size=config.model.vocab_size,
@@ -70,7 +71,7 @@ def open_validation(run: Run, ledger: Ledger) -> tuple[Tokenizer, ValidationSet]
     ledger.opened(Path(data.tokenizer))
     tokenizer = load_tokenizer(Path(data.tokenizer), vocab_size=run.config.model.vocab_size)
     validation = load_validation(
-        list_shards(data.val),
+        list_shards(data.val, field="data.val"),
         vocab_size=run.config.model.vocab_size,
         val_documents=data.val_documents,
         val_tokens=data.val_tokens,
@@ -84,12 +85,13 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
     config = run.config
     with ledger.span("load"):
         loader = open_training(run, ledger)
-        model = build_model(config.model, run.dist)
+        model = build_model(
+            config.model, run.dist, embedding_dtype=config.train.embedding_dtype, attention=config.runtime.attention
+        )
         model.init_weights(config.seed)
-        model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, config.train.embedding_dtype))
     with ledger.span("warm_up"):
         warm_up(model, run)
-    store = CheckpointStore(run.workdir / "checkpoints", run.on_write) if run.uses_checkpoints else None
+    store = CheckpointStore(run.checkpoints, run.on_write) if run.uses_checkpoints else None
     trainer = Trainer(
         model,
         loader,
@@ -98,7 +100,7 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         remember_progress(run),
         runtime=config.runtime,
         checkpoints=store,
-        reached_step=reached_step(run.workdir),
+        reached=read_progress(run),
         should_stop=run.should_stop,
     )
     with ledger.span("steps"):
@@ -107,11 +109,9 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         live = {f"live/{name}": p.detach() for name, p in model.named_parameters()}
         save_tensors(run.workdir / WEIGHTS, live | {f"ema/{name}": value for name, value in result.ema.items()})
         run.write(STEPS, result.steps)
-        if store is not None:
-            store.clear()
     result.metrics["warmup_s"] = ledger.seconds("warm_up")
     result.metrics["num_params"] = sum(p.numel() for p in model.parameters())
-    result.metrics["attention_backend"] = attention_backend_name(run.dist)
+    result.metrics["attention_backend"] = attention_backend_name(run)
     return result.metrics, [WEIGHTS, STEPS]
 
 
@@ -122,15 +122,16 @@ def warm_up(model: GPT, run: Run) -> None:
     """
     if run.dist.device.type != "cuda":
         return
-    from model.data.packing import pack_row
-    from model.train import fixed_entries
-
     train = run.config.train
     generator = np.random.Generator(np.random.PCG64(0))
     tokens = generator.integers(2, run.config.model.vocab_size, size=train.micro_batch_tokens + 1)
-    tokens[:: train.seq_len] = 1
+    tokens[:: train.seq_len] = BOS_ID
     packing = pack_row(
-        tokens[:-1], bos_id=1, max_segment=train.seq_len, max_seqlen=train.seq_len, num_entries=fixed_entries(train)
+        tokens[:-1],
+        bos_id=BOS_ID,
+        max_segment=train.seq_len,
+        max_seqlen=train.seq_len,
+        num_entries=fixed_entries(train),
     ).to(run.dist.device)
     row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
     for is_looped in (False, True):
@@ -140,32 +141,32 @@ def warm_up(model: GPT, run: Run) -> None:
     torch.cuda.synchronize(run.dist.device)
 
 
-def remember_progress(run: Run):  # type: ignore[no-untyped-def]
+def remember_progress(run: Run) -> Report:
     """Return run.report, which also notes the step reached, so that a later attempt knows what a fault cost."""
-    path = run.workdir / "train_progress.json"
 
     def report(phase: str, step: int, total: int | None, metrics: dict[str, Any]) -> None:
         if run.dist.is_main:
-            path.write_text(json.dumps({"step": step}))
+            note = {"step": step, "lost_steps": metrics["lost_steps"]}
+            (run.workdir / PROGRESS).write_text(json.dumps(note))
         run.report(phase, step, total, metrics)
 
     return report
 
 
-def reached_step(workdir: Path) -> int:
-    """Return the last step that an earlier attempt reported, 0 where there was none."""
+def read_progress(run: Run) -> Reached:
+    """Return how far an earlier attempt said that it came."""
     try:
-        return int(json.loads((workdir / "train_progress.json").read_text())["step"])
+        note = json.loads((run.workdir / PROGRESS).read_text())
+        return Reached(int(note["step"]), int(note["lost_steps"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # a torn progress note only loses a statistic
-        return 0
+        return NOTHING_REACHED
 
 
-def attention_backend_name(dist: Dist) -> str:
-    """Return the attention kernel that this device uses."""
-    from model.kernels.attention import resolve_backend
-
-    probe = torch.empty(1, 1, 1, 64, dtype=compute_dtype(dist), device=dist.device)
-    return resolve_backend("auto", probe, is_packed=True)
+def attention_backend_name(run: Run) -> str:
+    """Return the attention kernel that training uses on this device."""
+    head_dim = run.config.model.head_dim
+    probe = torch.empty(1, 1, 1, head_dim, dtype=compute_dtype(run.dist), device=run.dist.device)
+    return resolve_backend(run.config.runtime.attention, probe, is_packed=True)
 
 
 def load_weights(run: Run, kind: str) -> dict[str, Tensor]:
@@ -173,6 +174,18 @@ def load_weights(run: Run, kind: str) -> dict[str, Tensor]:
     tensors = load_tensors(run.workdir / WEIGHTS)
     prefix = f"{kind}/"
     return {k.removeprefix(prefix): v.to(run.dist.device) for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def load_model(run: Run, weights: dict[str, Tensor], *, config: ModelConfig | None = None) -> GPT:
+    """Return a frozen model that holds weights, on the rank's device; the embedding in its training type."""
+    model = build_model(
+        config or run.config.model,
+        run.dist,
+        embedding_dtype=run.config.train.embedding_dtype,
+        attention=run.config.runtime.attention,
+    )
+    model.load_state_dict(weights)
+    return model.requires_grad_(False)
 
 
 def run_quantize(run: Run, ledger: Ledger) -> Outcome:
@@ -185,19 +198,19 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         )
     with ledger.span("load"):
         weights = load_weights(run, "ema")
-        model = build_model(config.model, dist, embedding_dtype=str(weights[EMBEDDING].dtype).removeprefix("torch."))
-        model.load_state_dict(weights)
+        model = load_model(run, weights)
         loader = open_training(run, ledger)
     with ledger.span("hessians"):
         hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
     metrics: dict[str, Any] = {}
     if dist.is_main:
         metrics = _round_and_save(run, ledger, weights, hessians)
+    compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
     metrics |= {
         "hessian_s": ledger.seconds("hessians"),
-        "solve_s": ledger.seconds("solve"),
-        "compress_s": ledger.seconds("compress"),
-        "quantize_s": sum(ledger.seconds(name) for name in ("load", "hessians", "solve", "compress", "reload")),
+        "solve_s": rounding_s - compress_s,
+        "compress_s": compress_s,
+        "quantize_s": rounding_s + sum(ledger.seconds(name) for name in ("load", "hessians", "reload")),
     }
     return metrics, [ARTIFACT]
 
@@ -214,14 +227,13 @@ def _round_and_save(
             save_artifact(path, state, config.model, {"seed": config.seed, **run.hashes}, codec=config.quant.codec)
         return path.stat().st_size + code.num_bytes
 
-    with ledger.span("round_and_fit"):
+    with ledger.span("round"):  # what it writes on the way included
         if config.quant.on_oversize == "fit":
             fitted = fit_to_limit(weights, hessians, config.quant, write)
             state, sigmas = fitted.state, fitted.matrix_clip_sigmas
         else:
-            with ledger.span("solve"):
-                state, sigmas = quantize_state(weights, hessians, config.quant), config.quant.matrix_clip_sigmas
-    total = write(state)
+            state, sigmas = quantize_state(weights, hessians, config.quant), config.quant.matrix_clip_sigmas
+        total = write(state)
     with ledger.span("reload"):
         loaded = dequantize(load_artifact(path)[1])
         for name, value in dequantize(state).items():
@@ -245,13 +257,11 @@ def _round_and_save(
 
 
 def load_quantized(run: Run, ledger: Ledger) -> GPT:
-    """Return the model that the artifact holds, on the rank's device; the embedding in its training type."""
+    """Return the model that the artifact holds, on the rank's device."""
     path = run.workdir / ARTIFACT
     ledger.opened(path)
     config, state = load_artifact(path)
-    model = build_model(config, run.dist, embedding_dtype=run.config.train.embedding_dtype)
-    model.load_state_dict(dequantize(state))
-    return model.requires_grad_(False)
+    return load_model(run, dequantize(state), config=config)
 
 
 def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
@@ -266,10 +276,7 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
             if prefix == "pre_ttt":
                 model = load_quantized(run, ledger)
             else:
-                weights = load_weights(run, "live" if prefix == "live" else "ema")
-                embedding_dtype = str(weights[EMBEDDING].dtype).removeprefix("torch.")
-                model = build_model(config.model, dist, embedding_dtype=embedding_dtype).requires_grad_(False)
-                model.load_state_dict(weights)
+                model = load_model(run, load_weights(run, "live" if prefix == "live" else "ema"))
         with ledger.span(prefix):
             scores = evaluate_plain(
                 model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, label="evaluate"

@@ -22,7 +22,7 @@ from model.config import RuntimeConfig, TrainConfig
 from model.data.loader import Batch, SpanLoader, prefetch_batches
 from model.distributed import Dist
 from model.gpt import GPT
-from model.optim import Optimizers, clip_, gradient_norm, gradients
+from model.optim import Optimizers, clip_, gradients
 from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
@@ -64,6 +64,16 @@ class Ema:
         return {name: self.values[name].to(p.dtype) for name, p in self.model.named_parameters()}
 
 
+class Reached(NamedTuple):
+    """How far an earlier attempt came; its steps behind its last checkpoint are lost, beside those lost before."""
+
+    step: int
+    lost_steps: int
+
+
+NOTHING_REACHED = Reached(0, 0)
+
+
 class StepRow(NamedTuple):
     """One step whose loss and gradient norm may still be on their way from the device."""
 
@@ -87,7 +97,7 @@ class Trainer:
         *,
         runtime: RuntimeConfig | None = None,
         checkpoints: CheckpointStore | None = None,
-        reached_step: int = 0,
+        reached: Reached = NOTHING_REACHED,
         should_stop: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -105,7 +115,7 @@ class Trainer:
         self.step = 0
         self.before_s = 0.0  # training seconds of earlier attempts
         self.paused_s = 0.0  # checkpoint writing since the loop began, no part of the budget
-        self.reached_step = reached_step  # by an earlier attempt; what lies behind its last checkpoint is lost
+        self.reached = reached
         self.resumed_at: list[int] = []
         self.lost_steps = 0
         self.pending: deque[StepRow] = deque()
@@ -194,7 +204,8 @@ class Trainer:
             row.is_ready.synchronize()
         loss, norm = row.values.tolist()
         config, previous = self.config, self.log["elapsed_s"][-1] if self.log["elapsed_s"] else None
-        rate = config.batch_tokens / (row.elapsed_s - previous) if previous and row.elapsed_s > previous else 0.0
+        took_s = row.elapsed_s - previous if previous is not None else 0.0  # the step before
+        rate = config.batch_tokens / took_s if took_s > 0 else 0.0
         values = (
             row.step + 1,
             loss,
@@ -214,7 +225,13 @@ class Trainer:
     def _report(self, row: StepRow, loss: float, rate: float) -> None:
         left = max(0.0, row.elapsed_s / row.frac - row.elapsed_s) if row.frac > 0 else 0.0
         total = self.config.max_steps if self.config.budget_s is None else int((row.step + 1) / max(row.frac, 1e-9))
-        metrics = {"loss": loss, "tokens_per_s": rate, "eta_s": left, "elapsed_s": row.elapsed_s}
+        metrics = {
+            "loss": loss,
+            "tokens_per_s": rate,
+            "eta_s": left,
+            "elapsed_s": row.elapsed_s,
+            "lost_steps": self.lost_steps,
+        }
         self.report("train", row.step + 1, max(total, row.step + 1), metrics)
 
     def _drain(self) -> None:
@@ -232,7 +249,7 @@ class Trainer:
             tensors |= {f"ema/{name}": value for name, value in self.ema.values.items()}
             tensors |= {f"log/{name}": torch.tensor(column, dtype=torch.float64) for name, column in self.log.items()}
             tensors["rng"] = torch.get_rng_state()
-            meta = {"elapsed_s": elapsed, "resumed_at": self.resumed_at, "lost_steps": self.lost_steps}
+            meta = {"elapsed_s": elapsed, "resumed_at": self.resumed_at}
             self.checkpoints.save(self.step, tensors, meta)
         self.dist.barrier()
         self.last_checkpoint = self.clock()
@@ -243,7 +260,7 @@ class Trainer:
         """Continue from the newest undamaged checkpoint, if there is one."""
         found = self.checkpoints.load_newest() if self.checkpoints is not None else None
         if found is None:
-            self.lost_steps = self.reached_step
+            self.lost_steps = self.reached.lost_steps + self.reached.step
             return
         tensors, meta = found
         for name, parameter in self.model.named_parameters():
@@ -255,7 +272,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng"])
         self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
         self.resumed_at = [*meta["resumed_at"], self.step]
-        self.lost_steps = int(meta["lost_steps"]) + max(0, self.reached_step - self.step)
+        self.lost_steps = self.reached.lost_steps + max(0, self.reached.step - self.step)
 
     def _finish(self) -> TrainResult:
         if self.dist.device.type == "cuda":
@@ -273,7 +290,8 @@ class Trainer:
             "resumed_at_steps": self.resumed_at,
             "lost_steps": self.lost_steps,
         }
-        self.report("train", self.step, self.step, {"loss": metrics["train_loss_last"], "eta_s": 0.0})
+        last = {"loss": metrics["train_loss_last"], "eta_s": 0.0, "lost_steps": self.lost_steps}
+        self.report("train", self.step, self.step, last)
         return TrainResult(self.ema.cast(), steps, metrics)
 
 
@@ -323,6 +341,3 @@ def fixed_entries(config: TrainConfig) -> int:
     Real documents are far longer than 32 tokens on average; a span of shorter ones is refused by pack_row.
     """
     return max(64, -(-config.micro_batch_tokens // 32 // 64) * 64) + 64
-
-
-__all__ = ["Ema", "Interrupted", "Report", "TrainResult", "Trainer", "accumulate_gradients", "gradient_norm"]

@@ -1,0 +1,38 @@
+"""What the stages of one seed share: configuration, gang, run directory and the callbacks of whoever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from model.config import RunConfig
+from model.data.files import replace_file
+from model.distributed import Dist
+from model.train import Report
+
+
+@dataclass(slots=True)
+class Run:
+    """One seed at work: what every stage needs. hashes are known on rank 0 only, which alone writes."""
+
+    config: RunConfig
+    dist: Dist
+    workdir: Path
+    report: Report
+    should_stop: Callable[[], bool] = lambda: False
+    on_write: Callable[[Path], None] = lambda _path: None
+    uses_checkpoints: bool = True
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints inside training."""
+        return self.workdir / "checkpoints"
+
+    def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
+        """Write arrays as an npz file of the run directory."""
+        with replace_file(self.workdir / name) as file:
+            np.savez(file, allow_pickle=False, **arrays)
