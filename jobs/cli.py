@@ -13,6 +13,11 @@ from collections.abc import Sequence
 # name -> (module in jobs.commands, one line of help); the order is the order of the help page
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "run a sweep: every seed of a spec, on Ray or in this process"),
+    "plan": ("plan", "say what a sweep would do, and whether it can, without starting anything"),
+    "status": ("status", "say where every seed stands, from the run directory alone"),
+    "logs": ("logs", "print what a rank printed"),
+    "cancel": ("cancel", "let a running sweep, or one seed, end with a checkpoint"),
+    "rerun": ("rerun", "run the failed seeds of a sweep again"),
     "data": ("data", "make or fetch token shards"),
     "table": ("table", "print the seed table of a run directory, computed from Parquet"),
     "compare": ("compare", "compare two systems: difference, interval, p, and what it means"),

@@ -213,17 +213,19 @@ def run_to_json(run: Run, offset: float) -> dict[str, Any]:
 
 
 def run_from_json(plain: Mapping[str, Any]) -> Run:
-    """Return what a new driver takes over from an old one: counts and history, nothing that lived in a process."""
-    state = State(plain["state"])
-    failure = plain.get("failure")
-    return Run(
-        key=RunKey(seed=int(plain["seed"]), repeat=int(plain["repeat"])),
-        state=state,
-        attempt=int(plain["attempt"]),
-        preemptions=int(plain["preemptions"]),
-        node=str(plain["node"]),
-        failure=failure_from_json(failure) if failure else None,
-    )
+    """Return a run as state.json shows it, times in seconds since 1970. Raises ValueError if a field is missing."""
+    names = [item.name for item in dataclasses.fields(Run) if item.name not in ("key", "facts")]
+    try:
+        fields = {name: plain[name] for name in names}
+        fields["state"] = State(fields["state"])
+        fields["bad_nodes"] = tuple(fields["bad_nodes"])
+        for name in ("failure", "previous"):
+            fields[name] = failure_from_json(fields[name]) if fields[name] else None
+        return Run(key=RunKey(seed=int(plain["seed"]), repeat=int(plain["repeat"])), **fields)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"state.json does not fit this version ({error}); remove it, finished seeds are kept"
+        ) from None
 
 
 def failure_from_json(plain: Mapping[str, Any]) -> Failure:

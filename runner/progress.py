@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """Where a phase was first seen; progress since then gives the rate."""
+    """Where a phase began; progress since then gives the rate."""
 
     attempt: int
     phase: str
@@ -63,9 +63,10 @@ class Paces:
         name = (run.key.seed, run.key.repeat)
         pace = self.seen.get(name)
         if pace is None or (pace.attempt, pace.phase) != (run.attempt, run.phase) or run.step < pace.step:
-            self.seen[name] = Pace(run.attempt, run.phase, run.step, now)
-            return None
+            pace = self.seen[name] = Pace(run.attempt, run.phase, 0, run.since)
         if run.total is None or run.step <= pace.step:
+            return None
+        if run.progress_at <= pace.at:
             return None
         per_step = (run.progress_at - pace.at) / (run.step - pace.step)
         return max(0.0, per_step * (run.total - run.step) - (now - run.progress_at))

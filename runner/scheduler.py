@@ -205,7 +205,7 @@ class Scheduler:
                 self.directory.log_events(self.unsaved)
                 self.unsaved = []
             if force or now - self.state_at >= STATE_EVERY_S:
-                self.directory.write_state(self.spec.name, self.runs.values(), self.offset)
+                self.directory.write_state(self.spec.name, self.runs.values(), self.offset, slots=self.slots)
                 self.state_at = now
         except OSError as error:
             if not self.is_disk_failing:

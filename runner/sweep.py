@@ -28,7 +28,7 @@ from runner.progress import open_view
 from runner.provenance import Git, code_hash, data_hash, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job
 from runner.scheduler import Backend, Scheduler, exit_code
-from runner.spec import Gang, Limits, RunKey, SweepSpec
+from runner.spec import Gang, RunKey, SweepSpec, absolute_path
 from runner.states import Run, State
 from runner.storage import check_writable, local_root, open_storage
 
@@ -115,6 +115,15 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], shown: str, opti
         )
 
 
+def announced_spec(out: str) -> SweepSpec:
+    """Return the spec that a run directory was last driven with. Raises FileNotFoundError if it is none."""
+    storage = open_storage(out)
+    record = SweepDirectory(storage).read_json("sweep.json")
+    if not record:
+        raise FileNotFoundError(f"{storage.shown}: no sweep.json here; give the run directory of a sweep")
+    return replace(SweepSpec.from_json(record["spec"]), out=absolute_path(out))
+
+
 def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey] | None) -> list[Run]:
     """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
     finished = finished_attempts(spec.out)
@@ -122,17 +131,21 @@ def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey
     for plain in directory.read_state().get("runs", []):
         run = run_from_json(plain)
         earlier[run.key] = run
-    runs = []
-    for key in spec.keys:
-        run = earlier.get(key, Run(key=key))
-        attempt = max(run.attempt, finished.get(key, 0))
-        if key in finished:
-            run = Run(key=key, state=State.DONE, attempt=attempt, preemptions=run.preemptions, node=run.node)
-        else:
-            run = Run(key=key, attempt=attempt, preemptions=run.preemptions)
-        if only is None or key in only or run.is_final:
-            runs.append(run)
-    return runs
+    return [taken_over(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
+            for key in spec.keys]  # fmt: skip
+
+
+def taken_over(key: RunKey, earlier: Run | None, finished: int | None, *, is_wanted: bool) -> Run:
+    """Return one run for a new driver: its counts are kept, whatever lived in the old driver is not."""
+    run = Run(key=key)
+    if earlier is not None:
+        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node)
+    if finished is not None:
+        return replace(run, state=State.DONE, attempt=max(run.attempt, finished))
+    if is_wanted:
+        return run
+    state = earlier.state if earlier is not None and earlier.is_final else State.CANCELLED
+    return replace(run, state=state, failure=earlier.failure if earlier is not None else None)
 
 
 def finished_attempts(out: str) -> dict[RunKey, int]:
@@ -284,9 +297,3 @@ def signals_end(interrupt: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def with_limits(spec: SweepSpec, **changes: Any) -> SweepSpec:
-    """Return spec with other limits."""
-    limits: Limits = replace(spec.limits, **changes)
-    return replace(spec, limits=limits)
