@@ -146,6 +146,15 @@ class Dist:
         dist.all_gather(shares, padded)
         return np.concatenate([share[:count].numpy() for share, count in zip(shares, counts.tolist(), strict=True)])
 
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text in rank order."""
+        if self.world_size == 1:
+            return [text]
+        data = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)[:, None]
+        sizes = self.gather_rows(np.array([[len(data)]]))[:, 0]
+        joined = self.gather_rows(data)[:, 0].astype(np.uint8)
+        return [part.tobytes().decode() for part in np.split(joined, np.cumsum(sizes)[:-1])]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:

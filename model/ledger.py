@@ -1,13 +1,24 @@
-"""What a stage did and when: spans on the monotonic clock, and the files it opened."""
+"""What a stage did and when: spans on the monotonic clock, and the data files it opened.
+
+Files are noted twice over: by the code that opens them, and by an audit hook of the interpreter that sees every file
+Python opens for reading, so that a read which nobody declared is in the ledger too. Files opened inside C++ or Rust
+(safetensors) are only known from the code that opens them.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+DATA_SUFFIXES = frozenset({
+    ".bin", ".model", ".ssq", ".safetensors", ".npz", ".npy", ".parquet", ".pt", ".arrow", ".jsonl", ".gz", ".txt",
+})  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -15,6 +26,7 @@ class Ledger:
     """Spans and reads of one stage on one rank; times count from the ledger's creation."""
 
     stage: str
+    rank: int = 0
     origin: float = field(default_factory=time.monotonic)
     spans: list[dict[str, Any]] = field(default_factory=list)
     reads: list[dict[str, Any]] = field(default_factory=list)
@@ -28,13 +40,35 @@ class Ledger:
         try:
             yield
         finally:
-            ended = time.monotonic()
-            self.spans.append({"name": name, "start_s": started - self.origin, "end_s": ended - self.origin})
+            self.add_span(name, started, time.monotonic())
             self.phase = outer
 
-    def opened(self, path: Path) -> None:
-        """Note that a data file was opened in the present phase."""
-        self.reads.append({"phase": self.phase, "file": path.name, "path": str(path)})
+    def add_span(self, name: str, started: float, ended: float) -> None:
+        """Note that something of this name lasted from started to ended, both on the monotonic clock."""
+        span = {"name": name, "rank": self.rank, "start_s": started - self.origin, "end_s": ended - self.origin}
+        self.spans.append(span)
+
+    def opened(self, path: Path, *, is_declared: bool = True) -> None:
+        """Note that a data file was opened in the present phase; a file opened again only counts up."""
+        phase, absolute = self.phase, os.path.abspath(path)
+        for read in self.reads:
+            if read["phase"] == phase and read["path"] == absolute:
+                read["declared" if is_declared else "seen"] += 1
+                return
+        self.reads.append({
+            "phase": phase, "rank": self.rank, "file": path.name, "path": absolute,
+            "declared": int(is_declared), "seen": int(not is_declared),
+        })  # fmt: skip
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear of every data file that this process opens for reading inside the block."""
+        _install_hook()
+        _listeners.append(self)
+        try:
+            yield
+        finally:
+            _listeners.remove(self)
 
     def seconds(self, name: str) -> float:
         """Return the total length of the spans of this name."""
@@ -43,3 +77,42 @@ class Ledger:
     def as_json(self) -> dict[str, Any]:
         """Return the ledger as plain values."""
         return {"stage": self.stage, "spans": self.spans, "reads": self.reads}
+
+
+def join_ledgers(parts: list[dict[str, Any]], sha256: Mapping[str, str]) -> dict[str, Any]:
+    """Return the ledgers of all ranks as one, each read with the sha256 of its file where that is known by path."""
+    reads = [
+        {**read, "sha256": sha256[read["path"]]} if read["path"] in sha256 else read
+        for part in parts
+        for read in part["reads"]
+    ]
+    return {"stage": parts[0]["stage"], "spans": [span for part in parts for span in part["spans"]], "reads": reads}
+
+
+_listeners: list[Ledger] = []
+_is_hooked = False
+
+
+def _install_hook() -> None:
+    """Add the hook once: the interpreter offers no way to take one out again."""
+    global _is_hooked
+    if not _is_hooked:
+        sys.addaudithook(_hear)
+        _is_hooked = True
+
+
+def _hear(event: str, arguments: tuple[Any, ...]) -> None:
+    if event != "open" or not _listeners:
+        return
+    path, mode, flags = arguments
+    if not isinstance(path, str | bytes | os.PathLike) or not _is_reading(mode, flags):
+        return
+    name = os.fsdecode(path)
+    if os.path.splitext(name)[1] in DATA_SUFFIXES:
+        _listeners[-1].opened(Path(name), is_declared=False)
+
+
+def _is_reading(mode: str | None, flags: int) -> bool:
+    if mode is not None:
+        return not set(mode) & set("wax")
+    return (flags & (os.O_WRONLY | os.O_RDWR)) == 0

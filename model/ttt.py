@@ -9,6 +9,7 @@ windows of equal length run as one batch. Source: parameter-golf PR #1536 (doc-i
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from model.distributed import Dist
 from model.evaluate import DocumentScores, document_sums
 from model.gpt import GPT, visit_plan
 from model.lora import Adapters, initial_a
+from model.score_ledger import SCORE, UPDATE, Events, ScoreChain
 
+logger = logging.getLogger(__name__)
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
 
 
@@ -43,14 +46,14 @@ class Window(NamedTuple):
 
 
 class TTTResult(NamedTuple):
-    """Scores per document, the nll (N,) of every target, and what was scored in which order (see SCORE_COLUMNS)."""
+    """Scores per document, the nll (N,) of every target, and this rank's ledger of scores and updates."""
 
     scores: DocumentScores
     nll: np.ndarray
-    events: np.ndarray
+    events: Events
 
 
-SCORE_COLUMNS = ("document", "first_prediction", "end_prediction", "num_updates_before")
+LEDGER_LAG = 64  # batches of a GPU whose loss sums may wait there, so that the ledger never stalls it
 
 
 def chunk_window(document: int, num_predictions: int, chunk: int, config: TTTConfig) -> Window:
@@ -200,6 +203,7 @@ class Adapter:
         *,
         label: str,
         is_looped: bool = True,
+        rank: int = 0,
     ) -> None:
         self.model, self.validation, self.config, self.report = model, validation, config, report
         self.label, self.is_looped = label, is_looped
@@ -207,7 +211,8 @@ class Adapter:
         self.ranges = validation.document_ranges
         dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
         self.nll = torch.zeros(validation.num_targets, dtype=dtype, device=self.device)
-        self.events: list[tuple[int, int, int, int]] = []
+        self.chain = ScoreChain(rank)
+        self.unlogged: list[tuple[int, list[Window], Tensor | None]] = []  # kind, windows, loss sums (B,)
         self.num_scored = self.num_total = 0
         self.started = time.monotonic()
 
@@ -268,6 +273,7 @@ class Adapter:
             if not is_last:
                 loss = losses.mean(dim=1).sum()  # every such chunk is whole: C losses each
                 slots.update(index, selected, torch.autograd.grad(loss, selected.tensors()))
+                self._log(UPDATE, [w._replace(num_updates=w.num_updates + repeat) for w in windows], None)
 
     def _forward(self, windows: list[Window], adapters: Adapters | None, *, is_scored: bool = True) -> Tensor:
         """Run windows of one padded length as a batch and return the last columns' losses, noting the scores."""
@@ -298,17 +304,43 @@ class Adapter:
         for row, window in enumerate(windows):
             at = int(self.ranges[window.document][0]) + window.end
             self.nll[at - window.num_scored : at] = losses[row, losses.size(1) - window.num_scored :]
-            first = window.end - window.num_scored
-            self.events.append((window.document, first, window.end, window.num_updates))
             self.num_scored += window.num_scored
+        self._log(SCORE, windows, loss_sums(losses, [window.num_scored for window in windows]))
         elapsed = time.monotonic() - self.started
         rate = self.num_scored / elapsed if elapsed > 0 else 0.0
         left = (self.num_total - self.num_scored) / rate if rate > 0 else 0.0
         self.report(self.label, self.num_scored, self.num_total, {"tokens_per_s": rate, "eta_s": left})
 
+    def _log(self, kind: int, windows: list[Window], loss_sums: Tensor | None) -> None:
+        """Put events into the ledger: at once on a CPU, a little later on a GPU, where the sums are fixed by now."""
+        self.unlogged.append((kind, windows, loss_sums))
+        if self.device.type == "cpu" or len(self.unlogged) >= 2 * LEDGER_LAG:
+            self.close_ledger()
+
+    def close_ledger(self) -> Events:
+        """Bring the ledger up to date and return it."""
+        waiting = [sums for _, _, sums in self.unlogged if sums is not None]
+        values = iter(torch.cat(waiting).tolist() if waiting else [])
+        for kind, windows, sums in self.unlogged:
+            for window in windows:
+                first = window.end - window.num_scored
+                loss_sum = 0.0 if sums is None else next(values)
+                self.chain.add(kind, window.document, first, window.end, window.num_updates, loss_sum)
+        self.unlogged.clear()
+        return self.chain.events()
+
     def _padded(self, length: int) -> int:
         """Return length rounded up to whole chunks."""
         return -(-length // self.config.chunk_tokens) * self.config.chunk_tokens
+
+
+def loss_sums(losses: Tensor, num_scored: Sequence[int]) -> Tensor:
+    """Return the sum (B,) float64 of the last num_scored losses of each row of losses (B, C)."""
+    columns = losses.size(1)
+    if all(count == columns for count in num_scored):
+        return losses.sum(dim=1, dtype=torch.float64)
+    is_counted = torch.arange(columns) >= columns - torch.tensor(num_scored).unsqueeze(1)  # (B, C)
+    return (losses * is_counted.to(losses.device)).sum(dim=1, dtype=torch.float64)
 
 
 def score_documents(
@@ -333,8 +365,10 @@ def score_documents(
     model.requires_grad_(False)
     started = time.monotonic()
     documents = share_documents(validation, config, dist)
+    if not documents:
+        logger.warning("rank=%d has no document: %d for %d ranks", dist.rank, validation.num_documents, dist.world_size)
     label = "ttt" if is_adapting else "ttt_lr0"
-    work = Adapter(model, validation, config, report, label=label, is_looped=is_looped)
+    work = Adapter(model, validation, config, report, label=label, is_looped=is_looped, rank=dist.rank)
     if is_adapting:
         num_slots = max(1, min(config.batch_documents, len(documents)))
         work.run_adapted(documents, Slots(model, config, seed, num_slots, initial, is_looped))
@@ -344,4 +378,4 @@ def score_documents(
     scores = document_sums(
         validation, table, nll, num_scored=validation.num_targets, seconds=time.monotonic() - started
     )
-    return TTTResult(scores, nll, np.array(work.events, dtype=np.int64).reshape(-1, len(SCORE_COLUMNS)))
+    return TTTResult(scores, nll, work.close_ledger())
