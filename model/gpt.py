@@ -227,12 +227,12 @@ class GPT(nn.Module):
             num_queries = n if is_last and (is_parting or lane is not None) and n < tokens.size(1) else None
             x, stream = self._attend(layer, stream, weights[layer], context, pairs[visit], skip, num_queries)
             if is_parting:
-                lane = Stream(x[:, -n:], None)  # no MLP of this lane looks at another position
+                lane = Stream(last_positions(x, n), None)  # no MLP of this lane looks at another position
             if lane is None:
                 stream = self._mlp(layer, stream, weights[layer], pairs[visit])
             else:
                 lane = self._mlp(layer, lane, weights[layer], pairs[visit])
-        x, delta = stream.x[:, -n:], None if stream.delta is None else stream.delta[:, -n:]
+        x, delta = last_positions(stream.x, n), None if stream.delta is None else last_positions(stream.delta, n)
         if lane is None:
             return add_norm(x, delta)[1]
         assert delta is not None
@@ -273,8 +273,8 @@ class GPT(nn.Module):
         )  # (B, n, D)
         out = self.projections[f"layers_{layer}_o"](y, w.out)
         if "o" in pairs:
-            out = out + low_rank(normed[:, -n:], scale_outputs(pairs["o"], w.attn_scale))
-        return x, Stream(mixed[:, -n:], out)
+            out = out + low_rank(last_positions(normed, n), scale_outputs(pairs["o"], w.attn_scale))
+        return x, Stream(last_positions(mixed, n), out)
 
     def _mlp(self, layer: int, stream: Stream, w: LayerWeights, pairs: dict[str, Pair]) -> Stream:
         """Return the stream after the MLP part of the layer."""
@@ -305,6 +305,11 @@ class GPT(nn.Module):
             positions = segment_positions(packing, tokens.size(1))
         dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return rotary_tables(positions, rope_dims=self.config.rope_dims, base=self.config.rope_base, dtype=dtype)
+
+
+def last_positions(x: Tensor, n: int) -> Tensor:
+    """Return the last n positions of each row of x (B, T, D), x itself where that is all: slicing costs a backward."""
+    return x if x.size(1) == n else x[:, -n:]
 
 
 def scale_outputs(pair: Pair, scale: Tensor) -> Pair:

@@ -21,17 +21,27 @@ def _cross_entropy(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, COLS)
     place = logits_ptr + row * stride + cols
-    x = tl.load(place, mask=cols < V, other=0.0).to(tl.float32)
-    unit = 2 * tl.sigmoid(2 * x / cap) - 1  # tanh(x / cap)
+    at_target = logits_ptr + row * stride + tl.load(targets_ptr + row)
+    target_unit = _tanh(tl.load(at_target).to(tl.float32) / cap)
+    unit = _tanh(tl.load(place, mask=cols < V, other=0.0).to(tl.float32) * (1.0 / cap))
     # No logit exceeds cap, so cap is subtracted before the exponential where softmax usually takes the maximum.
-    weight = tl.where(cols < V, tl.exp(cap * (unit - 1)), 0.0)
+    weight = tl.exp(cap * unit - cap)
+    if V < COLS:
+        weight = tl.where(cols < V, weight, 0.0)
     total = tl.sum(weight, axis=0)
-    target = tl.load(targets_ptr + row)
-    at_target = tl.sum(tl.where(cols == target, unit, 0.0), axis=0)
-    tl.store(nll_ptr + row, tl.log(total) + cap * (1 - at_target))
+    tl.store(nll_ptr + row, tl.log(total) + cap * (1 - target_unit))
     if HAS_GRAD:
-        grad = (weight / total - tl.where(cols == target, 1.0, 0.0)) * (1 - unit * unit) * grad_scale
+        factor = grad_scale / total
+        grad = weight * factor * (1 - unit * unit)
         tl.store(place, grad.to(logits_ptr.dtype.element_ty), mask=cols < V)
+        target_grad = (tl.exp(cap * target_unit - cap) * factor - grad_scale) * (1 - target_unit * target_unit)
+        tl.debug_barrier()  # the whole row is written before its target is corrected
+        tl.store(at_target, target_grad.to(logits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _tanh(x):
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
 @triton.jit
@@ -51,7 +61,7 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
     nll = torch.empty(num_rows, device=logits.device, dtype=torch.float32)
     _cross_entropy[(num_rows,)](
         logits, targets, nll, logits.stride(0), cap, 1.0 if grad_scale is None else grad_scale,
-        V=vocab, COLS=triton.next_power_of_2(vocab), HAS_GRAD=grad_scale is not None, num_warps=8,
+        V=vocab, COLS=triton.next_power_of_2(vocab), HAS_GRAD=grad_scale is not None, num_warps=16,
     )  # fmt: skip
     return nll
 
