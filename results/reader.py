@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from results.footers import read_rows
 from results.location import Location, list_parquet, results_location
 from results.schema import FINISHED, SCHEMA_VERSION, VERSION_KEY, arrow_schema, column_names
 
@@ -49,14 +50,14 @@ def latest_attempts(rows: Rows) -> Rows:
     ordered = frame.assign(_finished=frame["state"].eq(FINISHED)).sort_values(
         ["seed", "repeat", "_finished", "attempt"], kind="stable"
     )
-    for (seed, repeat), group in ordered.groupby(["seed", "repeat"], sort=True):
-        finished = group.loc[group["_finished"], "attempt"]
-        if len(finished) > 1:
-            notes.append(
-                f"seed={seed} repeat={repeat}: {len(finished)} finished attempts "
-                f"({', '.join(map(str, finished))}); attempt {finished.iloc[-1]}, the latest, is used"
-            )
-    kept = ordered.groupby(["seed", "repeat"], sort=True).tail(1).drop(columns="_finished")
+    finished = ordered[ordered["_finished"]]
+    several = finished[finished.duplicated(["seed", "repeat"], keep=False)]
+    for (seed, repeat), attempts in several.groupby(["seed", "repeat"], sort=True)["attempt"]:
+        notes.append(
+            f"seed={seed} repeat={repeat}: {len(attempts)} finished attempts "
+            f"({', '.join(map(str, attempts))}); attempt {attempts.iloc[-1]}, the latest, is used"
+        )
+    kept = ordered.drop_duplicates(["seed", "repeat"], keep="last").drop(columns="_finished")
     return Rows(kept.reset_index(drop=True), rows.problems, notes)
 
 
@@ -69,7 +70,7 @@ def read_attempt(out: object, table: str, run: pd.Series, columns: Sequence[str]
 
     location = results_location(out)
     name = attempt_file_name(run["seed"], run["repeat"], run["attempt"])
-    if name not in list_parquet(location, table):
+    if not location.filesystem.get_file_info(location.path(table, name)).is_file:
         raise ValueError(f"{location.path(table, name)}: missing, although the attempt is committed in runs")
     content, problems = _read_files(location, table, [name], list(columns))
     if problems:
@@ -130,6 +131,10 @@ def _read_together(location: Location, table: str, names: list[str], schema: pa.
     if not names:
         return schema.empty_table()
     paths = [location.path(table, name) for name in names]
+    if table == "runs":
+        rows = read_rows(location, paths, schema)
+        if rows is not None:
+            return rows
     try:
         dataset = ds.dataset(paths, schema=arrow_schema(table), format="parquet", filesystem=location.filesystem)
         for fragment in dataset.get_fragments():

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # 151.074 to 151.081 MB, because they normalize the text a little differently and score another tail.
 FINEWEB_BYTES = (151.06e6, 151.10e6)
 SAME_TOKENIZER_FRAC = 3e-4  # evaluators of one log differ by 7e-5 in bytes per token
+COLUMNS = (
+    "code_changed", "config_hash", "data_hash", "code_hash", "tokenizer_hash", "val_documents_hash", "val_bytes",
+    *(f"{name}_{figure}" for name in SCORES for figure in ("bpb", "nats_per_token", "tokens", "bytes")),
+)  # fmt: skip
 HASHES = ("config_hash", "data_hash", "code_hash")
 
 
@@ -49,28 +53,28 @@ class Side(NamedTuple):
     runs: pd.DataFrame | None = None
 
 
-def open_side(spec: str, stage: str | None = None) -> Side:
+def open_side(spec: str, stage: str | None = None, seeds: list[int] | None = None) -> Side:
     """Return a side from "pr:N", a run directory (path or URI), or a submission folder with logs.
 
-    stage: a scoring pass of results.schema.SCORES; without it the last one that every seed has.
+    stage: a scoring pass of results.schema.SCORES; without it the last one that every seed has. seeds: only these.
     Raises ValueError or FileNotFoundError in one line for anything else.
     """
     if stage is not None and stage not in SCORES:
         raise ValueError(f"stage={stage} must be one of {', '.join(SCORES)}")
     if spec.lower().startswith("pr:"):
-        return side_of_record(find_record(spec), stage)
+        return _only_seeds(side_of_record(find_record(spec), stage), seeds)
     folder = Path(spec)
     has_results = any((folder / name).is_dir() for name in ("results/runs", "runs"))
     if "://" not in spec and folder.is_dir() and not has_results:
         from results.submission import read_submission
 
-        return side_of_record(read_submission(folder).record, stage)
-    return side_of_runs(spec, stage)
+        return _only_seeds(side_of_record(read_submission(folder).record, stage), seeds)
+    return _only_seeds(side_of_runs(spec, stage), seeds)
 
 
 def side_of_runs(out: str, stage: str | None = None) -> Side:
     """Return the side of a run directory: its finished seeds, repeats of a seed averaged."""
-    rows = latest_attempts(read_runs(out))
+    rows = latest_attempts(read_runs(out, COLUMNS))
     finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
     if finished.empty:
         raise ValueError(f"{out}: no finished seed to compare{f' ({rows.problems[0]})' if rows.problems else ''}")
@@ -128,6 +132,19 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
         text=Text(None, float(min(sizes)) if sizes and max(sizes) - min(sizes) < 10_000 else None),
         notes=notes,
         mixtures=[],
+    )
+
+
+def _only_seeds(side: Side, seeds: list[int] | None) -> Side:
+    """Return a side reduced to some of its seeds. Raises ValueError naming one that it does not have."""
+    if seeds is None:
+        return side
+    unknown = [seed for seed in seeds if seed not in side.bpb]
+    if unknown:
+        raise ValueError(f"seeds: {side.name} has no finished seed {unknown[0]}")
+    return side._replace(
+        bpb={seed: side.bpb[seed] for seed in seeds},
+        nats_per_token={seed: side.nats_per_token[seed] for seed in seeds if seed in side.nats_per_token},
     )
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_a_consistent_sweep_has_no_disagreements(report: Path) -> None:
         ({"code_hash": "1" * 64}, "code_hash differs between seeds: not one configuration"),
     ],
 )
-def test_contradictions_inside_the_rows_are_listed(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_contradictions_inside_the_rows_are_listed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     fake_sweep(tmp_path, (0,))
     commit_fake(tmp_path, 42)
     run = {name: value for name, value in change.items() if not name.startswith("post_ttt")}
@@ -120,7 +121,7 @@ def test_contradictions_inside_the_rows_are_listed(tmp_path: Path, change: dict[
     assert any(message in line for line in read_system(str(tmp_path)).disagreements)
 
 
-def _rewrite(out: Path, change: dict[str, object]) -> None:
+def _rewrite(out: Path, change: dict[str, Any]) -> None:
     """Change figures of seed 42 behind the store's back."""
     path = next((out / "results" / "runs").glob("seed=42-*.parquet"))
     frame = results.load(out)

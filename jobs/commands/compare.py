@@ -14,6 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--paired", choices=("documents", "seeds"), help="same artifacts on both sides, pair by this")
     parser.add_argument("--equivalence-nats", type=float, metavar="BAND", help="also test equivalence within +-BAND")
+    parser.add_argument("--seeds", help="only these seeds of both sides, such as 42,0,1337")
     parser.add_argument("--stage", help="compare this scoring pass instead of the last one")
     parser.add_argument("--force", action="store_true", help="compare what is not comparable; every line is labelled")
     parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
@@ -25,9 +26,10 @@ def execute(args: argparse.Namespace) -> int:
     from results.compare_text import render
     from results.sides import open_side
 
+    seeds = _seeds(args.seeds)
     result = compare(
-        open_side(args.a, args.stage),
-        open_side(args.b, args.stage),
+        open_side(args.a, args.stage, seeds),
+        open_side(args.b, args.stage, seeds),
         margin_nats=args.margin_nats,
         pairing=args.paired,
         band_nats=args.equivalence_nats,
@@ -35,3 +37,13 @@ def execute(args: argparse.Namespace) -> int:
     )
     print(render(result, args.format))
     return 0
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    """Return the seeds named by --seeds. Raises ValueError for anything but whole numbers."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.lstrip("-").isdigit() for word in words):
+        raise ValueError(f"seeds={text} must be whole numbers separated by commas, such as 42,0,1337")
+    return [int(word) for word in words]
