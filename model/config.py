@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
+ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "fa2", "fa3", "fa4")  # see model/kernels/attention.py
 
 
 def require(is_valid: bool, message: str) -> None:
@@ -27,6 +29,13 @@ def require(is_valid: bool, message: str) -> None:
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError naming the field unless value is one of choices."""
     require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+def require_finite(section: str, config: Any) -> None:
+    """Raise ValueError naming the first field of a settings dataclass that is infinite or not a number."""
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        require(not isinstance(value, float) or math.isfinite(value), f"{section}.{entry.name}={value} must be finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +61,7 @@ class ModelConfig:
     embedding_init_std: float = 0.005
 
     def __post_init__(self) -> None:
+        require_finite("model", self)
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         require(
@@ -78,7 +88,10 @@ class ModelConfig:
             f"model.xsa_last_n={self.xsa_last_n} must be between 0 and num_layers={self.num_layers}",
         )
         require(self.mlp_hidden >= 1, f"model.mlp_mult={self.mlp_mult} leaves no hidden unit")
-        require(self.logit_softcap > 0, f"model.logit_softcap={self.logit_softcap} must be positive")
+        for name in ("rope_base", "logit_softcap"):
+            require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
+        for name in ("parallel_start_layer", "embedding_init_std"):
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         require_choice("model.rotary_positions", self.rotary_positions, ("segment", "packed"))
 
     @property
@@ -131,6 +144,7 @@ class TrainConfig:
     ema_decay: float = 0.997
 
     def __post_init__(self) -> None:
+        require_finite("train", self)
         for name in ("max_steps", "batch_tokens", "micro_batch_tokens", "seq_len", "span_group", "newton_schulz_steps"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         require(
@@ -143,7 +157,15 @@ class TrainConfig:
         )
         for name in ("warmdown_frac", "min_lr_frac", "loop_start_frac", "ema_decay"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}={getattr(self, name)} must be between 0 and 1")
-        require(self.grad_clip_norm > 0, f"train.grad_clip_norm={self.grad_clip_norm} must be positive")
+        for name in ("adam_beta1", "adam_beta2", "muon_momentum", "muon_momentum_start"):
+            require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be at least 0 and below 1")
+        for name in (
+            *(f"{group}_{what}" for group in ("embedding", "matrix", "vector") for what in ("lr", "weight_decay")),
+            "muon_momentum_warmup_steps",
+        ):
+            require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
+        for name in ("grad_clip_norm", "adam_eps"):
+            require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         require_choice("train.clip", self.clip, ("per_micro_batch", "per_rank", "global"))
         for name in ("newton_schulz_dtype", "embedding_dtype"):
             require_choice(f"train.{name}", getattr(self, name), get_args(FloatType))
@@ -174,6 +196,7 @@ class QuantConfig:
     codec: Literal["rans", "brotli"] = "rans"  # of the artifact's codes; the same weights either way
 
     def __post_init__(self) -> None:
+        require_finite("quant", self)
         for name in ("matrix_bits", "embedding_bits"):
             require(2 <= getattr(self, name) <= 8, f"quant.{name}={getattr(self, name)} must be between 2 and 8")
         for name in ("matrix_clip_sigmas", "embedding_clip_sigmas", "damping_frac"):
@@ -214,7 +237,7 @@ class TTTConfig:
     beta2: float = 0.999  # Adam's second moment; beta1 is 0
     eps: float = 1e-10
     chunk_tokens: int = 64  # predictions scored between two updates
-    window_tokens: int = 2048  # context before the chunk's end, chunk excluded
+    window_tokens: int = 2048  # before the chunk's end, the chunk's own included
     updates_per_chunk: int = 1
     adapter_kinds: tuple[str, ...] = ADAPTER_KINDS
     adapter_key: Literal["seed", "document"] = "seed"  # what A's starting value depends on beside visit and kind
@@ -222,11 +245,20 @@ class TTTConfig:
     batch_documents: int = 64  # adapter slots held at once
 
     def __post_init__(self) -> None:
+        require_finite("ttt", self)
         for name in ("lora_rank", "chunk_tokens", "window_tokens", "updates_per_chunk", "batch_documents"):
             require(getattr(self, name) >= 1, f"ttt.{name}={getattr(self, name)} must be at least 1")
-        require(self.lr >= 0, f"ttt.lr={self.lr} must not be negative")
+        require(
+            self.window_tokens >= self.chunk_tokens,
+            f"ttt.window_tokens={self.window_tokens} must be at least ttt.chunk_tokens={self.chunk_tokens}",
+        )
+        for name in ("lr", "weight_decay"):
+            require(getattr(self, name) >= 0, f"ttt.{name}={getattr(self, name)} must not be negative")
+        require(self.eps > 0, f"ttt.eps={self.eps} must be positive")
         require(0 < self.beta2 < 1, f"ttt.beta2={self.beta2} must be between 0 and 1")
-        for kind in self.adapter_kinds:
+        kinds = self.adapter_kinds
+        require(0 < len(set(kinds)) == len(kinds), f"ttt.adapter_kinds={list(kinds)} must be one or more, none twice")
+        for kind in kinds:
             require_choice("ttt.adapter_kinds", kind, ADAPTER_KINDS)
         require_choice("ttt.adapter_key", self.adapter_key, ("seed", "document"))
         require_choice("ttt.order", self.order, ("stream", "sorted"))
@@ -259,6 +291,8 @@ class RuntimeConfig:
     report_every_s: float = 1.0
 
     def __post_init__(self) -> None:
+        require_finite("runtime", self)
+        require_choice("runtime.attention", self.attention, ATTENTION_BACKENDS)
         require_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
         for name in ("checkpoint_every_s", "report_every_s"):
             require(getattr(self, name) >= 0, f"runtime.{name}={getattr(self, name)} must not be negative")

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from model.config import ATTENTION_BACKENDS
+
 if TYPE_CHECKING:
     from model.data.packing import Packing
 
 # B rows, T tokens of a row, H query heads, K key/value heads, E head_dim, N segments of a bucket, L their padded length
-
-BACKENDS = ("auto", "sdpa", "varlen", "flex", "fa2", "fa3", "fa4")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, *, backend: str = "auto") -> Tensor:
@@ -90,8 +90,8 @@ def window_bounds(
 
 def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
     """Return the backend that backend="..." means for a tensor like q. Raises ValueError if it cannot run here."""
-    if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} is unknown: use one of {', '.join(BACKENDS)}")
+    if backend not in ATTENTION_BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown: use one of {', '.join(ATTENTION_BACKENDS)}")
     is_half = q.dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
         return "varlen" if is_packed and q.is_cuda and is_half else "sdpa"
@@ -103,7 +103,7 @@ def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
 def is_available(backend: str) -> bool:
     """Return whether the package behind a CUDA backend can be imported."""
     if backend not in FLASH_MODULES:
-        return backend in BACKENDS
+        return backend in ATTENTION_BACKENDS
     package, _, _ = FLASH_MODULES[backend].partition(".")
     return all(importlib.util.find_spec(name) is not None for name in (package, FLASH_MODULES[backend]))
 

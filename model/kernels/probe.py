@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.attention import BACKENDS, attention, is_available
+from model.config import ATTENTION_BACKENDS
+from model.kernels.attention import attention, is_available
 
 if TYPE_CHECKING:
     from model.data.packing import Packing
@@ -46,7 +47,7 @@ def probe_backends(
     """
     if candidates is None:
         is_half_on_cuda = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        candidates = [name for name in BACKENDS[1:] if is_available(name)] if is_half_on_cuda else ["sdpa"]
+        candidates = [name for name in ATTENTION_BACKENDS[1:] if is_available(name)] if is_half_on_cuda else ["sdpa"]
     inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]

@@ -1,0 +1,193 @@
+"""model/config.py: presets build, bad values are refused by name, and the hash covers what decides a score."""
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from model import config as configs
+from model.config import (
+    PRESETS,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    QuantConfig,
+    RunConfig,
+    RuntimeConfig,
+    TrainConfig,
+    TTTConfig,
+    config_hash,
+    published,
+    tiny,
+)
+
+SECTIONS = {
+    "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "evaluation": EvalConfig, "ttt": TTTConfig,
+    "data": DataConfig, "runtime": RuntimeConfig,
+}  # fmt: skip
+BAD_VALUES: list[tuple[str, str, Any]] = [
+    ("model", "vocab_size", 0),
+    ("model", "vocab_size", 65_537),
+    ("model", "num_layers", 0),
+    ("model", "num_heads", 7),
+    ("model", "num_kv_heads", 3),
+    ("model", "num_kv_heads", 0),
+    ("model", "mlp_mult", 0.0),
+    ("model", "rope_dims", 3),
+    ("model", "rope_dims", 66),
+    ("model", "rope_base", 0.0),
+    ("model", "rope_base", float("inf")),
+    ("model", "rotary_positions", "row"),
+    ("model", "xsa_last_n", 12),
+    ("model", "xsa_last_n", -1),
+    ("model", "loop_start", 6),
+    ("model", "loop_end", 11),
+    ("model", "num_loops", -1),
+    ("model", "parallel_start_layer", -1),
+    ("model", "logit_softcap", 0.0),
+    ("model", "embedding_init_std", -0.1),
+    ("train", "max_steps", 0),
+    ("train", "budget_s", 5.0),
+    ("train", "budget_s", float("nan")),
+    ("train", "reserve_s", -1.0),
+    ("train", "batch_tokens", 100_000),
+    ("train", "micro_batch_tokens", 0),
+    ("train", "seq_len", 0),
+    ("train", "span_group", 0),
+    ("train", "warmdown_frac", 1.5),
+    ("train", "min_lr_frac", -0.1),
+    ("train", "loop_start_frac", 2.0),
+    ("train", "embedding_lr", -0.03),
+    ("train", "matrix_lr", float("nan")),
+    ("train", "vector_lr", float("inf")),
+    ("train", "matrix_weight_decay", -1.0),
+    ("train", "adam_beta1", 1.0),
+    ("train", "adam_beta2", -0.1),
+    ("train", "adam_eps", 0.0),
+    ("train", "muon_momentum", 1.0),
+    ("train", "muon_momentum_start", -0.5),
+    ("train", "muon_momentum_warmup_steps", -1),
+    ("train", "newton_schulz_steps", 0),
+    ("train", "newton_schulz_dtype", "float16"),
+    ("train", "embedding_dtype", "float64"),
+    ("train", "grad_clip_norm", 0.0),
+    ("train", "clip", "per_node"),
+    ("train", "ema_decay", 1.1),
+    ("quant", "matrix_bits", 1),
+    ("quant", "embedding_bits", 9),
+    ("quant", "matrix_clip_sigmas", 0.0),
+    ("quant", "embedding_clip_sigmas", -1.0),
+    ("quant", "damping_frac", 0.0),
+    ("quant", "num_calibration_batches", 0),
+    ("quant", "calibration_windows", 0),
+    ("quant", "calibration_seq_len", 0),
+    ("quant", "calibration_documents", "some"),
+    ("quant", "block_columns", 0),
+    ("quant", "keep_float_numel", -1),
+    ("quant", "size_limit_bytes", 0),
+    ("quant", "on_oversize", "ignore"),
+    ("quant", "codec", "zip"),
+    ("evaluation", "seq_len", 0),
+    ("evaluation", "row_tokens", 3000),
+    ("evaluation", "row_tokens", 0),
+    ("evaluation", "tail", "kept"),
+    ("ttt", "lora_rank", 0),
+    ("ttt", "lr", -1e-4),
+    ("ttt", "weight_decay", -0.5),
+    ("ttt", "beta2", 1.0),
+    ("ttt", "eps", 0.0),
+    ("ttt", "chunk_tokens", 0),
+    ("ttt", "chunk_tokens", 4096),
+    ("ttt", "window_tokens", 63),
+    ("ttt", "updates_per_chunk", 0),
+    ("ttt", "adapter_kinds", ("q", "gate")),
+    ("ttt", "adapter_kinds", ("q", "q")),
+    ("ttt", "adapter_kinds", ()),
+    ("ttt", "adapter_key", "slot"),
+    ("ttt", "order", "random"),
+    ("ttt", "batch_documents", 0),
+    ("data", "val_documents", 0),
+    ("data", "val_tokens", -5),
+    ("runtime", "device", "tpu"),
+    ("runtime", "attention", "flash"),
+    ("runtime", "checkpoint_every_s", -1.0),
+    ("runtime", "report_every_s", float("inf")),
+]
+
+
+@pytest.mark.parametrize(("section", "name", "value"), BAD_VALUES)
+def test_a_bad_value_is_refused_in_one_line_with_field_and_value(section: str, name: str, value: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        SECTIONS[section](**{name: value})
+    shown = value[-1] if isinstance(value, tuple) and value else value
+    message = str(caught.value)
+    assert f"{section}.{name}=" in message
+    assert str(list(value) if value == () else shown) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_builds_and_looping_changes_its_plan(name: str) -> None:
+    from model.gpt import visit_plan
+
+    config = PRESETS[name]()
+    assert visit_plan(config.model, is_looped=True) != visit_plan(config.model, is_looped=False)
+    assert config.train.batch_tokens == config.train.micro_batches_per_step * config.train.micro_batch_tokens
+
+
+def test_derived_sizes_follow_their_fields() -> None:
+    config = published().model
+    assert (config.head_dim, config.kv_dim, config.mlp_hidden) == (64, 256, 2048)
+    assert published().train.micro_batches_per_step == 8
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        published().train.max_steps = 3  # type: ignore[misc]
+
+
+def test_the_hash_ignores_seed_data_and_runtime() -> None:
+    base = tiny()
+    others = [
+        replace(base, seed=7),
+        replace(base, data=DataConfig(train="elsewhere/*.bin", val_documents=3)),
+        replace(base, runtime=RuntimeConfig(device="cpu", checkpoint_every_s=1.0)),
+    ]
+    assert {config_hash(config, world_size=1) for config in [base, *others]} == {config_hash(base, world_size=1)}
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("model", "num_loops"), ("train", "max_steps"), ("quant", "calibration_windows"), ("evaluation", "tail"),
+        ("ttt", "lora_rank"),
+    ],
+)  # fmt: skip
+def test_the_hash_reacts_to_every_hashed_section(section: str, field: str) -> None:
+    base = tiny()
+    part = getattr(base, section)
+    value = "dropped" if field == "tail" else getattr(part, field) + 1
+    other = replace(base, **{section: replace(part, **{field: value})})
+    assert config_hash(other, world_size=1) != config_hash(base, world_size=1)
+
+
+def test_the_hash_reacts_to_the_world_size() -> None:
+    assert config_hash(tiny(), world_size=1) != config_hash(tiny(), world_size=2)
+
+
+def test_the_hash_is_the_sha256_of_canonical_json() -> None:
+    import hashlib
+    import json
+
+    base = tiny()
+    scored = {
+        name: dataclasses.asdict(getattr(base, name)) for name in ("model", "train", "quant", "ttt", "evaluation")
+    }
+    text = json.dumps({**scored, "world_size": 4}, sort_keys=True, separators=(",", ":"))
+    assert config_hash(base, world_size=4) == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_every_section_of_a_run_is_hashed_or_said_not_to_be() -> None:
+    names = {entry.name for entry in dataclasses.fields(RunConfig)}
+    assert names == {*configs.HASHED_SECTIONS, "data", "runtime", "seed"}
