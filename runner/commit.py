@@ -34,6 +34,11 @@ def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str,
     record = {**record, **read_json(workdir / "attempt.json")}
     is_done = run.state in (State.COMMITTING, State.DONE)
     stages = [read_json(path) for stage in STAGES if (path := workdir / "stages" / f"{stage}.json").exists()]
+    for stage in stages:
+        if record.get("data_hash") and stage.get("data_hash") not in (None, record["data_hash"]):
+            raise ValueError(
+                f"{workdir}: stage {stage['stage']} read other data than the sweep; the nodes' shards differ"
+            )
     commit_attempt(
         spec.out,
         run=run_row(spec, run, record, stages, node_label=node_label),

@@ -38,11 +38,15 @@ class LocalRun:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logging.getLogger().addHandler(handler)
+        ours = [logging.getLogger(name) for name in ("model", "runner")]
+        for logger in ours:
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
         try:
             self.outcome = self.rank.run()
         finally:
-            logging.getLogger().removeHandler(handler)
+            for logger in ours:
+                logger.removeHandler(handler)
             handler.close()
 
     def poll(self) -> list[states.Event]:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 PIPELINE = "runner.worker:run_pipeline"
 LOG_TAIL_BYTES = 4096
+LOG_EVERY_S = 10.0  # progress in a rank's own log
 STOPPED = "Interrupted"  # the exception with which a stage obeys should_stop (model.train.Interrupted)
 
 
@@ -86,6 +87,7 @@ class Rank:
         self.job = job
         self.rank = rank
         self.newest = Beat()
+        self.logged_at = 0.0
         self.stop_event = threading.Event()
         self.port: int | None = None  # of the gang's rendezvous store
         self.visible_gpus: tuple[str, ...] = ()
@@ -95,6 +97,9 @@ class Rank:
     def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
         """Note progress; the driver fetches the newest note."""
         plain = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
+        if phase != self.newest.phase or time.monotonic() - self.logged_at >= LOG_EVERY_S:
+            self.logged_at = time.monotonic()
+            logger.info("%s step=%d total=%s %s", phase, step, total, " ".join(f"{k}={v}" for k, v in plain.items()))
         self.newest = Beat(serial=self.newest.serial + 1, phase=phase, step=step, total=total, metrics=plain)
         if self.job.stall_s is not None:
             self.arm_stack_dump(self.job.stall_s)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 NODES_EVERY_S = 5.0
 STATE_EVERY_S = 1.0  # a picture of 1,000 runs takes tens of milliseconds; the events have every transition at once
 POLL_S = 0.2
+EXIT_INFEASIBLE = 2
 LOST_NODES_S = 60.0  # how long a sweep that had room waits for a node to come back, at least
 
 
@@ -242,7 +243,7 @@ def exit_code(runs: Mapping[RunKey, Run], *, is_interrupted: bool) -> int:
     found = {run.state for run in runs.values()}
     assert found <= FINAL, found
     if State.INFEASIBLE in found:
-        return 2
+        return EXIT_INFEASIBLE
     if State.CANCELLED in found and (is_interrupted or State.FAILED not in found):
         return 3
     return 1 if State.FAILED in found else 0

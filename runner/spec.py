@@ -239,10 +239,9 @@ def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:
     section = dict(check_keys("data", given, [*known, "fetch"]))
     fetch = section.pop("fetch", None)
     if fetch is not None:
-        fetch = dict(check_keys("data.fetch", fetch, ("repository", "variant", "shards")))
-        checked(fetch.get("repository", ""), str, "data.fetch.repository")
-        checked(fetch.get("variant", ""), str, "data.fetch.variant")
-        checked(fetch.get("shards", 1), int, "data.fetch.shards")
+        fetch = dict(check_keys("data.fetch", fetch, ("repo", "variant", "revision", "shards")))
+        for name, value in fetch.items():
+            checked(value, int if name == "shards" else str, f"data.fetch.{name}")
     data = updated(DataConfig(), section, "data")
     for name in ("train", "val", "tokenizer"):
         if not getattr(data, name):

@@ -20,14 +20,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runner.capacity import count_slots
-from runner.commit import commit_run
+from runner.capacity import count_slots, why_infeasible
+from runner.commit import commit_run, read_json
 from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
-from runner.errors import Refused
+from runner.errors import Infeasible, Refused
 from runner.progress import open_view
-from runner.provenance import Git, code_hash, data_hash, git_state, machine, package_versions
+from runner.provenance import Git, code_hash, data_hash, data_problems, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job
-from runner.scheduler import Backend, Scheduler, exit_code
+from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
 from runner.spec import Gang, RunKey, SweepSpec, absolute_path
 from runner.states import Run, State
 from runner.storage import check_writable, local_root, open_storage
@@ -82,7 +82,7 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "format": FORMAT,
         "sweep": spec.name,
         "config_hash": spec.config_hash,
-        "data_hash": data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size),
+        "data_hash": known_data_hash(spec, options),
         "code_hash": code_hash(),
         "git_commit": git.commit,
         "git_dirty": git.is_dirty,
@@ -99,6 +99,17 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
     whole = {**record, "machine": machine(), "spec": spec.to_json(), "announcements": announcements}
     directory.write_json("sweep.json", {**whole, "created": earlier.get("created", utc(time.time()))})
     return record
+
+
+def known_data_hash(spec: SweepSpec, options: Options) -> str | None:
+    """Return the hash of the sweep's data as this machine has it; None where only the cluster's nodes have it.
+
+    Raises ValueError or FileNotFoundError if data is damaged, or missing where the work is done on this machine.
+    """
+    has_other_nodes = options.address is not None or is_ray_job() or spec.fetch is not None
+    if has_other_nodes and data_problems(spec.config.data):
+        return None  # each gang's node is checked before the gang works
+    return data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
 
 
 def check_same(earlier: dict[str, Any], record: dict[str, Any], shown: str, options: Options) -> None:
@@ -186,7 +197,10 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
                 final = scheduler.run()
         finally:
             view.close()
-        return exit_code(final, is_interrupted=scheduler.is_interrupted)
+        code = exit_code(final, is_interrupted=scheduler.is_interrupted)
+        if code == EXIT_INFEASIBLE:
+            raise Infeasible(why_infeasible(backend.nodes(), spec.gang) or "no node could hold a gang for too long")
+        return code
 
 
 # A thread cannot be killed, so that limits which end in a kill do not apply to --local.
@@ -273,6 +287,13 @@ class SweepWork:
             self.nodes.append(run.node_id)
         label = f"node-{self.nodes.index(run.node_id)}"
         commit_run(self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label)
+        if run.state is State.COMMITTING and self.record["data_hash"] is None:
+            self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree
+
+
+def stage_data_hash(workdir: Path) -> str | None:
+    """Return the data hash in a run's training record, None where there is none."""
+    return read_json(workdir / "stages" / "train.json").get("data_hash")
 
 
 def scratch_root(out: str) -> Path:

@@ -39,7 +39,9 @@ def run_pipeline(rank: Rank) -> None:
     dist = join_gang(rank)
     try:
         if rank.rank == 0:
-            note_attempt(job, preflight(job))
+            facts = preflight(job)
+            check_node_data(rank)
+            note_attempt(job, facts)
         dist.barrier()
         run_seed(
             job.config,
@@ -103,6 +105,26 @@ def preflight(job: Job) -> dict[str, Any]:
             f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; 1 GB is needed"
         )
     return {"versions": versions, "hardware": {**machine(), **gpu_facts(job), "free_disk_bytes": free}}
+
+
+def check_node_data(rank: Rank) -> None:
+    """Check that this node has what the seed reads, and fetch what is missing where the spec says how.
+
+    Raises PreflightError, naming the node, if data is missing or damaged.
+    """
+    from model.data.fineweb import FetchOptions, fetch_fineweb
+    from model.data.manifest import check_data
+
+    data, fetch = rank.job.config.data, rank.job.fetch
+    problems = check_data(data)
+    if problems and fetch is not None:
+        options = {**fetch}
+        num_shards = options.pop("shards", None)
+        # one process of a node fetches into the folder, the others wait for its lock
+        fetch_fineweb(Path(data.train).parent, FetchOptions(**options, num_shards=num_shards), rank.report)
+        problems = check_data(data)
+    if problems:
+        raise PreflightError(f"node {socket.gethostname()} lacks data: {problems[0]}")
 
 
 def gpu_facts(job: Job) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         ({"out": ""}, "out is missing"),
         ({"data": {"train": "a", "val": "b"}}, "data.tokenizer is missing"),
         ({"data": {"train": "a", "val": "b", "tokenizer": "c", "val_documents": 0}}, "data.val_documents=0"),
-        ({"data": {"train": "a", "val": "b", "tokenizer": "c", "fetch": {"repo": "x"}}}, "data.fetch: unknown key"),
+        ({"data": {"train": "a", "val": "b", "tokenizer": "c", "fetch": {"rep": "x"}}}, "data.fetch: unknown key"),
     ],
 )
 def test_a_spec_that_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], words: str) -> None:

@@ -31,7 +31,9 @@ def execute(args: argparse.Namespace) -> int:
 
     if args.local and args.address:
         raise ValueError("--local and --address exclude each other; --local uses no cluster")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)  # progress is the view's to show
+    logging.basicConfig(handlers=[console], format="%(levelname)s %(name)s: %(message)s")
     git = None
     if args.git_commit:
         git = Git(args.git_commit, None if args.git_dirty is None else args.git_dirty == "yes")

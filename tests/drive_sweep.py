@@ -1,0 +1,30 @@
+"""A driver in a process of its own: `python -m tests.drive_sweep JSON` with out, address, gang and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from runner import sweep
+from runner.spec import Gang
+from tests.stub_work import TARGET
+from tests.sweep_tools import QUICK, make_spec
+
+
+def main() -> int:
+    """Run the sweep that the argument describes; data is never read."""
+    given = json.loads(sys.argv[1])
+    os.environ[sweep.LOOPBACK_VARIABLE] = "0"
+    sweep.data_hash = lambda _data, **_more: "d" * 64
+    sweep.data_problems = lambda _data: []
+    limits = replace(QUICK, **given.get("limits", {}))
+    spec = make_spec(Path(given["out"]), gang=Gang(**given.get("gang", {"gpus": 8, "cpus": 1})), limits=limits)
+    options = sweep.Options(address=given.get("address"), target=given.get("target", TARGET), progress="plain")
+    return sweep.run_sweep(spec, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
