@@ -15,6 +15,7 @@ from results import store
 from results.reader import OtherVersionError, latest_attempts, read_attempt, read_runs
 from results.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, column_names, describe
 from tests.fake_runs import commit_failed, commit_fake, fake_run, fake_sweep
+from tests.tutorial import run_tutorial
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,3 +186,7 @@ def test_a_folder_without_results_says_what_to_give(tmp_path: Path) -> None:
 
 def test_the_schema_page_is_the_one_the_code_makes() -> None:
     assert (ROOT / "docs" / "schema.md").read_text() == describe()
+
+
+def test_the_tutorial_prints_what_its_page_shows() -> None:
+    assert run_tutorial() == (ROOT / "docs" / "tutorial.md").read_text()
