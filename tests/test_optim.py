@@ -1,0 +1,132 @@
+"""model/optim.py: the mathematics of Muon and clipping; agreement with the record's figures is in test_parity."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from model.config import published
+from model.distributed import Dist
+from model.gpt import GPT
+from model.optim import Muon, Optimizers, clip_, gradients, muon_scale, muon_update, newton_schulz, split_parameters
+from tests.micro import micro_model, micro_train, random_model
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (3, 16, 8), (8, 8)])
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_directions(shape: tuple[int, ...]) -> None:
+    G = randn(*shape)
+    X = newton_schulz(G, steps=10, dtype=torch.float32)
+    values = torch.linalg.svdvals(X)
+    assert float(values.min()) > 0.6
+    assert float(values.max()) < 1.3
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    inner = U.mT @ X @ Vh.mT  # diagonal if the singular vectors are the same
+    assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
+
+
+def test_newton_schulz_ignores_scale_commutes_with_transposition_and_keeps_zero() -> None:
+    G = randn(2, 8, 16)
+    X = newton_schulz(G, dtype=torch.float32)
+    assert torch.allclose(newton_schulz(1000 * G, dtype=torch.float32), X, atol=1e-4)
+    assert torch.equal(newton_schulz(G.mT, dtype=torch.float32), X.mT)
+    assert not newton_schulz(torch.zeros(2, 4, 3)).any()
+    assert newton_schulz(G).dtype == torch.bfloat16
+
+
+def test_the_first_update_has_unit_rows_orthogonalized_and_fills_the_buffer() -> None:
+    grad, buffer = randn(3, 8, 16), torch.zeros(3, 8, 16)
+    update = muon_update(grad, buffer, momentum=0.9)
+    assert torch.equal(buffer, grad)
+    rows = 1.9 * grad  # grad + 0.9 * buffer, then each row divided by its norm
+    rows = rows / rows.norm(dim=-1, keepdim=True)
+    assert torch.allclose(update, newton_schulz(rows, dtype=torch.float32), atol=1e-5)
+
+
+def test_a_bank_moves_by_lr_times_scale_times_update_after_decay() -> None:
+    config = micro_train(matrix_weight_decay=0.5)
+    bank = nn.Parameter(randn(3, 16, 8))
+    before, bank.grad = bank.detach().clone(), randn(3, 16, 8, seed=1)
+    update = muon_update(bank.grad, torch.zeros(3, 16, 8), momentum=0.95)
+    Muon({"bank": bank}, config, Dist.single()).step(lr=0.1, momentum=0.95)
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * 2**0.5 * update
+    assert torch.allclose(bank.detach(), expected, atol=1e-6)
+    assert (muon_scale(16, 8), muon_scale(8, 16)) == (2**0.5, 1.0)
+
+
+@pytest.mark.parametrize("max_norm", [0.3, 1e6])
+def test_clipping_scales_all_gradients_by_one_factor(max_norm: float) -> None:
+    grads = [randn(4, 4), randn(7, seed=1), randn(seed=2)]
+    before = [grad.clone() for grad in grads]
+    norm = float(torch.cat([grad.flatten() for grad in before]).norm())
+    assert float(clip_(grads, max_norm)) == pytest.approx(norm, rel=1e-6)
+    factor = min(1.0, max_norm / (norm + 1e-6))
+    for grad, old in zip(grads, before):
+        assert torch.allclose(grad, factor * old, rtol=1e-6)
+
+
+def test_a_parameter_that_nothing_used_gets_a_zero_gradient() -> None:
+    used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+    used.sum().backward()  # type: ignore[no-untyped-call]
+    assert [grad.tolist() for grad in gradients([used, unused])] == [[1, 1, 1], [0, 0]]
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    model = GPT(micro_model())
+    banks, embedding, vectors = split_parameters(model)
+    assert set(banks) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
+    assert embedding is model.tok_emb.weight
+    assert set(vectors) == {
+        "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates", "lane_merge",
+    }  # fmt: skip
+
+
+def test_a_first_adamw_step_moves_by_the_learning_rate_and_decays() -> None:
+    model, config = random_model(), micro_train()
+    optimizers = Optimizers(model, config, Dist.single())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizers.step(lr_factor=0.25, momentum=0.9)
+    for name, lr, decay in (("tok_emb.weight", 0.03, 0.095), ("q_gain", 0.02, 0.02), ("lane_merge", 0.02, 0.02)):
+        expected = before[name] * (1 - 0.25 * lr * decay) - 0.25 * lr  # a first step of Adam is lr * sign(gradient)
+        assert torch.allclose(model.get_parameter(name).detach(), expected, atol=1e-6), name
+
+
+def test_a_restored_optimizer_goes_on_as_the_saved_one() -> None:
+    def steps(optimizers: Optimizers, model: GPT, first: int) -> None:
+        for step in range(first, first + 2):
+            for index, parameter in enumerate(model.parameters()):
+                parameter.grad = randn(*parameter.shape, seed=100 * step + index).to(parameter.dtype)
+            optimizers.step(lr_factor=1.0, momentum=0.9)
+
+    config = replace(micro_train(), newton_schulz_dtype="bfloat16", embedding_dtype="bfloat16")
+    models = [random_model(seed=5) for _ in range(2)]
+    for model in models:
+        model.tok_emb.weight.data = model.tok_emb.weight.data.bfloat16()
+    first, second = (Optimizers(model, config, Dist.single()) for model in models)
+    steps(first, models[0], 0)
+    saved = {name: value.clone() for name, value in first.state_dict().items()}
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(saved)
+    steps(first, models[0], 2)
+    steps(second, models[1], 2)
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.equal(one, two), name
+
+
+def test_moments_have_the_types_of_the_record() -> None:
+    model = random_model()
+    model.tok_emb.weight.data = model.tok_emb.weight.data.bfloat16()
+    optimizers = Optimizers(model, published().train, Dist.single())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(lr_factor=1.0, momentum=0.9)
+    state = optimizers.state_dict()
+    assert {state[f"muon/{name}"].dtype for name in optimizers.muon.buffers} == {torch.bfloat16}
+    assert state["adamw/0/exp_avg"].dtype == torch.bfloat16
+    assert state["adamw/1/exp_avg"].dtype == torch.float32

@@ -1,0 +1,49 @@
+"""model/schedule.py: learning rate, looping and momentum as the formulas of the record (the grids are in set 7)."""
+
+import pytest
+
+from model.config import published
+from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+from tests.micro import micro_train
+
+PUBLISHED = published().train
+
+
+def test_the_fraction_counts_the_budget_less_the_reserve() -> None:
+    assert schedule_frac(4000, 294.0, PUBLISHED) == pytest.approx(0.5)
+    assert schedule_frac(0, 588.0, PUBLISHED) == 1.0
+    assert schedule_frac(9, 600.0, PUBLISHED) > 1
+
+
+def test_the_fraction_counts_steps_where_there_is_no_budget() -> None:
+    config = micro_train(max_steps=8)
+    assert [schedule_frac(step, 1e9, config) for step in (0, 2, 8)] == [0.0, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("frac", [0.0, 0.2, 0.3329])
+def test_the_learning_rate_is_whole_until_the_warmdown(frac: float) -> None:
+    assert lr_factor(frac, PUBLISHED) == 1.0
+
+
+@pytest.mark.parametrize("frac", [0.3331, 0.5, 0.9, 1.0])
+def test_the_learning_rate_falls_in_a_straight_line(frac: float) -> None:
+    assert lr_factor(frac, PUBLISHED) == pytest.approx((1 - frac) / 0.667, abs=1e-12)
+
+
+def test_the_learning_rate_stays_at_its_floor() -> None:
+    assert lr_factor(1.3, PUBLISHED) == 0.0
+    assert lr_factor(0.99, micro_train(min_lr_frac=0.1)) == 0.1
+    assert lr_factor(0.99, micro_train(warmdown_frac=0.0)) == 1.0
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0.0), (375, 0.25), (1500, 1.0), (20_000, 1.0)])
+def test_the_momentum_warms_up_in_a_straight_line(step: int, share: float) -> None:
+    assert muon_momentum(step, PUBLISHED) == pytest.approx(0.92 + 0.05 * share, abs=1e-12)
+
+
+def test_without_warm_up_the_momentum_is_its_end_value() -> None:
+    assert muon_momentum(0, micro_train(muon_momentum_warmup_steps=0)) == pytest.approx(0.97)
+
+
+def test_looping_is_on_from_its_fraction() -> None:
+    assert [is_looping(frac, PUBLISHED) for frac in (0.0, 0.3499, 0.35, 2.0)] == [False, False, True, True]
