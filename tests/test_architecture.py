@@ -21,9 +21,10 @@ MAX_FUNCTION_LINES = 50
 MODEL_FLOORS: dict[str, int] = {
     "config": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
     "lora": 1, "gpt": 1,
-    "pipeline": 3, "stages": 3, "audit": 3,
+    "pipeline": 3, "stages": 3, "run": 3, "standalone": 3,
 }  # fmt: skip
 MODEL_STAGE_FLOOR = 2
+MODEL_TOP_FLOOR = 3
 
 
 def sources(package: str) -> list[Path]:
@@ -93,7 +94,9 @@ def test_inside_runner_only_the_worker_knows_torch() -> None:
 def model_floor(dotted: str) -> int:
     """Return the floor of model.<name>[.<...>]; the package itself stands at the bottom."""
     parts = dotted.split(".")
-    return MODEL_FLOORS.get(parts[1], MODEL_STAGE_FLOOR) if len(parts) > 1 else 0
+    if len(parts) == 1:
+        return 0
+    return MODEL_TOP_FLOOR if parts[1].startswith("audit") else MODEL_FLOORS.get(parts[1], MODEL_STAGE_FLOOR)
 
 
 def test_inside_model_each_floor_imports_only_from_itself_and_below() -> None:
