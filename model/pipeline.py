@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import resource
 from collections.abc import Callable, Iterable
@@ -20,11 +21,12 @@ import torch
 from model import stages
 from model.checkpoint import CheckpointStore, write_json
 from model.codesize import code_hash
+from model.compile_clock import COMPILE, noting_compilation
 from model.config import RunConfig, config_hash
 from model.data.files import file_sha256
 from model.data.manifest import hash_data
 from model.distributed import Dist
-from model.ledger import Ledger
+from model.ledger import Ledger, join_ledgers
 from model.run import Run
 from model.train import Report
 
@@ -102,7 +104,11 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
     """Write run.json, or check that the one there was made under the same hashes."""
     run.report("prepare", 0, None, {})
     if run.dist.is_main:
-        data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
+        ledger = Ledger("prepare")
+        with ledger.listening(), ledger.span("hash"):
+            data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
+        named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
+        run.file_hashes = {os.path.abspath(os.path.expanduser(path)): sha256 for path, sha256 in named.items()}
         run.hashes = {
             "config_hash": config_hash(run.config, world_size=run.dist.world_size),
             "data_hash": data.data_hash,
@@ -121,11 +127,14 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
                 **run.hashes,
                 "code_changed": is_code_changed,
                 "world_size": run.dist.world_size,
+                "device": device_name(run.dist.device),
+                "num_threads": torch.get_num_threads(),
                 "versions": library_versions(),
                 "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
             },
         )
         run.on_write(path)
+        _write_ledger(run, ledger.as_json())
     run.dist.barrier()
 
 
@@ -180,16 +189,31 @@ def _run_stage(run: Run, stage: str) -> None:
         for later in STAGES[STAGES.index(stage) :]:
             (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
     run.report(stage, 0, None, {})
-    ledger = Ledger(stage)
-    with ledger.span(stage):
+    ledger = Ledger(stage, run.dist.rank)
+    with ledger.listening(), noting_compilation(ledger, run.dist.device), ledger.span(stage):
         metrics, outputs = RUN_STAGE[stage](run, ledger)
     metrics["peak_memory_bytes"] = peak_memory_bytes(run.dist)
+    metrics[f"{stage}_compile_s"] = ledger.seconds(COMPILE)
+    parts = [json.loads(text) for text in run.dist.gather_text(json.dumps(ledger.as_json()))]
     if run.dist.is_main:
-        write_json(run.workdir / "ledger" / f"{stage}.json", ledger.as_json())
+        _write_ledger(run, *parts)
         write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
         if stage == "train":
             CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
     run.dist.barrier()
+
+
+def _write_ledger(run: Run, *parts: dict[str, Any]) -> None:
+    """Write one ledger from those of all ranks, with the hashes of the data and of earlier stages' outputs."""
+    known = dict(run.file_hashes)
+    for record in read_records(run.workdir).values():
+        known |= {os.path.abspath(run.workdir / name): facts["sha256"] for name, facts in record["outputs"].items()}
+    write_json(run.workdir / "ledger" / f"{parts[0]['stage']}.json", join_ledgers(list(parts), known))
+
+
+def device_name(device: torch.device) -> str:
+    """Return "cpu", or the model of a GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def write_record(run: Run, stage: str, seconds: float, metrics: dict[str, Any], outputs: Iterable[str]) -> None:

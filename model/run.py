@@ -26,6 +26,7 @@ class Run:
     on_write: Callable[[Path], None] = lambda _path: None
     uses_checkpoints: bool = True
     hashes: dict[str, str] = field(default_factory=dict)
+    file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
 
     @property
     def checkpoints(self) -> Path:

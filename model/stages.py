@@ -32,8 +32,9 @@ from model.kernels.attention import resolve_backend
 from model.ledger import Ledger
 from model.quantized import QuantizedState, dequantize
 from model.run import Run
+from model.score_ledger import Events, times_scored
 from model.train import NOTHING_REACHED, Reached, Report, Trainer, fixed_entries
-from model.ttt import SCORE_COLUMNS, score_documents
+from model.ttt import score_documents
 
 Outcome = tuple[dict[str, Any], list[str]]
 WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
@@ -169,8 +170,9 @@ def attention_backend_name(run: Run) -> str:
     return resolve_backend(run.config.runtime.attention, probe, is_packed=True)
 
 
-def load_weights(run: Run, kind: str) -> dict[str, Tensor]:
+def load_weights(run: Run, ledger: Ledger, kind: str) -> dict[str, Tensor]:
     """Return the "live" or "ema" weights that training left, on the rank's device."""
+    ledger.opened(run.workdir / WEIGHTS)
     tensors = load_tensors(run.workdir / WEIGHTS)
     prefix = f"{kind}/"
     return {k.removeprefix(prefix): v.to(run.dist.device) for k, v in tensors.items() if k.startswith(prefix)}
@@ -197,7 +199,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
             f"ranks, {dist.world_size}"
         )
     with ledger.span("load"):
-        weights = load_weights(run, "ema")
+        weights = load_weights(run, ledger, "ema")
         model = load_model(run, weights)
         loader = open_training(run, ledger)
     with ledger.span("hessians"):
@@ -276,7 +278,7 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
             if prefix == "pre_ttt":
                 model = load_quantized(run, ledger)
             else:
-                model = load_model(run, load_weights(run, "live" if prefix == "live" else "ema"))
+                model = load_model(run, load_weights(run, ledger, "live" if prefix == "live" else "ema"))
         with ledger.span(prefix):
             scores = evaluate_plain(
                 model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, label="evaluate"
@@ -344,12 +346,24 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     plain, adapted = results["ttt_lr0"], results["post_ttt"]
     metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
     metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "ttt_lr0", "post_ttt"))
-    events = dist.gather_rows(adapted.events)
+    events = gather_events(adapted.events, dist)
     if dist.is_main:
+        counts = times_scored(events, validation.document_starts, validation.num_targets)
+        metrics |= {
+            "score_chain": events.chain,
+            "num_targets": validation.num_targets,
+            "targets_scored_once": int((counts == 1).sum()),
+        }
         run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
-        columns = dict(zip(SCORE_COLUMNS, events.T, strict=True))
-        run.write(SCORE_LOG, {**columns, "nll": adapted.nll.astype(np.float32)})
+        run.write(SCORE_LOG, {**events.arrays(), "nll": adapted.nll.astype(np.float32)})
     return metrics, [ADAPTED, SCORE_LOG]
+
+
+def gather_events(events: Events, dist: Dist) -> Events:
+    """Return the ledgers of all ranks, joined in rank order."""
+    heads = dist.gather_rows(np.ascontiguousarray(events.heads).view(np.int64))
+    loss_sum = dist.gather_rows(events.loss_sum.view(np.int64)[:, None])[:, 0]
+    return Events(dist.gather_rows(events.rows), loss_sum.view(np.float64), heads.view(np.uint8))
 
 
 def document_arrays(scores: DocumentScores, **nats: np.ndarray) -> dict[str, np.ndarray]:
