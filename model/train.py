@@ -164,11 +164,8 @@ class Trainer:
 
     def _make_batch(self, index: int) -> Batch:
         seq_len = self.config.seq_len
-        if self.dist.device.type == "cuda":  # one fixed shape for every step
-            return self.loader.batch(
-                index, max_segment=seq_len, max_seqlen=seq_len, num_entries=fixed_entries(self.config)
-            )
-        return self.loader.batch(index, max_segment=seq_len)
+        # max_seqlen is the published constant; entries beyond the next 64 would double varlen attention's time
+        return self.loader.batch(index, max_segment=seq_len, max_seqlen=seq_len)
 
     def _one_step(self, batches: Iterator[Batch], frac: float, elapsed: float) -> None:
         """Forward, backward, clip, update and average; the loss is noted, not read."""
@@ -333,11 +330,3 @@ def accumulate_gradients(
                 dist.mean_(grad)
         norms.append(clip_(grads, max_norm))
     return torch.stack(losses).mean(), torch.stack(norms).mean()
-
-
-def fixed_entries(config: TrainConfig) -> int:
-    """Return a number of cu_seqlens entries that every span of this size fits into, for constant shapes on a GPU.
-
-    Real documents are far longer than 32 tokens on average; a span of shorter ones is refused by pack_row.
-    """
-    return max(64, -(-config.micro_batch_tokens // 32 // 64) * 64) + 64
