@@ -7,6 +7,7 @@ from typing import Any
 
 from results.compare import ALPHA, POWER, Comparison, pooled_std, smallest_gain
 from results.power import seeds_needed
+from results.render import csv_table
 from results.sides import Side
 from results.stats import Difference, summarize
 
@@ -77,14 +78,28 @@ def _difference_json(entry: Difference) -> dict[str, Any]:
 
 
 def render(result: Comparison, form: str = "text") -> str:
-    """Return the comparison as text, markdown or json; forced comparisons are labelled on every line."""
+    """Return the comparison as text, markdown, json or csv; forced comparisons are labelled on every line."""
     if form == "json":
         return json.dumps(as_json(result), indent=2, allow_nan=False)
+    if form == "csv":
+        return _csv(result)
     lines = [*_side_lines(result), *_difference_lines(result), *_p_lines(result)]
     if form == "markdown":
         lines = [f"- {line}" for line in lines]
     label = "FORCED, not comparable: " if result.forced else ""
     return "\n".join(label + line for line in lines)
+
+
+def _csv(result: Comparison) -> str:
+    """Return one row of figures under their names; a forced comparison says so in a column."""
+    row: dict[str, object] = {"a": result.a.name, "b": result.b.name, "method": result.method}
+    for unit, entry in (("bpb", result.bpb), ("nats", result.nats)):
+        row[f"difference_{unit}"] = None if entry is None else entry.mean
+        row[f"low_95_{unit}"] = None if entry is None or entry.interval is None else entry.interval.low
+        row[f"high_95_{unit}"] = None if entry is None or entry.interval is None else entry.interval.high
+    row |= {f"p_margin_{margin:g}": p for margin, p in result.margins.items()}
+    row["forced"] = "; ".join(result.forced)
+    return csv_table(list(row), [list(row.values())]).rstrip("\n")
 
 
 def _side_lines(result: Comparison) -> list[str]:

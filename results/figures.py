@@ -95,19 +95,22 @@ def waterfall(system: System) -> Drawn | None:
         return None
     figure, (axes,) = _new_figure(1)
     means = [float(system.runs[key].mean()) for key, _ in present]
+    spread = max(means) - min(means) or 1e-3
     for i, value in enumerate(means):
+        before = means[i - 1] if i else value
         axes.hlines(value, i - 0.35, i + 0.35, color=color("ink"), linewidth=2)
-        axes.annotate(f"{value:.4f}", (i, max(value, means[i - 1] if i else value)), (0, 6), ha="center",
-                      textcoords="offset points", color=color("ink"), fontsize=10)  # fmt: skip
+        axes.annotate(f"{value:.4f}", (i, max(value, before)), (0, 6), ha="center", textcoords="offset points",
+                      color=color("ink"), fontsize=10)  # fmt: skip
         if i:
-            step = value - means[i - 1]
-            axes.bar(i, step, 0.7, bottom=means[i - 1], color=color("bad" if step > 0 else "good"), alpha=0.75)
-            axes.annotate(f"{step:+.4f}", (i, value - step / 2), ha="center", va="center", fontsize=10,
-                          color=color("ink"))  # fmt: skip
+            step = value - before
+            axes.bar(i, step, 0.7, bottom=before, color=color("bad" if step > 0 else "good"), alpha=0.75)
+            is_tall = abs(step) > 0.12 * spread  # a shorter bar has its label below
+            place, offset = ((value + before) / 2, 0) if is_tall else (min(value, before), -11)
+            axes.annotate(f"{step:+.4f}", (i, place), (0, offset), ha="center", va="center",
+                          textcoords="offset points", fontsize=10, color=color("ink"))  # fmt: skip
     axes.set_xticks(range(len(present)), [label for _, label in present])
     axes.set_ylabel("bits per byte, mean")
-    spread = max(means) - min(means) or 1e-3
-    axes.set_ylim(min(means) - 0.15 * spread, max(means) + 0.25 * spread)
+    axes.set_ylim(min(means) - 0.2 * spread, max(means) + 0.25 * spread)
     steps = "; ".join(
         f"{label} {after - before:+.5f}" for (_, label), before, after in zip(present[1:], means, means[1:])
     )

@@ -21,7 +21,7 @@ from results.report_data import System, read_system
 from results.schema import FINISHED, SCHEMA_VERSION
 from results.sides import text_of_runs
 from results.stats import Summary, t_interval
-from results.tables import SHOWN
+from results.tables import shown_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,17 +126,18 @@ def _cards(system: System) -> str:
 
 def _seed_table(system: System) -> str:
     """Return the seed table; every number carries its full-precision value in data-value."""
-    header = "".join(f"<th>{escape(heading)}</th>" for heading in ("seed", *(h for h, _, _ in SHOWN), "marks"))
+    shown = shown_columns(system.table)
+    header = "".join(f"<th>{escape(heading)}</th>" for heading in ("seed", *(h for h, _, _ in shown), "marks"))
     rows = []
     for row in system.table.seeds:
         name = str(row["seed"]) + (f" / {row['repeat']}" if row["repeat"] else "")
-        cells = "".join(_cell(row[key], places, f'data-seed="{name}" data-column="{key}"') for _, key, places in SHOWN)
+        cells = "".join(_cell(row[key], places, f'data-seed="{name}" data-column="{key}"') for _, key, places in shown)
         marks = escape(", ".join(row["marks"]))
         rows.append(f'<tr><td>{name}</td>{cells}<td class="mark">{marks}</td></tr>')
     for label, index in (("mean", 1), ("std (ddof=1)", 2), ("n", 0)):
         cells = "".join(
             _summary_cell(system.table.summary[key], index, places, f'data-summary="{label}" data-column="{key}"')
-            for _, key, places in SHOWN
+            for _, key, places in shown
         )
         rows.append(f'<tr class="summary"><td>{label}</td>{cells}<td></td></tr>')
     table = f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody>"

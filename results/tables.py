@@ -25,12 +25,15 @@ SEED_KEYS = (
 )  # fmt: skip
 MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemptions")
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
-TABLE_COLUMNS = (*SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "error", "order0_bpb", "code_bytes_convention")
+TABLE_COLUMNS = (
+    *SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "sliding_bpb", "error", "order0_bpb", "code_bytes_convention",
+)  # fmt: skip
 
 # heading, key, decimals (None: a difference of two keys, with sign)
 SHOWN = (
     ("steps", "steps", 0), ("live", "live_bpb", 5), ("post-EMA", "post_ema_bpb", 5), ("pre-TTT", "pre_ttt_bpb", 5),
-    ("lr-0", "ttt_lr0_bpb", 5), ("post-TTT", "post_ttt_bpb", 5), ("context", "context_gain_bpb", None),
+    ("sliding", "sliding_bpb", 5), ("lr-0", "ttt_lr0_bpb", 5), ("post-TTT", "post_ttt_bpb", 5),
+    ("context", "context_gain_bpb", None),
     ("adaptation", "adaptation_gain_bpb", None), ("artifact bytes", "artifact_bytes", 0), ("train s", "train_s", 1),
     ("quantize s", "quantize_s", 1), ("evaluate s", "evaluate_s", 1), ("TTT s", "ttt_s", 1),
 )  # fmt: skip
@@ -71,7 +74,7 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     notes = [*rows.notes, *notes, *_unmeasured(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
-    columns = (*SUMMARIZED, "context_gain_bpb", "adaptation_gain_bpb")
+    columns = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
     return SeedTable(
         identity=identity,
         seeds=seeds,
@@ -81,6 +84,11 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
         problems=rows.problems,
         notes=notes,
     )
+
+
+def shown_columns(table: SeedTable) -> list[tuple[str, str, int | None]]:
+    """Return heading, key and decimals of the columns to show: all of ours, `sliding` where an import has it."""
+    return [entry for entry in SHOWN if entry[1] != "sliding_bpb" or table.summary["sliding_bpb"].n]
 
 
 def _seed_row(row: dict[Any, Any]) -> dict[str, Any]:
@@ -222,15 +230,16 @@ def _hash_shown(table: SeedTable, name: str) -> str:
 def _cells(table: SeedTable) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of cells: one row a run, then mean, std and n."""
     shows_repeat = any(row["repeat"] for row in table.seeds)
-    header = ["seed", *(["repeat"] if shows_repeat else []), *(heading for heading, _, _ in SHOWN), "marks"]
+    shown = shown_columns(table)
+    header = ["seed", *(["repeat"] if shows_repeat else []), *(heading for heading, _, _ in shown), "marks"]
     rows = []
     for row in table.seeds:
         first = [str(row["seed"]), *([str(row["repeat"])] if shows_repeat else [])]
-        cells = [_cell(row[key], decimals) for _, key, decimals in SHOWN]
+        cells = [_cell(row[key], decimals) for _, key, decimals in shown]
         rows.append([*first, *cells, ", ".join(row["marks"]) or MISSING])
     blank = [""] if shows_repeat else []
-    summaries = [table.summary[key] for _, key, _ in SHOWN]
-    decimals = [places for _, _, places in SHOWN]
+    summaries = [table.summary[key] for _, key, _ in shown]
+    decimals = [places for _, _, places in shown]
     means = [_cell(entry.mean, 1 if places == 0 else places) for entry, places in zip(summaries, decimals)]
     spreads = [_spread(entry, places) for entry, places in zip(summaries, decimals)]
     rows.append(["mean", *blank, *means, ""])

@@ -15,7 +15,7 @@ from jobs.cli import main
 from results.figures import PALETTE, draw_all, inline_svg
 from results.report import write_report
 from results.report_data import read_system
-from results.tables import SHOWN, seed_table
+from results.tables import seed_table, shown_columns
 from tests.browser import Page, find_chromium, with_page
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
 from tests.submissions import write_submission
@@ -61,8 +61,9 @@ def report(sweep: Path) -> Path:
 def test_the_pages_table_holds_the_values_of_the_rows(sweep: Path, report: Path) -> None:
     cells = Cells()
     cells.feed(report.read_text())
-    rows = {str(row["seed"]): row for row in seed_table(sweep).seeds}
-    expected = {(seed, key): repr(row[key]) for seed, row in rows.items() for _, key, _ in SHOWN}
+    table = seed_table(sweep)
+    rows = {str(row["seed"]): row for row in table.seeds}
+    expected = {(seed, key): repr(row[key]) for seed, row in rows.items() for _, key, _ in shown_columns(table)}
     assert cells.values == expected
 
 
@@ -180,7 +181,7 @@ def test_a_real_browser_shows_the_page_without_errors(sweep: Path, report: Path)
                 await page.emulate(width=width, scheme=scheme)
                 await page.open(report.as_uri())
                 cells = await page.evaluate(query)
-                assert len(cells) == len(rows) * len(SHOWN)
+                assert len(cells) == len(rows) * len(shown_columns(seed_table(sweep)))
                 for seed, column, value, text in cells:
                     assert value == repr(rows[seed][column])
                     decimals = len(text.partition(".")[2])

@@ -24,6 +24,7 @@ from results.stats import (
     variance_components,
     welch,
 )
+from tests.simulate_statistics import coverage_of_interval, print_simulation, size_of_margin_test
 
 NATS = {
     1493: [2.79241542, 2.79180191, 2.79281076],
@@ -184,13 +185,7 @@ def test_planning_without_hope_or_spread_says_so() -> None:
 
 
 def test_the_interval_covers_at_three_seeds() -> None:
-    draws = np.random.default_rng(4).normal(0, 1, (20_000, 3))
-    reach = scipy_stats.t.ppf(0.975, 2) / math.sqrt(3)
-    sample = t_interval(draws[0].tolist())
-    assert sample is not None
-    assert sample.high - draws[0].mean() == pytest.approx(reach * draws[0].std(ddof=1))  # same formula, vectorized
-    covered = np.abs(draws.mean(axis=1)) < reach * draws.std(axis=1, ddof=1)
-    assert 0.94 <= covered.mean() <= 0.96
+    assert 0.94 <= coverage_of_interval(3) <= 0.96
 
 
 @pytest.mark.parametrize(("n_a", "n_b"), [(3, 3), (3, 6)])
@@ -198,25 +193,12 @@ def test_the_margin_test_keeps_its_size_at_equal_spreads(n_a: int, n_b: int) -> 
     assert size_of_margin_test(n_a, n_b, 1.0, 1.0) <= 0.012
 
 
-def test_the_margin_tests_size_at_unequal_spreads_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    for n_a, n_b in ((3, 3), (3, 6)):
-        for ratio in (4.0, 10.0):
-            for spreads in ((1.0, ratio), (ratio, 1.0)):
-                size = size_of_margin_test(n_a, n_b, *spreads)
-                print(f"n {n_a} and {n_b}, spreads {spreads[0]:g}:{spreads[1]:g}: size {size:.4f} at nominal 0.01")
-                assert size < 0.03
-    assert capsys.readouterr().out.count("size") == 8
-
-
-def size_of_margin_test(n_a: int, n_b: int, std_a: float, std_b: float) -> float:
-    """Return how often 20,000 pairs of samples whose true gain IS the margin are called better than it at 1 %."""
-    rng = np.random.default_rng(5)
-    margin = 0.5
-    a, b = rng.normal(-margin, std_a, (20_000, n_a)), rng.normal(0.0, std_b, (20_000, n_b))
-    p = scipy_stats.ttest_ind(a + margin, b, axis=1, equal_var=False, alternative="less").pvalue
-    for i in range(3):
-        assert welch(a[i].tolist(), b[i].tolist()).p_better(margin) == pytest.approx(p[i], rel=1e-9)
-    return float(np.mean(p < 0.01))
+def test_the_simulation_prints_every_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    print_simulation()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("95% t interval at n = 3 covers 0.9")
+    assert len(lines) == 1 + 2 * 5
+    assert all(float(line.split("size ")[1].split()[0]) < 0.03 for line in lines[1:])
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8), st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8))

@@ -17,7 +17,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", help="only these seeds of both sides, such as 42,0,1337")
     parser.add_argument("--stage", help="compare this scoring pass instead of the last one")
     parser.add_argument("--force", action="store_true", help="compare what is not comparable; every line is labelled")
-    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
+    parser.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text")
 
 
 def execute(args: argparse.Namespace) -> int:
