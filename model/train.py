@@ -306,10 +306,9 @@ def accumulate_gradients(
     for batch in batches:
         loss = model(batch.inputs, batch.targets, is_looped=is_looped, packing=batch.packing)
         losses.append(loss.detach())
+        loss.backward()  # not of loss / len(batches): scaling a loss costs a pass over the gradient of its logits
         if clip != "per_micro_batch":
-            (loss / len(batches)).backward()
             continue
-        loss.backward()
         grads = gradients(parameters)
         norms.append(clip_(grads, max_norm))
         if len(batches) > 1:
@@ -325,6 +324,7 @@ def accumulate_gradients(
             parameter.grad = grad
     elif clip != "per_micro_batch":
         grads = gradients(parameters)
+        torch._foreach_div_(grads, len(batches))
         if clip == "global":
             for grad in grads:
                 dist.mean_(grad)

@@ -1,8 +1,8 @@
 """Where a CUDA device's time goes in training and adaptation: python -m tests.gpu_probe SECTION OUT.json --train GLOB.
 
-Sections: attention (every backend on a real micro-batch), kernels (each fused kernel, with its memory rate), train
-(whole steps with and without loops, against float32, with a profile), ttt (one adaptation step of 64 windows). The
-weights are random.
+Sections: cold (seconds to the first step), attention (every backend on a real micro-batch), kernels (each fused kernel,
+with its memory rate), train (whole steps with and without loops, against float32, with a profile), ttt (one adaptation
+step of 64 windows). The weights are random.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from model.gpt import GPT
 from model.kernels.attention import is_available
 from model.kernels.probe import probe_backends
 from model.optim import Optimizers
-from model.train import Ema, accumulate_gradients, fixed_entries
+from model.train import Ema, accumulate_gradients
 from model.ttt import Slots
 
 CONFIG = bench_500()
@@ -86,7 +86,7 @@ def probe_attention(pattern: str) -> dict[str, Any]:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, TOKENS, n, 64, device=DEVICE, dtype=torch.bfloat16) for n in heads.values())
     result: dict[str, Any] = {}
-    for entries in (None, fixed_entries(CONFIG.train)):
+    for entries in (None, TOKENS // 32 + 64):
         packing = pack_row(batch.inputs, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048, num_entries=entries)
         choice = probe_backends(q, k, v, packing.to(DEVICE), candidates=backends())
         result[f"entries_{packing.cu_seqlens.numel()}"] = choice._asdict()
@@ -274,7 +274,29 @@ def probe_ttt(_pattern: str) -> dict[str, Any]:
     return result
 
 
-SECTIONS = {"attention": probe_attention, "kernels": probe_kernels, "train": probe_train, "ttt": probe_ttt}
+def probe_cold(pattern: str) -> dict[str, Any]:
+    """Seconds from the start of this process to the end of its first steps; cold only where the caches are empty."""
+    result: dict[str, Any] = {"imported": time.perf_counter() - STARTED}
+    for backend in backends()[::-1]:
+        model = build_model(torch.bfloat16, backend)
+        batches = load_batches(pattern, 2)
+        optimizers, ema = Optimizers(model, CONFIG.train, Dist.single(DEVICE)), Ema(model, 0.997)
+        torch.cuda.synchronize()
+        result[f"{backend}_ready"] = time.perf_counter() - STARTED
+        for label, is_looped in (("11_layers", False), ("17_visits", True)):
+            train_step(model, batches, optimizers, ema, is_looped)
+            torch.cuda.synchronize()
+            result[f"{backend}_{label}"] = time.perf_counter() - STARTED
+    return result
+
+
+SECTIONS = {
+    "cold": probe_cold,
+    "attention": probe_attention,
+    "kernels": probe_kernels,
+    "train": probe_train,
+    "ttt": probe_ttt,
+}
 
 
 def main() -> int:
