@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
+from model.kernels.adapters import adapted_product, add_low_rank_, reduce_inputs
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
 from model.kernels.self_attention import Rows, self_attention
-from model.layers import low_rank, rotary_tables, softcap
-from model.lora import Adapters, Pair
+from model.layers import rotary_tables, softcap
+from model.lora import HEAD, Adapters, Visit
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 EMBEDDING = "tok_emb.weight"
@@ -181,10 +182,12 @@ class GPT(nn.Module):
         hidden = self._hidden(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
         if reduction == "calibrate":  # the head's input is heard, its 8,192 columns are not computed
             return self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
-        logits = self.projections["head"](hidden, self.tok_emb.weight.to(hidden.dtype))  # (B, n, V)
-        pair = adapters.head() if adapters is not None else None
-        if pair is not None:
-            logits = logits + low_rank(hidden, pair)
+        embedding, head = self.tok_emb.weight.to(hidden.dtype), adapters.head() if adapters is not None else None
+        if head is None:
+            logits = self.projections["head"](hidden, embedding)  # (B, n, V)
+        else:
+            columns = {HEAD: (0, embedding.size(0))}
+            logits, _ = adapted_product(hidden, embedding, head, columns, self.projections["head"])
         if targets is None:
             return softcap(logits, self.config.logit_softcap)
         return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
@@ -200,7 +203,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run every visit and return the final normed hidden state (B, n, D)."""
         plan = visit_plan(self.config, is_looped=is_looped)
-        pairs = adapters.by_visit(plan.num_visits) if adapters is not None else [{}] * plan.num_visits
+        visits = adapters.visits(plan.num_visits) if adapters is not None else [Visit(None, None)] * plan.num_visits
         weights = self._layer_weights()
         n = num_scored or tokens.size(1)
         _, x0 = add_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype), None)  # (B, T, D)
@@ -208,10 +211,10 @@ class GPT(nn.Module):
         stream = Stream(x0, None)
         skips: list[Tensor] = []
         for visit, layer in enumerate(plan.encoder):
-            x, stream = self._attend(layer, stream, weights[layer], context, pairs[visit])
+            x, stream = self._attend(layer, stream, weights[layer], context, visits[visit])
             if visit > 0:
                 skips.append(x)
-            stream = self._mlp(layer, stream, weights[layer], pairs[visit])
+            stream = self._mlp(layer, stream, weights[layer], visits[visit])
         x = stream.x if stream.delta is None else stream.x + stream.delta
         stream = Stream(x, None)
         if plan.encoder:
@@ -225,13 +228,13 @@ class GPT(nn.Module):
             is_last = visit + 1 == plan.num_visits
             is_parting = lane is None and layer >= self.config.parallel_start_layer
             num_queries = n if is_last and (is_parting or lane is not None) and n < tokens.size(1) else None
-            x, stream = self._attend(layer, stream, weights[layer], context, pairs[visit], skip, num_queries)
+            x, stream = self._attend(layer, stream, weights[layer], context, visits[visit], skip, num_queries)
             if is_parting:
                 lane = Stream(last_positions(x, n), None)  # no MLP of this lane looks at another position
             if lane is None:
-                stream = self._mlp(layer, stream, weights[layer], pairs[visit])
+                stream = self._mlp(layer, stream, weights[layer], visits[visit])
             else:
-                lane = self._mlp(layer, lane, weights[layer], pairs[visit])
+                lane = self._mlp(layer, lane, weights[layer], visits[visit])
         x, delta = last_positions(stream.x, n), None if stream.delta is None else last_positions(stream.delta, n)
         if lane is None:
             return add_norm(x, delta)[1]
@@ -245,7 +248,7 @@ class GPT(nn.Module):
         stream: Stream,
         w: LayerWeights,
         context: Context,
-        pairs: dict[str, Pair],
+        adapters: Visit,
         skip: Skip | None = None,
         num_queries: int | None = None,
     ) -> tuple[Tensor, Stream]:
@@ -256,11 +259,7 @@ class GPT(nn.Module):
         config = self.config
         n = num_queries or stream.x.size(1)
         x, mixed, normed = mix_norm(*stream, context.x0, w.resid_mix, norm_scale(layer), skip)
-        qkv = self.projections[f"layers_{layer}_qkv"](normed, w.qkv)  # (B, T, D + 2 K E)
-        if pairs:
-            sizes = [config.model_dim, config.kv_dim, config.kv_dim]
-            parts = zip(("q", "k", "v"), torch.split(qkv, sizes, dim=-1), strict=True)
-            qkv = torch.cat([y + low_rank(normed, pairs[kind]) if kind in pairs else y for kind, y in parts], dim=-1)
+        qkv, reduced = self._project(layer, normed, w.qkv, adapters)  # (B, T, D + 2 K E)
         y = self_attention(
             qkv,
             context.cos,
@@ -272,17 +271,28 @@ class GPT(nn.Module):
             backend=self.attention_backend,
         )  # (B, n, D)
         out = self.projections[f"layers_{layer}_o"](y, w.out)
-        if "o" in pairs:
-            out = out + low_rank(last_positions(normed, n), scale_outputs(pairs["o"], w.attn_scale))
+        if reduced is not None:  # o-LoRA reads the block's input, as the reference does
+            assert adapters.attention is not None
+            out = add_low_rank_(out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale)
         return x, Stream(last_positions(mixed, n), out)
 
-    def _mlp(self, layer: int, stream: Stream, w: LayerWeights, pairs: dict[str, Pair]) -> Stream:
+    def _project(self, layer: int, normed: Tensor, weight: Tensor, adapters: Visit) -> tuple[Tensor, Tensor | None]:
+        """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
+        apply = self.projections[f"layers_{layer}_qkv"]
+        if adapters.attention is None:
+            return apply(normed, weight), None
+        dim, width = self.config.model_dim, self.config.kv_dim
+        places = {"q": (0, dim), "k": (dim, dim + width), "v": (dim + width, dim + 2 * width)}
+        columns = {kind: place for kind, place in places.items() if kind in adapters.attention.b}
+        return adapted_product(normed, weight, adapters.attention, columns, apply)
+
+    def _mlp(self, layer: int, stream: Stream, w: LayerWeights, adapters: Visit) -> Stream:
         """Return the stream after the MLP part of the layer."""
         x, normed = add_norm(*stream, norm_scale(layer))
         up, down = (self.projections[f"layers_{layer}_{kind}"] for kind in ("up", "down"))
         out = mlp(normed, w.up, w.down, up, down)
-        if "mlp" in pairs:
-            out = out + low_rank(normed, scale_outputs(pairs["mlp"], w.mlp_scale))
+        if adapters.mlp is not None:
+            out = add_low_rank_(out, reduce_inputs(normed, adapters.mlp), adapters.mlp, "mlp", w.mlp_scale)
         return Stream(x, out)
 
     def _layer_weights(self) -> list[LayerWeights]:
@@ -310,12 +320,6 @@ class GPT(nn.Module):
 def last_positions(x: Tensor, n: int) -> Tensor:
     """Return the last n positions of each row of x (B, T, D), x itself where that is all: slicing costs a backward."""
     return x if x.size(1) == n else x[:, -n:]
-
-
-def scale_outputs(pair: Pair, scale: Tensor) -> Pair:
-    """Return the adapter whose output is scale (out,) times pair's."""
-    a, b = pair
-    return a, b * scale.to(b.dtype).unsqueeze(-1)
 
 
 def norm_scale(layer: int) -> float:

@@ -80,9 +80,3 @@ def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
 def softcap(logits: Tensor, cap: float) -> Tensor:
     """Return cap * tanh(logits / cap) in float32 (float64 where logits are)."""
     return cap * torch.tanh(widen(logits) / cap)
-
-
-def low_rank(x: Tensor, pair: tuple[Tensor, Tensor]) -> Tensor:
-    """Return (x A^T) B^T for x (S, T, in), A (S, R, in) and B (S, out, R), one adapter a sequence, in x's type."""
-    a, b = pair
-    return torch.bmm(torch.bmm(x, a.to(x.dtype).mT), b.to(x.dtype).mT)

@@ -9,17 +9,20 @@ TRAP: "o" reads the block's normed input, not the attention output.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.kernels.adapters import GradientBuffers, LowRank
 
-VISIT_KINDS = ("q", "k", "v", "o", "mlp")
+ATTENTION_KINDS = ("q", "k", "v", "o")  # they read the same input
+VISIT_KINDS = (*ATTENTION_KINDS, "mlp")
 HEAD = "head"
-Pair = tuple[Tensor, Tensor]
 
 
 def adapter_widths(config: ModelConfig, kind: str) -> tuple[int, int]:
@@ -58,12 +61,26 @@ def initial_a(
     return drawn
 
 
+class Visit(NamedTuple):
+    """The adapters of one visit: those of the attention part, which share their input, and the MLP's."""
+
+    attention: LowRank | None
+    mlp: LowRank | None
+
+
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Adapters of S documents: a[kind] (S, N, R, in) and b[kind] (S, N, out, R); the head's N is 1."""
+    """Adapters of S documents: a[kind] (S, N, R, in) and b[kind] (S, N, out, R); the head's N is 1.
+
+    attention_a (S, N, K R, in): the A of the attention kinds present, in VISIT_KINDS order, where they lie together in
+    memory. gradients: where the backward writes, in place of autograd's own (then anchor requires a gradient).
+    """
 
     a: Mapping[str, Tensor]
     b: Mapping[str, Tensor]
+    attention_a: Tensor | None = None
+    gradients: Adapters | None = None
+    anchor: Tensor | None = None
 
     @classmethod
     def zeros(
@@ -78,13 +95,8 @@ class Adapters:
         device: torch.device,
     ) -> Adapters:
         """Return adapters whose A and B are both zero."""
-        a, b = {}, {}
-        for kind in kinds:
-            inputs, outputs = adapter_widths(config, kind)
-            visits = 1 if kind == HEAD else num_visits
-            a[kind] = torch.zeros(num_slots, visits, lora_rank, inputs, dtype=dtype, device=device)
-            b[kind] = torch.zeros(num_slots, visits, outputs, lora_rank, dtype=dtype, device=device)
-        return cls(a, b)
+        layout = Layout(config, num_visits, lora_rank, tuple(kinds))
+        return layout.view(torch.zeros(num_slots, layout.num_parameters, dtype=dtype, device=device))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, A before B, kinds in their order."""
@@ -103,15 +115,77 @@ class Adapters:
             tensor.requires_grad_()
         return self
 
-    def by_visit(self, num_visits: int) -> list[dict[str, Pair]]:
-        """Return, for each visit, its pairs (A (S, R, in), B (S, out, R)) by kind; the head is left out."""
-        visits: list[dict[str, Pair]] = [{} for _ in range(num_visits)]
-        for kind in VISIT_KINDS:
-            if kind in self.a:
-                for visit, pair in enumerate(zip(self.a[kind].unbind(1), self.b[kind].unbind(1), strict=True)):
-                    visits[visit][kind] = pair
-        return visits
+    def visits(self, num_visits: int) -> list[Visit]:
+        """Return each visit's adapters; the head is left out."""
+        attention = [kind for kind in ATTENTION_KINDS if kind in self.a]
+        joined = self.attention_a
+        if attention and (joined is None or self.a[attention[0]].requires_grad):
+            joined = torch.cat([self.a[kind] for kind in attention], dim=2)
+        return [
+            Visit(
+                self._low_rank(visit, attention, joined) if attention else None,
+                self._low_rank(visit, ["mlp"], self.a["mlp"]) if "mlp" in self.a else None,
+            )
+            for visit in range(num_visits)
+        ]
 
-    def head(self) -> Pair | None:
-        """Return the head's pair, or None where the head is not adapted."""
-        return (self.a[HEAD][:, 0], self.b[HEAD][:, 0]) if HEAD in self.a else None
+    def head(self) -> LowRank | None:
+        """Return the head's adapter, or None where the head is not adapted."""
+        return self._low_rank(0, [HEAD], self.a[HEAD]) if HEAD in self.a else None
+
+    def _low_rank(self, visit: int, kinds: Sequence[str], a: Tensor | None) -> LowRank:
+        """Return the adapters of these kinds at one visit; a (S, N, K R, in) holds their A."""
+        assert a is not None, kinds
+        b = {kind: self.b[kind][:, visit] for kind in kinds}
+        if self.gradients is None:
+            return LowRank(a[:, visit], b)
+        grad_a = self.gradients.a[kinds[0]] if kinds[0] in ("mlp", HEAD) else self.gradients.attention_a
+        assert grad_a is not None
+        assert self.anchor is not None
+        grad_b = {kind: self.gradients.b[kind][:, visit] for kind in kinds}
+        return LowRank(a[:, visit], b, GradientBuffers(grad_a[:, visit], grad_b, self.anchor))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one document's adapters lie in one row of numbers: what shares an input lies together.
+
+    The attention kinds' A by visit and kind, the MLP's A by visit, each kind's B by visit, then the head's A and B.
+    """
+
+    config: ModelConfig
+    num_visits: int
+    lora_rank: int
+    kinds: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in a row."""
+        return num_adapter_parameters(
+            self.config, num_visits=self.num_visits, lora_rank=self.lora_rank, kinds=self.kinds
+        )
+
+    def view(self, rows: Tensor) -> Adapters:
+        """Return the adapters that rows (S, num_parameters) hold, sharing their memory."""
+        at, num_visits, rank = 0, self.num_visits, self.lora_rank
+
+        def take(*shape: int) -> Tensor:
+            nonlocal at
+            first, at = at, at + math.prod(shape)
+            return rows[:, first:at].view(-1, *shape)
+
+        attention = [kind for kind in ATTENTION_KINDS if kind in self.kinds]
+        a, b, joined = {}, {}, None
+        if attention:
+            block = take(num_visits, len(attention), rank, self.config.model_dim)
+            joined = block.flatten(2, 3)
+            a = {kind: block[:, :, place] for place, kind in enumerate(attention)}
+        if "mlp" in self.kinds:
+            a["mlp"] = take(num_visits, rank, self.config.model_dim)
+        for kind in VISIT_KINDS:
+            if kind in self.kinds:
+                b[kind] = take(num_visits, adapter_widths(self.config, kind)[1], rank)
+        if HEAD in self.kinds:
+            a[HEAD] = take(1, rank, self.config.model_dim)
+            b[HEAD] = take(1, self.config.vocab_size, rank)
+        return Adapters({kind: a[kind] for kind in self.kinds}, {kind: b[kind] for kind in self.kinds}, joined)

@@ -1,0 +1,161 @@
+"""Products with low-rank adapters, one set a row of the batch, as autograd nodes around plain batched products.
+
+Adapters that read the same input share their first product; the second ones are added where the frozen matrix product
+stands already, so that nothing of the activations' size is added or joined apart. Where a set brings buffers for its
+gradient, the backward writes there, and autograd never holds a copy.
+"""
+
+# S rows (one adapter set each), T tokens, K adapters of one input, R lora_rank, D inputs, W outputs
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class GradientBuffers(NamedTuple):
+    """Where the gradients of one LowRank go; anchor is any tensor that requires a gradient (it gets none)."""
+
+    a: Tensor
+    b: dict[str, Tensor]
+    anchor: Tensor
+
+
+class LowRank(NamedTuple):
+    """Adapters that read one input: a (S, K R, D), K blocks in b's order, and b[kind] (S, W, R)."""
+
+    a: Tensor
+    b: dict[str, Tensor]
+    buffers: GradientBuffers | None = None
+
+    @property
+    def lora_rank(self) -> int:
+        """R."""
+        return self.a.size(1) // len(self.b)
+
+    @property
+    def anchor(self) -> Tensor | None:
+        """What makes autograd record a product whose inputs are all constants."""
+        return None if self.buffers is None else self.buffers.anchor
+
+
+def adapted_product(
+    x: Tensor, weight: Tensor, adapters: LowRank, columns: dict[str, tuple[int, int]], apply: Product
+) -> tuple[Tensor, Tensor | None]:
+    """Return (x weight^T with each adapter of columns added to its columns, the others' x A^T or None).
+
+    x (S, T, D); weight (W, D); columns: [first, end) of W by kind, the leading kinds of adapters.b. The second result
+    is (S, T, R) of the last kind where columns leave one out. apply(x, weight) is the frozen matrix product.
+    """
+    kinds = tuple(adapters.b)
+    assert kinds[: len(columns)] == tuple(columns), (kinds, tuple(columns))
+    assert len(kinds) - len(columns) in (0, 1), (kinds, tuple(columns))
+    places = tuple(columns.values())
+    tensors = [value.to(x.dtype) for value in (adapters.a, *adapters.b.values())]
+    y, rest = _AdaptedProduct.apply(x, weight, places, apply, adapters.buffers, adapters.anchor, *tensors)
+    return y, rest
+
+
+def reduce_inputs(x: Tensor, adapters: LowRank) -> Tensor:
+    """Return x A^T (S, T, R) for the one adapter of x (S, T, D)."""
+    h: Tensor = _Reduce.apply(x, adapters.a.to(x.dtype), adapters.buffers, adapters.anchor)
+    return h
+
+
+def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor) -> Tensor:
+    """Return y + scale * (reduced B^T), written over y (S, T, W); reduced (S, T, R), scale (W,)."""
+    z: Tensor = _AddLowRank.apply(y, reduced, adapters.b[kind].to(y.dtype), scale.to(y.dtype), kind, adapters.buffers)
+    return z
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor | None:
+    """Return a @ b, or write it to out and return None: autograd then carries nothing further."""
+    if out is None:
+        return torch.bmm(a, b)
+    torch.bmm(a, b, out=out)
+    return None
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """(x, weight, places, apply, buffers, anchor, a, *b) -> (y, rest); see adapted_product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, places: tuple[tuple[int, int], ...], apply: Product,
+        buffers: GradientBuffers | None, _anchor: Tensor | None, a: Tensor, *b: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        rank = a.size(1) // len(b)
+        h = torch.bmm(x, a.mT)  # (S, T, K R)
+        y = apply(x, weight)
+        for i, (first, end) in enumerate(places):
+            y[..., first:end].baddbmm_(h[..., i * rank : (i + 1) * rank], b[i].mT)
+        ctx.save_for_backward(x, weight, h, a, *b)
+        ctx.places, ctx.buffers = places, buffers
+        ctx.set_materialize_grads(False)
+        return y, h[..., len(places) * rank :].contiguous() if len(places) < len(b) else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, h, a, *b = ctx.saved_tensors
+        buffers, rank = ctx.buffers, a.size(1) // len(b)
+        grad_h = torch.empty_like(h)
+        grad_y = grads[0].contiguous() if grads[0] is not None else x.new_zeros(*x.shape[:-1], weight.size(0))
+        outs = list(buffers.b.values()) if buffers is not None else [None] * len(b)
+        grad_b: list[Tensor | None] = [None] * len(b)
+        for i, (first, end) in enumerate(ctx.places):
+            part, block = grad_y[..., first:end], slice(i * rank, (i + 1) * rank)
+            torch.bmm(part, b[i], out=grad_h[..., block])
+            grad_b[i] = _product(part.mT, h[..., block], outs[i])
+        if len(ctx.places) < len(b):
+            rest = grad_h[..., len(ctx.places) * rank :]
+            rest.zero_() if grads[1] is None else rest.copy_(grads[1])
+        grad_a = _product(grad_h.mT, x, buffers.a if buffers is not None else None)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_y.flatten(0, 1) @ weight).view(x.shape).baddbmm_(grad_h, a)
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad_y.flatten(0, 1).mT @ x.flatten(0, 1)
+        return grad_x, grad_weight, None, None, None, None, grad_a, *grad_b
+
+
+class _Reduce(torch.autograd.Function):
+    """(x, a, buffers, anchor) -> x a^T."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, buffers: GradientBuffers | None, _anchor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, a)
+        ctx.buffers = buffers
+        return torch.bmm(x, a.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, a = ctx.saved_tensors
+        grad_a = _product(grads[0].mT, x, ctx.buffers.a if ctx.buffers is not None else None)
+        return torch.bmm(grads[0], a) if ctx.needs_input_grad[0] else None, grad_a, None, None
+
+
+class _AddLowRank(torch.autograd.Function):
+    """(y, h, b, scale, kind, buffers) -> y + scale * (h b^T), in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: Tensor, kind: str, buffers: GradientBuffers | None
+    ) -> Tensor:
+        scaled = b * scale.unsqueeze(-1)  # (S, W, R)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(h, scaled, scale)
+        ctx.kind, ctx.buffers = kind, buffers
+        return y.baddbmm_(h, scaled.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, scaled, scale = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_b = _product(grad.mT, h, ctx.buffers.b[ctx.kind] if ctx.buffers is not None else None)
+        (ctx.buffers.b[ctx.kind] if grad_b is None else grad_b).mul_(scale.unsqueeze(-1))
+        return grad, torch.bmm(grad, scaled), grad_b, None, None, None
