@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "import-logs": ("import_logs", "read a submission folder into the same Parquet tables"),
     "report": ("report", "make one self-contained page of figures and tables"),
     "export": ("export", "write a submission folder from Parquet"),
+    "bundle": ("bundle", "write an artifact with the one file that scores it, or trains it again"),
+    "audit": ("audit", "probe finished runs against every rule, or the probes themselves"),
     "inspect": ("inspect", "print what is inside an artifact"),
 }
 

@@ -13,29 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
 from model.data.files import file_sha256, replace_file
+from model.tensorfile import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 NUM_KEPT = 2
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as one safetensors file, complete or not at all."""
-    payload = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    with replace_file(path) as file:
-        file.write(payload)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of save_tensors. Raises ValueError, naming it, if it is damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"tensor file {path} is damaged ({error}); remove it to make it again") from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,28 +1,22 @@
-"""How many bytes the code counts for, and the hash that names its version.
+"""The code that counts towards the size of a run, and the hash that names its version.
 
-Both read the installed sources as files; nothing here imports the other packages.
+Both read the installed sources as files; nothing here imports the other packages. In a generated train_gpt.py,
+model.own_code stands in for this module.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import lzma
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+from model.bundle import make_program
+from model.config import RunConfig
+from model.own_code import Program
 
 PACKAGES = ("jobs", "model", "results", "runner")
 SOURCE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".json", ".html", ".css", ".js"})
 ROOT = Path(__file__).resolve().parents[1]  # the four packages lie side by side, in a checkout as when installed
-
-
-class CodeBytes(NamedTuple):
-    """Bytes that the code adds to the artifact, and by which convention they were counted."""
-
-    num_bytes: int
-    convention: str
 
 
 def source_files(packages: Sequence[str] = PACKAGES, *, root: Path = ROOT) -> list[Path]:
@@ -49,14 +43,6 @@ def code_hash(*, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def code_bytes(*, root: Path = ROOT) -> CodeBytes:
-    """Return the LZMA size of the model package's sources in one tar without times, owners or modes."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for path in source_files(("model",), root=root):
-            content = path.read_bytes()
-            member = tarfile.TarInfo(path.relative_to(root).as_posix())  # all its other fields are zero or constant
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    packed = lzma.compress(buffer.getvalue(), preset=9 | lzma.PRESET_EXTREME)
-    return CodeBytes(len(packed), "model-package-tar-lzma")
+def code_program(config: RunConfig, *, root: Path = ROOT) -> Program:
+    """Return the code of a run as it is counted: train_gpt.py out of the model package's sources, and its twin."""
+    return make_program(config, root=root)

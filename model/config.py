@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -312,6 +312,35 @@ class RunConfig:
     seed: int = 42
 
 
+def config_from_plain(content: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration that dataclasses.asdict or JSON made plain; what is left out has its default.
+
+    Raises ValueError naming a section or setting that does not exist, or a value that cannot be.
+    """
+    sections: dict[str, Any] = {}
+    for name, value in content.items():
+        kind = SECTIONS.get(name)
+        if name == "seed":
+            sections[name] = value
+            continue
+        require(kind is not None and isinstance(value, Mapping), f"configuration has no section {name!r}")
+        assert kind is not None
+        known = {entry.name for entry in dataclasses.fields(kind)}
+        unknown = sorted(set(value) - known)
+        require(not unknown, f"configuration has no setting {name}.{unknown[0] if unknown else ''}")
+        # JSON has lists only
+        fields = {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
+        try:
+            sections[name] = kind(**fields)
+        except TypeError as error:
+            raise ValueError(f"configuration section {name}: {error}") from None
+    return RunConfig(**sections)
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "evaluation": EvalConfig, "ttt": TTTConfig,
+    "data": DataConfig, "runtime": RuntimeConfig,
+}  # fmt: skip
 HASHED_SECTIONS = ("model", "train", "quant", "ttt", "evaluation")
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model.artifact import load_artifact, save_artifact
 from model.calibrate import collect_hessians
-from model.checkpoint import CheckpointStore, load_tensors, save_tensors
-from model.codesize import code_bytes
+from model.checkpoint import CheckpointStore
+from model.codesize import code_program
 from model.config import ModelConfig
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
@@ -30,10 +30,12 @@ from model.gpt import GPT
 from model.gptq import fit_to_limit, quantize_state
 from model.kernels.attention import resolve_backend
 from model.ledger import Ledger
+from model.own_code import CONVENTION, PACKED_NAME, READABLE_NAME
 from model.quantized import QuantizedState, dequantize
 from model.run import Run
 from model.score_ledger import Events, times_scored
-from model.train import NOTHING_REACHED, Reached, Report, Trainer, fixed_entries
+from model.tensorfile import load_tensors, save_tensors
+from model.train import NOTHING_REACHED, Reached, Report, Trainer
 from model.ttt import score_documents
 
 Outcome = tuple[dict[str, Any], list[str]]
@@ -132,7 +134,6 @@ def warm_up(model: GPT, run: Run) -> None:
         bos_id=BOS_ID,
         max_segment=train.seq_len,
         max_seqlen=train.seq_len,
-        num_entries=fixed_entries(train),
     ).to(run.dist.device)
     row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
     for is_looped in (False, True):
@@ -214,7 +215,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         "compress_s": compress_s,
         "quantize_s": rounding_s + sum(ledger.seconds(name) for name in ("load", "hessians", "reload")),
     }
-    return metrics, [ARTIFACT]
+    return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
 
 
 def _round_and_save(
@@ -222,12 +223,13 @@ def _round_and_save(
 ) -> dict[str, Any]:
     """Quantize, write the artifact, read it back, and return the size metrics (rank 0)."""
     config, path = run.config, run.workdir / ARTIFACT
-    code = code_bytes()
+    program = code_program(config)
+    meta = artifact_meta(run)
 
     def write(state: QuantizedState) -> int:
         with ledger.span("compress"):
-            save_artifact(path, state, config.model, {"seed": config.seed, **run.hashes}, codec=config.quant.codec)
-        return path.stat().st_size + code.num_bytes
+            save_artifact(path, state, config.model, meta, codec=config.quant.codec)
+        return path.stat().st_size + program.num_bytes
 
     with ledger.span("round"):  # what it writes on the way included
         if config.quant.on_oversize == "fit":
@@ -241,6 +243,7 @@ def _round_and_save(
         for name, value in dequantize(state).items():
             if not torch.equal(loaded[name].cpu(), value.cpu()):
                 raise ValueError(f"artifact {path} does not reload: {name} differs")
+    program.write(run.workdir)
     limit = config.quant.size_limit_bytes
     if total > limit and config.quant.on_oversize == "fail":
         raise ValueError(
@@ -249,12 +252,24 @@ def _round_and_save(
         )
     return {
         "model_bytes": path.stat().st_size,
-        "code_bytes": code.num_bytes,
-        "code_bytes_convention": code.convention,
+        "code_bytes": program.num_bytes,
+        "code_bytes_readable": program.readable_bytes,
+        "code_bytes_convention": CONVENTION,
         "artifact_bytes": total,
         "size_limit_bytes": limit,
         "within_limit": total <= limit,
         "matrix_clip_sigmas": sigmas,
+    }
+
+
+def artifact_meta(run: Run) -> dict[str, Any]:
+    """Return what an artifact says beside its model: where it comes from, and all that scoring it again needs."""
+    return {
+        "seed": run.config.seed,
+        "world_size": run.dist.world_size,
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **run.hashes,
     }
 
 

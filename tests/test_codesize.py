@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from model.codesize import PACKAGES, code_bytes, code_hash, source_files
+from model.codesize import PACKAGES, ROOT, code_hash, code_program, source_files
+from model.config import DataConfig, published, tiny
 
 
 @pytest.fixture
@@ -24,19 +27,18 @@ def root(tmp_path: Path) -> Path:
 def test_the_installed_packages_have_sources_and_a_size() -> None:
     names = {path.name for path in source_files()}
     assert {"gptq.py", "config.py", "cli.py"} <= names
-    assert 1_000 < code_bytes().num_bytes < 1_000_000
-    assert code_bytes().convention == "model-package-tar-lzma"
+    assert 10_000 < code_program(tiny()).num_bytes < 200_000
     assert len(code_hash()) == 64
 
 
 def test_times_modes_and_compiled_files_change_nothing(root: Path) -> None:
-    before = code_hash(root=root), code_bytes(root=root)
+    before = code_hash(root=root)
     (root / "model" / "__pycache__").mkdir()
     (root / "model" / "__pycache__" / "rule.py").write_text("left over")
     (root / "model" / "notes.txt").write_text("no source")
     os.utime(root / "model" / "inner" / "rule.py", (1, 1))
     (root / "model" / "inner" / "rule.py").chmod(0o600)
-    assert (code_hash(root=root), code_bytes(root=root)) == before
+    assert code_hash(root=root) == before
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -54,12 +56,24 @@ def test_a_moved_or_a_data_file_changes_the_hash(root: Path) -> None:
     assert len({first, second, code_hash(root=root)}) == 3
 
 
-def test_only_the_model_package_counts_towards_the_size(root: Path) -> None:
-    before = code_bytes(root=root)
-    (root / "runner" / "inner" / "rule.py").write_text("x = 12345678901234567890\n" * 50)
-    assert code_bytes(root=root) == before
-    (root / "model" / "inner" / "rule.py").write_bytes(b"# " + os.urandom(400).hex().encode())
-    assert code_bytes(root=root).num_bytes > before.num_bytes + 300
+def test_code_bytes_are_those_of_the_modules_that_training_and_scoring_need(tmp_path: Path) -> None:
+    sizes = []
+    for number, file in enumerate(("", "gpt.py", "data/corpus.py")):
+        root = tmp_path / str(number)
+        shutil.copytree(tmp_path / "0" if number else ROOT, root, ignore=lambda folder, names: {
+            name for name in names if name == "__pycache__" or (folder == str(ROOT) and name != "model")
+        })  # fmt: skip
+        if file:
+            with (root / "model" / file).open("a") as source:
+                source.write("# " + os.urandom(400).hex() + "\n")
+        sizes.append(code_program(tiny(), root=root).num_bytes)
+    assert sizes[1] > sizes[0] + 300
+    assert sizes[2] == sizes[0]
+
+
+def test_code_bytes_are_equal_for_all_seeds_and_places_of_data() -> None:
+    moved = replace(published(), seed=7, data=DataConfig(train="a/*.bin", val="b/*.bin", tokenizer="c.model"))
+    assert code_program(moved) == code_program(published())
 
 
 def test_a_missing_package_is_named(root: Path) -> None:

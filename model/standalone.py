@@ -1,0 +1,213 @@
+"""The command line of a generated train_gpt.py: train a seed, or score an artifact.
+
+Errors that a user can fix end in one line and exit code 2, as those of seedsweep do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.artifact import load_artifact, read_artifact_info
+from model.config import RunConfig, config_from_plain, config_hash
+from model.data.shards import list_shards
+from model.data.tokenizer import load_tokenizer
+from model.data.validation import ValidationSet, load_validation
+from model.distributed import Dist
+from model.evaluate import DocumentScores, evaluate_plain
+from model.own_code import own_source
+from model.pipeline import run_seed
+from model.quantized import dequantize
+from model.stages import build_model
+from model.ttt import score_documents
+
+PROGRESS_EVERY_S = 10.0
+SCORE_LABELS = {"pre_ttt": "quantized", "ttt_lr0": "diagnostic quantized_ttt_lr0", "post_ttt": "quantized_ttt_lora"}
+
+
+def build_options() -> argparse.ArgumentParser:
+    """Return the parser of train_gpt.py."""
+    parser = argparse.ArgumentParser(
+        prog="train_gpt.py", description="Train one seed of the recipe in this file, or score its artifact."
+    )
+    parser.add_argument("--eval", type=Path, metavar="ARTIFACT", help="score this artifact instead of training")
+    parser.add_argument("--train", nargs="+", metavar="SHARDS", help="training shards: a glob, or files")
+    parser.add_argument("--val", nargs="+", metavar="SHARDS", help="validation shards: a glob, or files")
+    parser.add_argument("--tokenizer", type=Path, metavar="T", help="SentencePiece model file")
+    parser.add_argument("--seed", type=int, default=42, help="seed to train (default 42)")
+    parser.add_argument("--out", type=Path, help="run directory of the training (default runs/seed=SEED)")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads (default: the artifact's when scoring, else PyTorch's)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in SETTINGS")
+    parser.add_argument("--plain-only", action="store_true", help="leave out test-time training")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON, too")
+    parser.add_argument("--source", action="store_true", help="print the readable source of this program")
+    return parser
+
+
+def main(argv: Sequence[str], settings: str) -> int:
+    """Run the program; settings are the JSON at the head of the generated file."""
+    args = build_options().parse_args(argv)
+    if args.source:
+        print(own_source(), end="")
+        return 0
+    try:
+        config = config_from_plain(json.loads(settings))
+        if args.device is not None:
+            config = replace(config, runtime=replace(config.runtime, device=args.device))
+        return score_artifact(config, args) if args.eval is not None else train_seed(config, args)
+    except (ValueError, OSError) as error:
+        print(f"train_gpt.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train_seed(config: RunConfig, args: argparse.Namespace) -> int:
+    """Run all stages of one seed into a run directory, continuing what is there."""
+    require_options(args, "train", "val", "tokenizer")
+    data = replace(config.data, train=as_glob("train", args.train), val=as_glob("val", args.val),
+                   tokenizer=str(args.tokenizer))  # fmt: skip
+    config = replace(config, seed=args.seed, data=data)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    dist = Dist.from_environment(config.runtime.device)
+    try:
+        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", Progress())
+    finally:
+        dist.close()
+    if dist.is_main:
+        show_scores(result.metrics, args.json)
+    return 0
+
+
+def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
+    """Score an artifact plainly, along the TTT path without adaptation, and with it."""
+    require_options(args, "val", "tokenizer")
+    meta = read_artifact_info(args.eval).header.meta
+    model_config, state = load_artifact(args.eval)
+    if model_config != config.model:
+        raise ValueError(f"artifact {args.eval} holds another model than SETTINGS describe; use its own train_gpt.py")
+    check_recipe(config, meta, args.eval)
+    threads = args.threads or meta.get("num_threads")
+    if isinstance(threads, int) and threads > 0:
+        torch.set_num_threads(threads)
+    dist = Dist.from_environment(config.runtime.device)
+    try:
+        tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size)
+        validation = read_validation(config, args.val)
+        model = build_model(config.model, dist, embedding_dtype=config.train.embedding_dtype)
+        model.load_state_dict(dequantize(state))
+        model.requires_grad_(False)
+        report, table = Progress(), tokenizer.byte_table
+        scores: dict[str, DocumentScores] = {
+            "pre_ttt": evaluate_plain(model, validation, table, config.evaluation, dist, report)
+        }
+        for prefix in () if args.plain_only else ("ttt_lr0", "post_ttt"):
+            scores[prefix] = score_documents(
+                model, validation, table, config.ttt, dist, report, seed=seed_of(meta, args.eval),
+                is_adapting=prefix == "post_ttt",
+            ).scores  # fmt: skip
+    finally:
+        dist.close()
+    if dist.is_main:
+        metrics: dict[str, Any] = {"num_threads": torch.get_num_threads(), "torch": torch.__version__}
+        for prefix, found in scores.items():
+            metrics |= found.metrics(prefix)
+        show_scores(metrics, args.json)
+    return 0
+
+
+def check_recipe(config: RunConfig, meta: dict[str, Any], path: Path) -> None:
+    """Raise ValueError if the artifact says that it was made under other settings."""
+    made_by, world_size = meta.get("config_hash"), meta.get("world_size")
+    if isinstance(made_by, str) and isinstance(world_size, int):
+        ours = config_hash(config, world_size=world_size)
+        if ours != made_by:
+            raise ValueError(
+                f"artifact {path} was made under other settings (config_hash {made_by[:12]}, these are {ours[:12]}); "
+                "use its own train_gpt.py"
+            )
+
+
+def seed_of(meta: dict[str, Any], path: Path) -> int:
+    """Return the seed that an artifact was made with: adapters start from it."""
+    seed = meta.get("seed")
+    if not isinstance(seed, int):
+        raise ValueError(f"artifact {path} does not name its seed, from which adapters are drawn")
+    return seed
+
+
+def read_validation(config: RunConfig, shards: Sequence[str]) -> ValidationSet:
+    """Return the validation stream, cut as SETTINGS say."""
+    return load_validation(
+        list_shards(as_glob("val", shards)),
+        vocab_size=config.model.vocab_size,
+        val_documents=config.data.val_documents,
+        val_tokens=config.data.val_tokens,
+    )
+
+
+def as_glob(option: str, words: Sequence[str]) -> str:
+    """Return one pattern for what the shell made of a glob: itself, or files of one folder and ending."""
+    if len(words) == 1:
+        return words[0]
+    names = sorted(str(Path(word)) for word in words)
+    prefix = names[0]
+    while not all(name.startswith(prefix) for name in names):
+        prefix = prefix[:-1]
+    pattern = f"{glob.escape(prefix)}*{Path(names[0]).suffix}"
+    if sorted(glob.glob(pattern)) != names:
+        raise ValueError(f"--{option} names {len(names)} files that no single glob names; quote a glob instead")
+    return pattern
+
+
+def require_options(args: argparse.Namespace, *names: str) -> None:
+    """Raise ValueError naming the first option that is missing."""
+    for name in names:
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name} is missing (see --help)")
+
+
+def show_scores(metrics: dict[str, Any], path: Path | None) -> None:
+    """Print the scores in the lines that reviewers' tools read, then every figure with all its digits as JSON."""
+    for prefix, label in SCORE_LABELS.items():
+        if f"{prefix}_bpb" in metrics:
+            loss = metrics[f"{prefix}_nats"] / metrics[f"{prefix}_tokens"]
+            milliseconds = 1000 * metrics[f"{prefix}_s"]
+            print(f"{label} val_loss:{loss:.8f} val_bpb:{metrics[f'{prefix}_bpb']:.8f} eval_time:{milliseconds:.0f}ms")
+    if "artifact_bytes" in metrics:
+        print(f"Serialized model: {metrics['model_bytes']} bytes")
+        print(
+            f"Code size as committed: {metrics['code_bytes_readable']} bytes, as counted: {metrics['code_bytes']} bytes"
+        )
+        print(f"Total submission size: {metrics['artifact_bytes']} bytes")
+    text = json.dumps(metrics, sort_keys=True)
+    print(text, flush=True)
+    if path is not None:
+        path.write_text(text + "\n")
+
+
+class Progress:
+    """Prints a line to stderr when the phase changes, and every few seconds."""
+
+    def __init__(self) -> None:
+        self.phase, self.last = "", 0.0
+
+    def __call__(self, phase: str, step: int, total: int | None, metrics: dict[str, Any]) -> None:
+        """Hear of progress."""
+        now = time.monotonic()
+        if phase == self.phase and now - self.last < PROGRESS_EVERY_S:
+            return
+        self.phase, self.last = phase, now
+        shown = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                         for name, value in metrics.items())  # fmt: skip
+        print(f"{phase} step={step}/{total or '?'} {shown}".rstrip(), file=sys.stderr, flush=True)
