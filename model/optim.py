@@ -138,9 +138,12 @@ class Optimizers:
     def step(self, *, lr_factor: float, momentum: float) -> None:
         """Average the gradients over the ranks and update every parameter."""
         if self.dist.world_size > 1:
-            for parameter in (self.embedding, *self.vectors):
-                assert parameter.grad is not None
-                self.dist.mean_(parameter.grad)
+            assert self.embedding.grad is not None
+            self.dist.mean_(self.embedding.grad)
+            small = gradients(self.vectors)
+            flat = self.dist.mean_(torch.cat([grad.flatten() for grad in small]))  # one message for all of them
+            for grad, mean in zip(small, flat.split([grad.numel() for grad in small]), strict=True):
+                grad.copy_(mean.view_as(grad))
         for group, base_lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * lr_factor
         self.adamw.step()
