@@ -20,8 +20,7 @@ from model.checkpoint import CheckpointStore
 from model.codesize import code_program
 from model.config import ModelConfig
 from model.data.loader import SpanLoader
-from model.data.packing import pack_row
-from model.data.shards import BOS_ID, list_shards
+from model.data.shards import list_shards
 from model.data.tokenizer import Tokenizer, load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
@@ -37,6 +36,7 @@ from model.score_ledger import Events, times_scored
 from model.tensorfile import load_tensors, save_tensors
 from model.train import NOTHING_REACHED, Reached, Report, Trainer
 from model.ttt import score_documents
+from model.warm_up import choose_attention, warm_up
 
 Outcome = tuple[dict[str, Any], list[str]]
 WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
@@ -93,6 +93,9 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         )
         model.init_weights(config.seed)
     with ledger.span("warm_up"):
+        choice = choose_attention(run)
+        if choice is not None:
+            model.attention_backend = choice.name
         warm_up(model, run)
     store = CheckpointStore(run.checkpoints, run.on_write) if run.uses_checkpoints else None
     trainer = Trainer(
@@ -114,33 +117,10 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         run.write(STEPS, result.steps)
     result.metrics["warmup_s"] = ledger.seconds("warm_up")
     result.metrics["num_params"] = sum(p.numel() for p in model.parameters())
-    result.metrics["attention_backend"] = attention_backend_name(run)
+    result.metrics["attention_backend"] = attention_backend_name(run, model)
+    if choice is not None:
+        result.metrics["attention_probe"] = choice._asdict()
     return result.metrics, [WEIGHTS, STEPS]
-
-
-def warm_up(model: GPT, run: Run) -> None:
-    """Run both loop states forward and backward on synthetic tokens (CUDA only: kernels are built there).
-
-    Nothing is left behind: no optimizer has been stepped, and the gradients are dropped.
-    """
-    if run.dist.device.type != "cuda":
-        return
-    train = run.config.train
-    generator = np.random.Generator(np.random.PCG64(0))
-    tokens = generator.integers(2, run.config.model.vocab_size, size=train.micro_batch_tokens + 1)
-    tokens[:: train.seq_len] = BOS_ID
-    packing = pack_row(
-        tokens[:-1],
-        bos_id=BOS_ID,
-        max_segment=train.seq_len,
-        max_seqlen=train.seq_len,
-    ).to(run.dist.device)
-    row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
-    for is_looped in (False, True):
-        run.report("warm_up", int(is_looped), 2, {})
-        model(row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing).backward()
-        model.zero_grad(set_to_none=True)
-    torch.cuda.synchronize(run.dist.device)
 
 
 def remember_progress(run: Run) -> Report:
@@ -164,11 +144,10 @@ def read_progress(run: Run) -> Reached:
         return NOTHING_REACHED
 
 
-def attention_backend_name(run: Run) -> str:
-    """Return the attention kernel that training uses on this device."""
-    head_dim = run.config.model.head_dim
-    probe = torch.empty(1, 1, 1, head_dim, dtype=compute_dtype(run.dist), device=run.dist.device)
-    return resolve_backend(run.config.runtime.attention, probe, is_packed=True)
+def attention_backend_name(run: Run, model: GPT) -> str:
+    """Return the attention kernel that this model uses on packed rows."""
+    probe = torch.empty(1, 1, 1, run.config.model.head_dim, dtype=model.compute_dtype, device=run.dist.device)
+    return resolve_backend(model.attention_backend, probe, is_packed=True)
 
 
 def load_weights(run: Run, ledger: Ledger, kind: str) -> dict[str, Tensor]:
