@@ -37,7 +37,9 @@ def gang_work(rank: Rank) -> None:
     """Run the stages in a real process group: ranks meet at every step, as in training."""
     from runner.worker import join_gang
 
+    rank.report("start", 0, None, {})
     dist = join_gang(rank)
+    rank.report("start", 1, None, {})
     try:
         for stage in STAGES:
             dist.barrier()
