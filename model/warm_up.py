@@ -1,14 +1,15 @@
-"""Before the clock starts on a GPU: which attention backend is fastest, and one pass of every kernel on synthetic tokens."""
+"""Before the clock starts on a GPU: find the fastest attention backend, then run every kernel once."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from model.config import ATTENTION_BACKENDS
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID
 from model.gpt import GPT
-from model.kernels.attention import BACKENDS, is_available
+from model.kernels.attention import is_available
 from model.kernels.probe import Choice, probe_backends
 from model.run import Run
 
@@ -29,7 +30,7 @@ def synthetic_row(run: Run) -> tuple[np.ndarray, Packing]:
 def choose_attention(run: Run) -> Choice | None:
     """Time every importable backend on this rank's real shapes; None on a CPU or where the configuration names one.
 
-    Rank 0's choice holds for all ranks. FlexAttention needs a compiler pass of many seconds, so it is taken by name only.
+    Rank 0's choice holds for all ranks. FlexAttention compiles for many seconds, so it is taken by name only.
     """
     if run.dist.device.type != "cuda" or run.config.runtime.attention != "auto":
         return None
@@ -41,10 +42,10 @@ def choose_attention(run: Run) -> Choice | None:
         torch.randn(*shape, heads, model.head_dim, generator=generator).to(run.dist.device, torch.bfloat16)
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     )
-    candidates = [name for name in BACKENDS if name not in ("auto", "sdpa", "flex") and is_available(name)]
+    candidates = [name for name in ATTENTION_BACKENDS if name not in ("auto", "sdpa", "flex") and is_available(name)]
     choice = probe_backends(q, k, v, packing.to(run.dist.device), candidates=candidates)
-    agreed = run.dist.broadcast_floats([float(BACKENDS.index(choice.name))])
-    return choice._replace(name=BACKENDS[int(agreed[0])])
+    agreed = run.dist.broadcast_floats([float(ATTENTION_BACKENDS.index(choice.name))])
+    return choice._replace(name=ATTENTION_BACKENDS[int(agreed[0])])
 
 
 def warm_up(model: GPT, run: Run) -> None:
