@@ -38,6 +38,8 @@ SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], type]] = {
     "order0_bpb": (re.compile(r"^order0_bpb:\s*([\d.]+)"), float),
     "peak_mem_mib": (re.compile(r"peak memory allocated:\s*(\d+) MiB"), int),
     "val_tokens": (re.compile(r"(?:^val_tokens:\s*|^val_loader:.*\btokens:)(\d+)"), int),
+    "val_bytes": (re.compile(r"^val_bytes:\s*(\d+)"), int),
+    "val_documents_hash": (re.compile(r"^val_documents_hash:\s*([0-9a-f]{16,64})\b"), str),
     "train_shards": (re.compile(r"\btrain_shards:\s*(\d+)"), int),
     "model_params": (re.compile(r"^model_params:\s*(\d+)"), int),
     "seed_in_log": (re.compile(r"^\s*seed:\s*(\d+)\s*$"), int),

@@ -118,6 +118,7 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
     scores = {run["seed"]: run[key] if key else {"val_bpb": run["final_bpb"], "val_loss_nats": run["final_nats"]}
               for run in scored}  # fmt: skip
     first = next(iter(scores.values()))
+    hashes = {run.get("val_documents_hash") for run in scored}
     sizes = {round(size) for run in scored if (size := validation_bytes(run)) is not None}
     notes = []
     if len({str(run.get("code_bytes_printed")) for run in scored}) > 1:
@@ -129,7 +130,10 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
         nats_per_token={seed: score["val_loss_nats"] for seed, score in scores.items() if score["val_loss_nats"]},
         bytes_per_token=bits_per_byte(first["val_loss_nats"], first["val_bpb"]) if first["val_loss_nats"] else None,
         tokenizer_hash=None,
-        text=Text(None, float(min(sizes)) if sizes and max(sizes) - min(sizes) < 10_000 else None),
+        text=Text(
+            hashes.pop() if len(hashes) == 1 else None,
+            float(min(sizes)) if sizes and max(sizes) - min(sizes) < 10_000 else None,
+        ),
         notes=notes,
         mixtures=[],
     )

@@ -217,12 +217,12 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
         "peak_memory_bytes": None if run["peak_mem_mib"] is None else run["peak_mem_mib"] * 2**20,
         "world_size": int(hparams["world_size"]) if hparams.get("world_size", "").isdigit() else None,
         "vocab_size": int(hparams["vocab_size"]) if hparams.get("vocab_size", "").isdigit() else None,
-        "provenance_json": log.provenance,
+        "val_documents_hash": run["val_documents_hash"], "provenance_json": log.provenance,
     }  # fmt: skip
     if run["total_bytes"] is not None:
         row["within_limit"] = run["total_bytes"] <= row["size_limit_bytes"]
     size = validation_bytes(run)
-    row["val_bytes"] = None if size is None else round(size)
+    row["val_bytes"] = run["val_bytes"] if run["val_bytes"] is not None or size is None else round(size)
     for stage, ours in OUR_NAMES.items():
         if run.get(stage):
             row[f"{ours}_bpb"] = run[stage]["val_bpb"]
