@@ -21,7 +21,7 @@ def main() -> int:
     sweep.data_hash = lambda _data, **_more: "d" * 64
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))
-    spec = make_spec(Path(given["out"]), gang=Gang(**given.get("gang", {"gpus": 8, "cpus": 1})), limits=limits)
+    spec = make_spec(Path(given["out"]), gang=Gang(**given.get("gang", {"gpus": 1, "cpus": 8})), limits=limits)
     options = sweep.Options(address=given.get("address"), target=given.get("target", TARGET), progress="plain")
     return sweep.run_sweep(spec, options)
 

@@ -24,7 +24,7 @@ os.environ[LOOPBACK_VARIABLE] = "0"  # before Ray is imported: its servers liste
 
 NUM_NODES = 4
 NODE = {"num_cpus": 8, "num_gpus": 8, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}
-WHOLE_NODE = Gang(gpus=8, cpus=1)
+WHOLE_NODE = Gang(gpus=1, cpus=8)  # one process that fills a node; eight ranks would take eight times as long
 ROOT = Path(__file__).parent.parent
 
 
@@ -79,7 +79,7 @@ def sweep(out: Path, address: str, *, target: str = TARGET, gang: Gang = WHOLE_N
     return run_sweep(spec, Options(address=address, target=target, progress="plain"))
 
 
-def start_driver(out: Path, address: str, **changes: Any) -> subprocess.Popen[bytes]:
+def start_driver(out: Path, address: str | None, **changes: Any) -> subprocess.Popen[bytes]:
     """Run a sweep in a process of its own, so that it can be killed."""
     arguments = json.dumps({"out": str(out), "address": address, **changes})
     return subprocess.Popen([sys.executable, "-m", "tests.drive_sweep", arguments], cwd=ROOT)

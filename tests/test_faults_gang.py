@@ -103,7 +103,7 @@ def test_a_seed_on_a_removed_node_goes_on_elsewhere_and_is_counted_once(cluster:
     node = cluster.add_node(**NODE, resources={"extra": 1})
     cluster.wait_for_nodes()
     write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 60})
-    driver = start_driver(tmp_path, cluster.address, gang={"gpus": 8, "cpus": 1})
+    driver = start_driver(tmp_path, cluster.address, gang={"gpus": 1, "cpus": 8})
     try:
         wait_until(lambda: at_step(tmp_path, 42) >= 6, 60, "seed 42 never trained")
         place = next(run for run in states(tmp_path) if run["seed"] == 42)
@@ -163,6 +163,11 @@ def test_more_seeds_than_slots_wait_in_the_order_of_the_spec(cluster: Any, tmp_p
     placed = [event["seed"] for event in events_of(tmp_path) if event["to"] == "PLACED"]
     assert sorted(placed[:4]) == sorted(seeds[:4])
     assert set(scores_of(tmp_path)) == set(seeds)
+
+
+def test_a_gang_of_eight_gets_eight_gpus_of_one_node(cluster: Any, tmp_path: Path) -> None:
+    assert sweep(tmp_path, cluster.address, gang=Gang(gpus=8, cpus=1), seeds=[3]) == 0
+    assert set(scores_of(tmp_path)) == {3}
 
 
 def test_repeats_of_one_seed_run_on_different_nodes(cluster: Any, tmp_path: Path) -> None:

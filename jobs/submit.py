@@ -1,0 +1,153 @@
+"""Sending a sweep to a cluster as a Ray job: what travels, what is recorded, and following it to its end.
+
+The working directory goes along without .git, run directories and data, so the commit is recorded here, at
+submission. Token authentication stays as the cluster wants it; nothing of it is read or sent from here.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runner.provenance import Git, git_state
+from runner.spec import SweepSpec
+
+# Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
+# folder only (model/data is code). What is left stays far below MAX_UPLOAD_BYTES.
+EXCLUDES = (
+    "/.git", "/.venv", "/venv", "/runs", "/data", "/build", "/dist", "*.egg-info", "__pycache__", ".pytest_cache",
+    ".mypy_cache", ".ruff_cache", ".hypothesis", "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
+)  # fmt: skip
+MAX_UPLOAD_BYTES.
+EXCLUDES = (
+    ".git", ".venv", "venv", "runs", "data", "build", "dist", "*.egg-info", "__pycache__", ".pytest_cache", ".mypy_cache",
+    ".ruff_cache", ".hypothesis", "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
+)  # fmt: skip
+MAX_UPLOAD_BYTES = 20_000_000
+FOLLOW_EVERY_S = 2.0
+EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submission:
+    """One job as it will be sent."""
+
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def make_submission(
+    spec: SweepSpec, spec_path: Path, *, working_dir: Path, run_arguments: Sequence[str] = (), git: Git | None = None
+) -> Submission:
+    """Return the job that runs spec on a cluster. Every word of the command is quoted on its own.
+
+    Raises ValueError if the spec lies outside working_dir, or too much would be uploaded.
+    """
+    try:
+        inside = spec_path.resolve().relative_to(working_dir.resolve())
+    except ValueError:
+        raise ValueError(
+            f"spec {spec_path} is not inside the working directory {working_dir}, which is what travels"
+        ) from None
+    size = upload_bytes(working_dir)
+    if size > MAX_UPLOAD_BYTES:
+        raise ValueError(
+            f"working directory {working_dir} would upload {size / 1e6:.1f} MB, over {MAX_UPLOAD_BYTES / 1e6:.0f} MB; "
+            f"run from the repository, and keep data outside it"
+        )
+    git = git or git_state(working_dir)
+    words = ["python", "-m", "jobs.cli", "run", str(inside), "--git-commit", git.commit]
+    if git.is_dirty is not None:
+        words += ["--git-dirty", "yes" if git.is_dirty else "no"]
+    return Submission(
+        entrypoint=shlex.join([*words, *run_arguments]),
+        runtime_env={"working_dir": str(working_dir), "excludes": list(EXCLUDES)},
+        metadata={
+            "sweep": spec.name,
+            "config_hash": spec.config_hash,
+            "git_commit": git.commit,
+            "git_dirty": str(git.is_dirty),
+            "seeds": " ".join(map(str, spec.seeds)),
+        },
+    )
+
+
+def upload_bytes(working_dir: Path) -> int:
+    """Return the size of what would travel, by the same patterns that Ray is given."""
+    total = 0
+    waiting = [working_dir]
+    while waiting:
+        for path in waiting.pop().iterdir():
+            if is_excluded(path, working_dir):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                waiting.append(path)
+            elif path.is_file():
+                total += path.stat().st_size
+    return total
+
+
+def is_excluded(path: Path, working_dir: Path) -> bool:
+    """Return whether one of EXCLUDES keeps path at home."""
+    return any(
+        path == working_dir / pattern[1:] if pattern.startswith("/") else path.match(pattern) for pattern in EXCLUDES
+    )
+
+
+def connect(address: str) -> Any:
+    """Return a client of the cluster's job server. Raises ValueError if none answers at address."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"--address {address}: no job server answers there ({first_line(error)})") from None
+
+
+def submit(client: Any, submission: Submission) -> str:
+    """Send the job and return its id."""
+    job_id: str = client.submit_job(
+        entrypoint=submission.entrypoint, runtime_env=submission.runtime_env, metadata=submission.metadata
+    )
+    return job_id
+
+
+def follow(client: Any, job_id: str, write: Callable[[str], object] = sys.stdout.write) -> int:
+    """Print what the job prints until it ends, and return the exit code that its end means.
+
+    SUCCEEDED is 0 and STOPPED 3. Ray reports any other exit as FAILED; its message has the sweep's own code.
+    """
+    for text in new_text(client, job_id):
+        write(text)
+        sys.stdout.flush()
+    info = client.get_job_info(job_id)
+    status = str(info.status.value)
+    if status == "FAILED" and info.driver_exit_code in (1, 2, 3):
+        return int(info.driver_exit_code)
+    return EXIT_CODES.get(status, 1)
+
+
+def new_text(client: Any, job_id: str) -> Iterator[str]:
+    """Yield the job's output as it grows, the last of it after the job has ended."""
+    shown = 0
+    while True:
+        is_over = client.get_job_status(job_id).is_terminal()
+        text = client.get_job_logs(job_id)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+        if is_over:
+            return
+        time.sleep(FOLLOW_EVERY_S)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
