@@ -18,7 +18,12 @@ from runner.provenance import Git, git_state
 from runner.spec import SweepSpec
 
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
-# folder only (model/data is code). What is left stays far below MAX_UPLOAD_BYTES = 20_000_000
+# folder only (model/data is code). What is left stays far below the limit.
+EXCLUDES = (
+    "/.git", "/.venv", "/venv", "/runs", "/data", "/build", "/dist", "*.egg-info", "__pycache__", ".pytest_cache",
+    ".mypy_cache", ".ruff_cache", ".hypothesis", "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
+)  # fmt: skip
+MAX_UPLOAD_BYTES = 20_000_000
 FOLLOW_EVERY_S = 2.0
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
 
