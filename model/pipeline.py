@@ -167,6 +167,8 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
 def _finished(run: Run, stage: str) -> dict[str, Any] | None:
     """Return a stage's record if its outputs are what it left, else None: the stage is done (again)."""
     path = run.workdir / "stages" / f"{stage}.json"
+    if not path.exists():
+        return None
     try:
         record = json.loads(path.read_text())
         for name, facts in record["outputs"].items():
@@ -175,8 +177,6 @@ def _finished(run: Run, stage: str) -> dict[str, Any] | None:
                 raise ValueError(f"{output} does not match its record")
         if any(record[name] != run.hashes[name] for name in ("config_hash", "data_hash")):
             raise ValueError(f"{path} was made under other hashes")
-    except FileNotFoundError:
-        return None
     except (ValueError, KeyError, TypeError, OSError) as error:
         run.report("prepare", 0, None, {"note": f"stage {stage} is done again: {error}"})
         return None
@@ -205,10 +205,11 @@ def _run_stage(run: Run, stage: str) -> None:
 
 def _write_ledger(run: Run, *parts: dict[str, Any]) -> None:
     """Write one ledger from those of all ranks, with the hashes of the data and of earlier stages' outputs."""
-    known = dict(run.file_hashes)
-    for record in read_records(run.workdir).values():
+    known, stage = dict(run.file_hashes), parts[0]["stage"]
+    records = read_records(run.workdir) if stage in STAGES else {}  # before the stages they are not checked yet
+    for record in records.values():
         known |= {os.path.abspath(run.workdir / name): facts["sha256"] for name, facts in record["outputs"].items()}
-    write_json(run.workdir / "ledger" / f"{parts[0]['stage']}.json", join_ledgers(list(parts), known))
+    write_json(run.workdir / "ledger" / f"{stage}.json", join_ledgers(list(parts), known))
 
 
 def device_name(device: torch.device) -> str:

@@ -23,7 +23,7 @@ from model.distributed import Dist
 from model.evaluate import evaluate_plain
 from model.train import Trainer
 from model.ttt import score_documents
-from tests.micro import (
+from tests.micro_model import (
     ignore,
     micro_bytes,
     micro_loader,

@@ -10,7 +10,7 @@ import torch
 from model.distributed import Dist, pick_device
 from model.train import Trainer
 from tests.gang_work import CLIPS, compute, run_gang
-from tests.micro import ignore, micro_loader, micro_train, random_model
+from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
 Figures = dict[str, np.ndarray]
 

@@ -10,7 +10,7 @@ from model.config import published
 from model.data.packing import Packing, pack_row
 from model.gpt import GPT, num_skips, visit_plan
 from model.lora import Adapters, adapter_widths, initial_a
-from tests.micro import VOCAB_SIZE, micro_model, random_model
+from tests.micro_model import VOCAB_SIZE, micro_model, random_model
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")
 

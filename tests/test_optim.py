@@ -10,7 +10,7 @@ from model.config import published
 from model.distributed import Dist
 from model.gpt import GPT
 from model.optim import Muon, Optimizers, clip_, gradients, muon_scale, muon_update, newton_schulz, split_parameters
-from tests.micro import micro_model, micro_train, random_model
+from tests.micro_model import micro_model, micro_train, random_model
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

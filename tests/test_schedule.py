@@ -4,7 +4,7 @@ import pytest
 
 from model.config import published
 from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
-from tests.micro import micro_train
+from tests.micro_model import micro_train
 
 PUBLISHED = published().train
 
