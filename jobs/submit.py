@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from runner.spec import SweepSpec
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
 # folder only (model/data is code). What is left stays far below the limit.
 EXCLUDES = (
-    "/.git", "/.venv", "/venv", "/runs", "/data", "/build", "/dist", "*.egg-info", "__pycache__", ".pytest_cache",
-    ".mypy_cache", ".ruff_cache", ".hypothesis", "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
+    "/.*", "/venv", "/runs", "/data", "/build", "/dist", "*.egg-info", "__pycache__",
+    "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
 )  # fmt: skip
 MAX_UPLOAD_BYTES = 20_000_000
 FOLLOW_EVERY_S = 2.0
@@ -91,7 +92,10 @@ def upload_bytes(working_dir: Path) -> int:
 def is_excluded(path: Path, working_dir: Path) -> bool:
     """Return whether one of EXCLUDES keeps path at home."""
     return any(
-        path == working_dir / pattern[1:] if pattern.startswith("/") else path.match(pattern) for pattern in EXCLUDES
+        path.parent == working_dir and fnmatch(path.name, pattern[1:])
+        if pattern.startswith("/")
+        else path.match(pattern)
+        for pattern in EXCLUDES
     )
 
 
