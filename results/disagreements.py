@@ -112,7 +112,8 @@ def _code_sizes(record: Record) -> Iterator[Finding]:
     printed: dict[str, list[int]] = {}
     for run in one_run_a_seed(record):
         counted, model = run.get("code_bytes_implied"), run.get("model_bytes")
-        if committed is not None and counted is not None and committed != counted:
+        is_there = counted in (committed, files.get("train_gpt_packed.py"))
+        if committed is not None and counted is not None and not is_there:
             values = {"file_bytes": committed, "counted": counted, "model_bytes": model}
             if model is not None:
                 values["total_if_file_counted_as_is"] = model + committed
@@ -141,6 +142,11 @@ def _headline(record: Record) -> Iterator[Finding]:
         if said is not None and not _agrees_with_mean(said, summary.mean):
             values = {"submission_json": said, "log_mean": summary.mean, "n": summary.n}
             yield Finding(None, f"headline {label}: submission.json vs mean of logs", values)
+    totals = [run["total_bytes"] for run in one_run_a_seed(record) if run.get("total_bytes")]
+    said = submission.get("bytes_total")
+    if isinstance(said, int | float) and totals and said not in (*totals, round(sum(totals) / len(totals))):
+        values = {"submission_json": said, "log_totals": totals, "log_mean": sum(totals) / len(totals)}
+        yield Finding(None, "bytes_total: submission.json vs logs", values)
     score = (record.get("leaderboard") or {}).get("score")
     if score is not None and not _agrees_with_mean(score, mine.bpb.mean):
         values = {"leaderboard": score, "log_mean": mine.bpb.mean, "n": mine.bpb.n}
@@ -198,18 +204,50 @@ def _submitted_seed_figures(record: Record) -> Iterator[Finding]:
 def _readme_tables(record: Record) -> Iterator[Finding]:
     runs = {run["seed"]: run for run in one_run_a_seed(record)}
     for table in record.get("readme_seed_tables") or []:
-        seed_column = next((name for name in table["columns"] if name.strip().lower() == "seed"), None)
         for row in table["rows"]:
-            seed_text = str(row.get(seed_column, "")).strip(" *`")
-            if not seed_text.isdigit():
+            first = str(row.get(seed_column(table["columns"]) or "", ""))
+            if re.match(r"\W*(mean|avg|average)\b", first, re.IGNORECASE):
+                yield from _readme_means(row, table["rows"], list(runs.values()))
+            seed = _seed_in_cell(first)
+            if seed is None:
                 continue
-            seed = int(seed_text)
             candidates = [run for run in record["runs"] if run["seed"] == seed]
             if seed not in runs:
                 yield Finding(seed, "README lists a seed without a log", {"readme": dict(row)})
                 continue
             for column, cell in row.items():
                 yield from _readme_cell(seed, column, str(cell), candidates)
+
+
+def seed_column(columns: list[str]) -> str | None:
+    """Return the name of a table's seed column, None where it has none."""
+    return next((name for name in columns if re.match(r"\W*seed\b", name, re.IGNORECASE)), None)
+
+
+def _seed_in_cell(cell: str) -> int | None:
+    """Return the seed that a row is about: a number, perhaps with a remark in brackets; None for mean and std rows."""
+    match = re.fullmatch(r"\W*(\d+)\W*(\(.*\)\W*)?", cell)
+    return int(match.group(1)) if match else None
+
+
+def _readme_means(row: dict[str, str], rows: list[dict[str, str]], runs: list[Run]) -> Iterator[Finding]:
+    """Compare a README's row of means with the means over the logs, or over the README's own rounded cells."""
+    for column, cell in row.items():
+        label = column_meaning(column)
+        value, half_unit = printed_number(cell)
+        if label is None or value is None:
+            continue
+        per_seed = [_log_values(run, label) for run in runs]
+        if not per_seed or any(len(values) != len(per_seed[0]) for values in per_seed):
+            continue  # the logs do not all show it
+        means = [summarize(list(values)).mean for values in zip(*per_seed) if None not in values]
+        seeds = [other for other in rows if _seed_in_cell(next(iter(other.values()), "")) is not None]
+        own = [printed_number(other.get(column))[0] for other in seeds]
+        tolerance = max(half_unit, 0.5 if label in ("steps", "artifact bytes") else 0.0) * 1.001 + 1e-8
+        choices = [abs(mean) for mean in (*means, summarize(own).mean) if mean is not None]
+        if means and not any(abs(abs(value) - choice) <= tolerance for choice in choices):
+            values = {"readme": cell, "column": column, "log": [mean for mean in means if mean is not None]}
+            yield Finding(None, f"mean of {label}: README vs logs", values)
 
 
 def _readme_cell(seed: int, column: str, cell: str, runs: list[Run]) -> Iterator[Finding]:

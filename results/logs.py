@@ -11,7 +11,9 @@ import re
 from typing import Any, NamedTuple
 
 NUMBER = r"([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)"
-SCORE_LINE = re.compile(rf"^(?P<label>.*?)\s*\bval_loss:\s*{NUMBER}\s+val_bpb:\s*{NUMBER}(?P<rest>.*)$", re.IGNORECASE)
+SCORE_LINE = re.compile(
+    rf"^(?P<label>.*?)\s*\bval_loss[:=]\s*{NUMBER}\s+val_bpb[:=]\s*{NUMBER}(?P<rest>.*)$", re.IGNORECASE
+)
 EVAL_TIME = re.compile(r"eval_time:\s*([\d.]+)\s*(ms|s)\b")
 STEP_LABEL = re.compile(r"^(?:step:)?\s*(\d+)/(\d+)$")
 TRAIN_LINE = re.compile(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from results.disagreements import Finding, agrees, find_disagreements
+from results.disagreements import Finding, agrees, find_disagreements, seed_column
 from results.logs import Log, parse_log
 from results.published import Record, Run, one_run_a_seed, submitted_seeds, validation_bytes
 from results.store import commit_attempt
@@ -151,7 +151,7 @@ def _readme_tables(folder: Path) -> list[dict[str, Any]]:
         if line.strip().startswith("|"):
             block.append([cell.strip().strip("*`").strip() for cell in line.strip().strip("|").split("|")])
             continue
-        if len(block) > 2 and any(cell.lower() == "seed" for cell in block[0]):
+        if len(block) > 2 and seed_column(block[0]):
             columns = block[0]
             rows = [dict(zip(columns, cells)) for cells in block[1:] if not set("".join(cells)) <= set("-: ")]
             tables.append({"columns": columns, "rows": rows})

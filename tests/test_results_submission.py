@@ -145,6 +145,7 @@ def test_an_altered_readme_cell_is_listed(tmp_path: Path, cell: tuple[int, str],
         ({"val_bpb": 1.0773}, "headline val_bpb: submission.json vs mean of logs"),
         ({"val_loss": 2.781}, "headline val_loss: submission.json vs mean of logs"),
         ({"val_bpb_std": 0.0005}, "std convention"),
+        ({"bytes_total": 15_999_999}, "bytes_total: submission.json vs logs"),
         ({"seed_results": {"42": {"steps": 4900}}}, "steps: submission.json vs log"),
         ({"seed_results": {"42": {"artifact_bytes": 1}}}, "artifact/total bytes: submission.json vs log"),
         ({"seed_results": {"42": {"val_bpb": 1.07}}}, "val_bpb: submission.json vs log"),
@@ -154,6 +155,15 @@ def test_an_altered_readme_cell_is_listed(tmp_path: Path, cell: tuple[int, str],
 def test_an_altered_submission_json_is_listed(tmp_path: Path, change: dict[str, Any], field: str) -> None:
     record = read_submission(write_submission(tmp_path / "record", **change)).record
     assert [finding.field for finding in find_disagreements(record)] == [field]
+
+
+def test_an_altered_mean_row_is_listed(tmp_path: Path) -> None:
+    folder = write_submission(tmp_path / "record")
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("| 1.07747 | | |", "| 1.07737 | | |"))
+    found = find_disagreements(read_submission(folder).record)
+    assert [finding.field for finding in found] == ["mean of post_ttt bpb: README vs logs"]
+    assert found[0].values["readme"] == "1.07737"
 
 
 def test_settings_that_differ_between_seeds_are_listed(tmp_path: Path) -> None:
@@ -212,7 +222,8 @@ def test_an_exported_folder_imports_to_the_same_figures(tmp_path: Path, capsys: 
     folder = tmp_path / "2026-04-11_Fake"
     assert main(["export", str(out), "--author", "A", "--github-id", "a", "-o", str(folder)]) == 0
     assert {path.name for path in folder.iterdir()} >= {
-        "README.md", "submission.json", "requirements.txt", "train_seed0.log", "train_seed42.log", "train_seed1337.log"
+        "README.md", "submission.json", "requirements.txt", "train_seed0.log", "train_seed42.log", "train_seed1337.log",
+        "SHA256SUMS", "evidence",
     }  # fmt: skip
     assert main(["import-logs", str(folder), "--out", str(tmp_path / "back")]) == 0
     assert "no disagreements found" in capsys.readouterr().out
