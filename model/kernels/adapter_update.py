@@ -1,0 +1,58 @@
+"""What happens to the stored adapters between two forwards: rows gathered for a batch, and stepped by Adam.
+
+All numbers of one document lie in one row, so each is one pass over memory: Triton for float32 on CUDA
+(model.kernels.adapter_update_triton), plain PyTorch elsewhere.
+"""
+
+# S slots, B rows of a batch, P numbers of one document
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.kernels.dispatch import has_triton
+
+
+class AdamSettings(NamedTuple):
+    """Adam without first moment, with decoupled weight decay."""
+
+    lr: float
+    weight_decay: float
+    beta2: float
+    eps: float
+
+
+def gather_rows(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows index (B,) of values (S, P) in dtype."""
+    if _is_served(values):
+        from model.kernels.adapter_update_triton import launch_gather
+
+        return launch_gather(values, index, dtype)
+    return values.index_select(0, index).to(dtype)
+
+
+def adam_rows_(
+    values: Tensor, moments: Tensor, index: Tensor, gradients: Tensor, correction: Tensor, settings: AdamSettings
+) -> None:
+    """Step rows index (B,) of values and their second moments (S, P), in place.
+
+    gradients (B, P) of any float type; correction (B,) is 1 - beta2^t. A row named twice has an undefined result.
+    """
+    if _is_served(values):
+        from model.kernels.adapter_update_triton import launch_adam
+
+        launch_adam(values, moments, index, gradients, correction, *settings)
+        return
+    lr, weight_decay, beta2, eps = settings
+    gradient = gradients.to(values.dtype)
+    moment = moments[index].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    moments[index] = moment
+    root = (moment / correction.to(values.dtype).unsqueeze(1)).sqrt_().add_(eps)
+    values[index] = values[index].mul_(1 - lr * weight_decay).addcdiv_(gradient, root, value=-lr)
+
+
+def _is_served(values: Tensor) -> bool:
+    return values.is_cuda and values.dtype == torch.float32 and values.is_contiguous() and has_triton()

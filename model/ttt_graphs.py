@@ -1,0 +1,198 @@
+"""Adaptation on a GPU: batches of fixed sizes, each size recorded once as a CUDA graph and then replayed.
+
+A step reads a small table from the host and everything else from device memory: the token stream, the adapters by slot.
+Nothing waits for the device. Batches are rounded up to few numbers of rows; the rows too many adapt a spare slot.
+"""
+
+# B rows of a batch, T tokens of a window, C chunk_tokens, N tokens of the stream, P numbers of one document
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.config import TTTConfig
+from model.gpt import GPT, visit_plan
+from model.kernels.dispatch import uses_triton
+from model.ttt_adapter import Adapter
+from model.ttt_schedule import Batch, Limits
+from model.ttt_slots import Slots
+
+ROUND_ROWS = 4  # beyond 16 rows; below, 2, and up to 4 rows every number
+LAST_STEP_CHUNKS = 4  # windows that learn nothing are padded to multiples of this many chunks
+ACTIVATIONS_FRAC, SLOTS_FRAC = 0.25, 0.3  # of the device's memory
+ACTIVATION_WIDTHS = 16  # numbers kept per token and visit, in model_dim: measured 260 kB a token at full size
+
+
+def fits_graphs(model: GPT) -> bool:
+    """Return whether this model adapts by recorded steps: 16-bit floats on CUDA."""
+    return uses_triton(torch.empty(0, dtype=model.compute_dtype, device=model.qo_bank.device))
+
+
+def memory_rows(model: GPT, config: TTTConfig, num_documents: int, num_parameters: int) -> int:
+    """Return how many slots to hold: all documents at once where the device's memory allows, else what it does.
+
+    The more documents are at work, the more of them have windows of the same length.
+    """
+    total = torch.cuda.get_device_properties(model.qo_bank.device).total_memory
+    affordable = int(SLOTS_FRAC * total / (8 * num_parameters))
+    return max(1, min(num_documents, max(config.batch_documents, affordable)))
+
+
+def rounded_rows(count: int) -> int:
+    """Return the number of rows of the batch that holds count windows."""
+    step = 1 if count <= 4 else 2 if count <= 16 else ROUND_ROWS
+    return -(-count // step) * step
+
+
+class StepRecorder:
+    """Scores and learns from whole chunks: the first batch of a size runs as it is, the second is recorded."""
+
+    def __init__(self, model: GPT, tokens: np.ndarray, config: TTTConfig, slots: Slots, *, is_looped: bool) -> None:
+        self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
+        self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
+        self.seen: set[tuple[int, int]] = set()
+        self.recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self.pool: Any = None
+        self.side: Any = None  # one stream for all recordings: memory is reused on its own stream only
+
+    def run(self, table: Tensor, length: int) -> Tensor:
+        """Return the losses (B, C) of the windows' last chunks, then learn from them; valid until the next run.
+
+        table (B, 2) int64, on the host or the device: place in the stream after a window's last input, slot.
+        """
+        device = self.stream.device
+        key = (table.size(0), length)
+        if device.type != "cuda":
+            return self.step(table, length)
+        if key not in self.recorded and key in self.seen:
+            self._record(key)
+        if key not in self.recorded:
+            self.seen.add(key)
+            return self.step(table.to(device, non_blocking=True), length)
+        graph, static, losses = self.recorded[key]
+        static.copy_(table, non_blocking=True)
+        graph.replay()
+        return losses
+
+    def step(self, table: Tensor, length: int) -> Tensor:
+        """Score and learn, operation by operation."""
+        ends, slots = table.unbind(1)
+        columns, last = self.config.chunk_tokens, self.stream.numel() - 1
+        before = torch.arange(-length, 1, device=table.device)
+        rows = self.stream[(ends.unsqueeze(1) + before).clamp(0, last)]  # (B, T + 1)
+        dtype = self.model.compute_dtype
+        gradients = torch.empty(table.size(0), self.slots.layout.num_parameters, dtype=dtype, device=table.device)
+        with torch.enable_grad():
+            losses = self.model(
+                rows[:, :-1],
+                rows[:, -columns:],
+                is_looped=self.is_looped,
+                adapters=self.slots.gather(slots, gradients),
+                num_scored=columns,
+                reduction="none",
+            )
+            losses.mean(dim=1).sum().backward()
+        self.slots.step(slots, gradients)
+        return losses.detach()
+
+    def prepare(self, rows: int, length: int) -> None:
+        """Run and record the largest batch first, on the spare slot: later ones fit into the memory it leaves."""
+        table = torch.tensor([[length, self.slots.num_slots]] * rows)
+        self.run(table, length)
+        if self.stream.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self.run(table, length)
+
+    def _record(self, key: tuple[int, int]) -> None:
+        """Record the step of this size. Recording runs nothing."""
+        rows, length = key
+        static = torch.zeros(rows, 2, dtype=torch.int64, device=self.stream.device)
+        graph = torch.cuda.CUDAGraph()
+        if self.side is None:
+            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.side.wait_stream(torch.cuda.current_stream())
+        # torch.cuda.graph() would also wait for the device and empty the caches, at every recording.
+        with torch.cuda.stream(self.side), no_collection():
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            losses = self.step(static, length)
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self.side)
+        self.recorded[key] = (graph, static, losses)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from freeing device memory in the middle of a recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class GraphAdapter(Adapter):
+    """A pass whose learning steps are recorded; last chunks and unadapted windows run operation by operation."""
+
+    recorder: StepRecorder | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Twice the configured rows of short windows, as many tokens as the memory holds."""
+        config = self.config
+        tokens = config.batch_documents * config.window_tokens
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            visits = visit_plan(self.model.config, is_looped=self.is_looped).num_visits
+            token_bytes = ACTIVATION_WIDTHS * visits * self.model.config.model_dim * 2
+            tokens = min(tokens, max(config.window_tokens, int(ACTIVATIONS_FRAC * total) // token_bytes))
+        return Limits(
+            rows=2 * config.batch_documents,
+            tokens=tokens,
+            last_step=LAST_STEP_CHUNKS * config.chunk_tokens,
+            round_rows=ROUND_ROWS,
+        )
+
+    def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
+        """Score and adapt documents, up to slots.num_slots of them at once; slots must have a spare one."""
+        assert slots.num_spare >= 1, slots.num_spare
+        if self.recorder is None or self.recorder.slots is not slots:
+            self.recorder = StepRecorder(
+                self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped
+            )
+            longest = max((self.num_predictions(document) for document in documents), default=0)
+            length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
+            if length:
+                rows = min(self.limits.max_rows(length), rounded_rows(len(documents)))
+                self.recorder.prepare(rows, length)
+        super().run_adapted(documents, slots)
+
+    def _advance(self, slots: Slots, batch: Batch) -> None:
+        """Score one chunk of each document, then, unless it is the last, learn from it."""
+        windows = [task.window for task in batch.tasks]
+        if batch.is_last:
+            index = self._upload(np.array([task.slot for task in batch.tasks]))
+            with torch.no_grad():
+                self._forward(windows, slots.gather(index))
+            return
+        assert self.recorder is not None
+        table = np.tile(np.array([batch.length, slots.num_slots]), (rounded_rows(len(windows)), 1))
+        for row, (slot, window) in enumerate(batch.tasks):
+            table[row] = int(self.ranges[window.document][0]) + window.end, slot
+        pinned = torch.from_numpy(table)
+        if self.device.type == "cuda":
+            pinned = pinned.pin_memory()
+        for repeat in range(self.config.updates_per_chunk):
+            losses = self.recorder.run(pinned, batch.length)
+            if repeat == 0:
+                self._note(windows, losses[: len(windows)])
+            self._log_updates(windows, repeat)
