@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from results.evidence import EVIDENCE, copy_evidence
 from results.export_log import train_log
 from results.export_readme import readme
 from results.reader import latest_attempts, read_attempt, read_runs
@@ -33,30 +34,51 @@ class Author(NamedTuple):
     github_id: str
 
 
+class Submission(NamedTuple):
+    """What a folder says, rendered: its text files by name, the rows behind them, and what must be said."""
+
+    files: dict[str, str]
+    runs: pd.DataFrame
+    notes: list[str]
+
+
 def export_submission(out: str, folder: Path, author: Author, *, against: str | None = None) -> list[str]:
     """Write README.md, submission.json, one log a seed and requirements.txt into folder; return what must be said.
 
     out: run directory (path or URI). against: the side (see results.sides) that the README's delta is taken to.
-    Raises ValueError when no seed finished, a figure is missing, or folder is not empty.
+    The evidence (results.evidence) goes along. Raises ValueError when no seed finished, a figure is missing, or folder
+    is not empty.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder={folder} is not empty; name a new one")
+    submission = render_submission(out, author, against=against)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in submission.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    notes = copy_evidence(out, submission.runs, folder)
+    details = {"author": author.name, "github_id": author.github_id, "against": against}
+    (folder / EVIDENCE / "export.json").write_text(json.dumps(details, indent=1) + "\n", encoding="utf-8")
+    return [*submission.notes, *notes]
+
+
+def render_submission(out: str, author: Author, *, against: str | None = None) -> Submission:
+    """Return the text files of a submission folder, computed from the rows alone. Raises as export_submission does."""
     rows = latest_attempts(read_runs(out))
     finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
     if finished.empty:
         raise ValueError(f"{out}: no finished seed to export")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"folder={folder} is not empty; name a new one")
     runs = finished.sort_values(["seed", "repeat"]).drop_duplicates("seed")
     _require_figures(runs)
     notes = [*rows.notes, *rows.problems, *_not_exported(rows.frame, runs)]
     submission = submission_json(runs, author)
-    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     for _, run in runs.iterrows():
         steps = read_attempt(out, "steps", run, ["step", "loss", "elapsed_s", "tokens_per_s", "is_looped"])
-        (folder / f"train_seed{run['seed']}.log").write_text(train_log(run, steps), encoding="utf-8")
-    (folder / "submission.json").write_text(json.dumps(submission, indent=2) + "\n", encoding="utf-8")
-    (folder / "requirements.txt").write_text(requirements(runs), encoding="utf-8")
-    (folder / "README.md").write_text(readme(out, runs, submission, notes, against), encoding="utf-8")
-    return notes
+        files[f"train_seed{run['seed']}.log"] = train_log(run, steps)
+    files["submission.json"] = json.dumps(submission, indent=2) + "\n"
+    files["requirements.txt"] = requirements(runs)
+    files["README.md"] = readme(out, runs, submission, notes, against)
+    return Submission(files, runs, notes)
 
 
 def folder_name(runs: pd.DataFrame) -> str:
@@ -88,6 +110,7 @@ def submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
         "bytes_total": max(sizes),
         "bytes_code": _whole(_first(runs["code_bytes"])),
         "bytes_code_convention": _first(runs["code_bytes_convention"]),
+        "bytes_code_readable": _whole(_first(runs["code_bytes_readable"])),
         "git_commit": _first(runs["git_commit"]),
         "compliance": compliance(runs),
     }
@@ -114,7 +137,9 @@ def hardware(runs: pd.DataFrame) -> str:
     run = runs.iloc[0]
     if pd.notna(run["num_gpus"]) and run["num_gpus"] > 0:
         return f"{int(run['num_gpus'])}x {run['gpu_model'] if pd.notna(run['gpu_model']) else 'GPU'}"
-    return f"{int(run['num_cpus'])} CPU cores" if pd.notna(run["num_cpus"]) else "unknown"
+    if pd.isna(run["num_cpus"]):
+        return "unknown"
+    return f"{int(run['num_cpus'])} CPU core{'s' if run['num_cpus'] > 1 else ''}"
 
 
 def requirements(runs: pd.DataFrame) -> str:

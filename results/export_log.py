@@ -28,6 +28,10 @@ def train_log(run: pd.Series, steps: pd.DataFrame) -> str:
     lines = ["Hyperparameters:", *_hyperparameters(run, config)]
     if _has(run, "post_ttt_tokens"):
         lines.append(f"val_tokens: {int(run['post_ttt_tokens'])}")
+    if _has(run, "val_bytes"):
+        lines.append(f"val_bytes: {int(run['val_bytes'])}")
+    if isinstance(run["val_documents_hash"], str):
+        lines.append(f"val_documents_hash: {run['val_documents_hash']}")
     if _has(run, "num_params"):
         lines.append(f"model_params:{int(run['num_params'])}")
     lines += _curve(steps, total)
@@ -36,7 +40,9 @@ def train_log(run: pd.Series, steps: pd.DataFrame) -> str:
         lines.append(f"peak memory allocated: {round(run['peak_memory_bytes'] / 2**20)} MiB")
     lines += _stage(run, "post_ema")
     if _has(run, "code_bytes"):
-        lines.append(f"Code size: {int(run['code_bytes'])} bytes")
+        if _has(run, "code_bytes_readable"):
+            lines.append(f"Code size (uncompressed): {int(run['code_bytes_readable'])} bytes")
+        lines.append(f"Code size (compressed): {int(run['code_bytes'])} bytes")
     if _has(run, "hessian_s"):
         lines.append(f"GPTQ:collected Hessians in {run['hessian_s']:.3f}s")
     if _has(run, "model_bytes"):

@@ -45,6 +45,7 @@ def readme(out: str, runs: pd.DataFrame, submission: dict[str, Any], notes: list
         f"`pip install -r requirements.txt`; measured on {submission['hardware']}, "
         f"PyTorch {submission['pytorch_version'] or 'unknown'}, commit {submission['git_commit'] or 'unknown'}.", "",
         "```sh", _command(runs), "```", "",
+        "## How to verify", "", *_verification(runs, submission), "",
         "## Credits", "",
         "Recipe after parameter-golf PR #1536 and the pull requests it builds on (#1493, #1530). Figures were rendered "
         "from per-seed Parquet rows by seedsweep; the logs in this folder are rendered from the same rows.",
@@ -77,8 +78,9 @@ def _seed_table(rows: pd.DataFrame, columns: tuple[tuple[str, str, int | None], 
     body = [[str(row["seed"]), *(_cell(row[key], places) for _, key, places in shown)] for _, row in rows.iterrows()]
     summaries = [(summarize(rows[key].tolist()), places) for _, key, places in shown]
     body.append(["Mean", *(_cell(entry.mean, places) for entry, places in summaries)])
-    body.append(["Std", *("no spread" if entry.n == 1 else _cell(entry.std_ddof1, places or 5)
-                          for entry, places in summaries)])  # fmt: skip
+    decimals = [8 if places is None else max(places, 1) for _, places in summaries]
+    spreads = [_cell(entry.std_ddof1, places) for (entry, _), places in zip(summaries, decimals)]
+    body.append(["Std", *("no spread" if entry.n == 1 else cell for (entry, _), cell in zip(summaries, spreads))])
     return markdown_table(header, body)
 
 
@@ -111,4 +113,34 @@ def _command(runs: pd.DataFrame) -> str:
     """Return the command that trains and scores one seed."""
     run = runs.iloc[0]
     ranks = int(run["world_size"]) if run["world_size"] == run["world_size"] else 1
-    return f"SEED={run['seed']} torchrun --standalone --nproc_per_node={ranks} train_gpt.py"
+    return (
+        f"torchrun --standalone --nproc_per_node={ranks} train_gpt.py --seed {run['seed']} "
+        "--train 'DATA/*_train_*.bin' --val 'DATA/*_val_*.bin' --tokenizer DATA/TOKENIZER.model"
+    )
+
+
+def _verification(runs: pd.DataFrame, submission: dict[str, Any]) -> list[str]:
+    """Return how a stranger checks the figures: by arithmetic, by scoring the artifact, by training again."""
+    run = runs.iloc[0]
+    seed, readable, counted = run["seed"], submission["bytes_code_readable"], submission["bytes_code"]
+    sizes = "The rows do not say how large the readable code is."
+    if readable is not None and counted is not None:
+        sizes = (
+            f"Code is {fixed(counted, 0)} bytes as counted (train_gpt_packed.py, the compressed twin that extracts "
+            f"itself) and {fixed(readable, 0)} bytes as committed (train_gpt.py, the same code to read); with the "
+            f"latter the largest total is {fixed(submission['bytes_total'] - counted + readable, 0)} bytes."
+        )
+    return [
+        "1. Without a GPU and without PyTorch, every figure here is derived again from `evidence/` (rows, ledgers, "
+        "per-document scores, stage records, artifacts) and SHA256SUMS: `seedsweep verify .`",
+        "2. The score of a seed, from two files, in an environment with torch, numpy, sentencepiece and brotli only; "
+        "on a CPU it is reproduced to the last bit where the run was made on one (same PyTorch build, same number of "
+        "threads):",
+        "",
+        f"   `python train_gpt.py --eval evidence/seed={seed}-repeat={run['repeat']}/model.ssq --tokenizer T --val "
+        "'SHARDS'`",
+        "",
+        f"3. The whole seed: the command above, or `seedsweep reproduce RUN --seed {seed}` where the run directory is.",
+        "",
+        sizes,
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from results.footers import read_rows
@@ -61,7 +61,7 @@ def latest_attempts(rows: Rows) -> Rows:
     return Rows(kept.reset_index(drop=True), rows.problems, notes)
 
 
-def read_attempt(out: object, table: str, run: pd.Series, columns: Sequence[str]) -> pd.DataFrame:
+def read_attempt(out: object, table: str, run: pd.Series | Mapping[str, Any], columns: Sequence[str]) -> pd.DataFrame:
     """Return chosen columns of the documents, steps or stages of one committed attempt.
 
     run: a row of `runs`. Raises ValueError naming the file when it is missing, damaged or of another version.

@@ -151,6 +151,7 @@ RUN_COLUMNS = (
     Column("model_bytes", "int64", "compressed model"),
     Column("code_bytes", "int64", "code, counted by code_bytes_convention"),
     Column("code_bytes_convention", "string", "how code_bytes was counted"),
+    Column("code_bytes_readable", "int64", "the same code as the readable file has it, the other convention"),
     Column("artifact_bytes", "int64", "model_bytes + code_bytes"),
     Column("size_limit_bytes", "int64", "limit on artifact_bytes"),
     Column("within_limit", "bool", "artifact_bytes <= size_limit_bytes"),

@@ -19,10 +19,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Write the folder. Returns 1 when some launched seed is not in it, else 0."""
+    from results.evidence import write_sums
     from results.export import Author, export_submission
 
     author = Author(args.author, args.github_id)
     notes = export_submission(args.out, args.output, author, against=args.against)
+    write_sums(args.output)
     for path in sorted(args.output.iterdir()):
         print(path)
     for note in notes:

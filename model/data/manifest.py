@@ -249,11 +249,17 @@ def hash_data(data: DataConfig, *, vocab_size: int | None = None, report: Report
         for split in ("train", "val")
     }
     tokenizer = file_sha256(Path(data.tokenizer).expanduser())
+    data_hash = combine_hashes(hashes["train"], hashes["val"], tokenizer, data)
+    return DataHashes(data_hash, hashes["train"], hashes["val"], tokenizer)
+
+
+def combine_hashes(train: Mapping[str, str], val: Mapping[str, str], tokenizer: str, data: DataConfig) -> str:
+    """Return the data hash: over the contents of all shards by path, in reading order, the tokenizer and the limits."""
     content = {
-        **{split: list(by_path.values()) for split, by_path in hashes.items()},
+        "train": list(train.values()),
+        "val": list(val.values()),
         "tokenizer": tokenizer,
         "val_documents": data.val_documents,
         "val_tokens": data.val_tokens,
     }
-    data_hash = hashlib.sha256(canonical_json(content).encode()).hexdigest()
-    return DataHashes(data_hash, hashes["train"], hashes["val"], tokenizer)
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
