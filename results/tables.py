@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from results.reader import Rows, latest_attempts, read_runs
 from results.render import MISSING, csv_table, fixed, markdown_table, signed, text_table
 from results.schema import FINISHED, SCHEMA_VERSION
-from results.stats import Summary, summarize
+from results.stats import Summary, population_std, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +45,7 @@ class SeedTable(NamedTuple):
     identity: dict[str, str | None]
     seeds: list[dict[str, Any]]
     summary: dict[str, Summary]
+    std_ddof0: dict[str, float | None]
     same_seed: dict[str, Summary]
     order0_bpb: float | None
     problems: list[str]
@@ -75,10 +76,12 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     finished = [row for row in seeds if row["state"] == FINISHED]
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
     columns = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
+    means = {column: list(_seed_means(finished, column).values()) for column in columns}
     return SeedTable(
         identity=identity,
         seeds=seeds,
-        summary={column: summarize(list(_seed_means(finished, column).values())) for column in columns},
+        summary={column: summarize(values) for column, values in means.items()},
+        std_ddof0={column: population_std(values) for column, values in means.items()},
         same_seed={column: _same_seed_spread(finished, column) for column in columns},
         order0_bpb=order0[0] if order0 else None,
         problems=rows.problems,
@@ -179,7 +182,7 @@ def _same_seed_spread(finished: list[dict[str, Any]], column: str) -> Summary:
     return Summary(freedom, None, math.sqrt(math.fsum(spreads) / freedom))
 
 
-def as_json(table: SeedTable) -> dict[str, Any]:
+def as_json(table: SeedTable, *, with_population_std: bool = False) -> dict[str, Any]:
     """Return the table as plain JSON values; `same_seed_spread` is there only when a seed was repeated."""
     content: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -188,6 +191,9 @@ def as_json(table: SeedTable) -> dict[str, Any]:
         "seeds": [{key: row[key] for key in SEED_KEYS} for row in table.seeds],
         "summary": {column: table.summary[column]._asdict() for column in SUMMARIZED},
     }
+    if with_population_std:
+        for column in SUMMARIZED:
+            content["summary"][column]["std_ddof0"] = table.std_ddof0[column]
     if any(spread.n for spread in table.same_seed.values()):
         content["same_seed_spread"] = {
             column: {"degrees_of_freedom": spread.n, "std_ddof1": spread.std_ddof1}
@@ -197,14 +203,17 @@ def as_json(table: SeedTable) -> dict[str, Any]:
     return content
 
 
-def render(table: SeedTable, form: str) -> str:
-    """Return the table as text, markdown, json or csv (csv: the rows of the seeds, full precision, no summary)."""
+def render(table: SeedTable, form: str, *, with_population_std: bool = False) -> str:
+    """Return the table as text, markdown, json or csv (csv: the rows of the seeds, full precision, no summary).
+
+    with_population_std: add the std with ddof=0, as some published tables have it, under its own name.
+    """
     if form == "json":
-        return json.dumps(as_json(table), indent=2, allow_nan=False)
+        return json.dumps(as_json(table, with_population_std=with_population_std), indent=2, allow_nan=False)
     if form == "csv":
         keys = [*SEED_KEYS, "context_gain_bpb", "adaptation_gain_bpb"]
         return csv_table(keys, [[row[key] for key in keys] for row in table.seeds]).rstrip("\n")
-    header, rows = _cells(table)
+    header, rows = _cells(table, with_population_std)
     if form == "markdown":
         body = markdown_table(header, rows)
         return "\n".join([body, "", *(f"- {line}" for line in _foot(table))])
@@ -227,7 +236,7 @@ def _hash_shown(table: SeedTable, name: str) -> str:
     return "mixed" if any(note.startswith(f"{name} differs") for note in table.notes) else "unknown"
 
 
-def _cells(table: SeedTable) -> tuple[list[str], list[list[str]]]:
+def _cells(table: SeedTable, with_population_std: bool) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of cells: one row a run, then mean, std and n."""
     shows_repeat = any(row["repeat"] for row in table.seeds)
     shown = shown_columns(table)
@@ -244,6 +253,10 @@ def _cells(table: SeedTable) -> tuple[list[str], list[list[str]]]:
     spreads = [_spread(entry, places) for entry, places in zip(summaries, decimals)]
     rows.append(["mean", *blank, *means, ""])
     rows.append(["std", *blank, *spreads, ""])
+    if with_population_std:
+        entries = [Summary(entry.n, None, table.std_ddof0[key]) for entry, (_, key, _) in zip(summaries, shown)]
+        cells = [_spread(entry, places) for entry, places in zip(entries, decimals)]
+        rows.append(["population std", *blank, *cells, ""])
     rows.append(["n", *blank, *(str(entry.n) for entry in summaries), ""])
     return header, rows
 

@@ -142,3 +142,17 @@ def test_nothing_to_show_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "results" / "runs" / "seed=1-repeat=0-attempt=1.parquet").write_bytes(b"")
     assert main(["table", str(tmp_path)]) == 2
     assert "nothing to show" in capsys.readouterr().err
+
+
+def test_the_population_std_is_shown_on_request_under_its_own_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(fake_sweep(tmp_path))
+    assert main(["table", out]) == 0
+    assert "population" not in capsys.readouterr().out
+    assert main(["table", out, "--population-std"]) == 0
+    assert "population std" in capsys.readouterr().out
+    assert main(["table", out, "--population-std", "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    values = [row["post_ttt_bpb"] for row in content["seeds"]]
+    assert content["summary"]["post_ttt_bpb"]["std_ddof0"] == pytest.approx(statistics.pstdev(values))

@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("out", help="a sweep's run directory: local path or URI")
     parser.add_argument("--with", dest="beside", metavar="pr:N,...", help="published records to print in blocks below")
+    parser.add_argument("--population-std", action="store_true", help="also show the std with ddof=0, labelled")
     parser.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text")
 
 
@@ -26,9 +27,9 @@ def execute(args: argparse.Namespace) -> int:
     records = _published(args.beside)
     table = seed_table(args.out)
     if args.format == "json":
-        print(_json(table, records, args.out))
+        print(_json(table, records, args))
     else:
-        print(render(table, args.format))
+        print(render(table, args.format, with_population_std=args.population_std))
         _print_blocks(records, args.out, args.format)
     for problem in table.problems:
         print(f"seedsweep: {problem}", file=sys.stderr)
@@ -62,7 +63,7 @@ def _print_blocks(records: list[dict[str, Any]], out: str, form: str) -> None:
         print(f"\n{block}", file=sys.stderr if form == "csv" else sys.stdout)
 
 
-def _json(table: SeedTable, records: list[dict[str, Any]], out: str) -> str:
+def _json(table: SeedTable, records: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """Return the table's JSON, with the key `published` when records were asked for."""
     import json
 
@@ -70,8 +71,8 @@ def _json(table: SeedTable, records: list[dict[str, Any]], out: str) -> str:
     from results.sides import text_of_runs
     from results.tables import as_json
 
-    content = as_json(table)
+    content = as_json(table, with_population_std=args.population_std)
     if records:
-        ours = text_of_runs(out)
+        ours = text_of_runs(args.out)
         content["published"] = [block_json(record, ours) for record in records]
     return json.dumps(content, indent=2, allow_nan=False)
