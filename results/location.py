@@ -76,8 +76,11 @@ def write_whole(location: Location, path: str, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         return
-    if location.filesystem.type_name not in OBJECT_STORES:
-        location.filesystem.create_dir(folder, recursive=True)
+    if location.filesystem.type_name in OBJECT_STORES:
+        with location.filesystem.open_output_stream(path) as stream:  # one put: whole or absent without a rename
+            stream.write(content)
+        return
+    location.filesystem.create_dir(folder, recursive=True)
     with location.filesystem.open_output_stream(aside) as stream:
         stream.write(content)
     location.filesystem.move(aside, path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -12,13 +10,13 @@ from enum import StrEnum
 import psutil
 
 from runner.capacity import Node, count_slots, gangs_on, why_infeasible
+from runner.gpus import count_gpus
 from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec import RunKey, SweepSpec
 from runner.storage import LocalStorage, ObjectStorage, open_storage
 from runner.sweep import finished_attempts
 
 EVALUATION_S = 600.0  # what the track allows for evaluation on top of training
-SMI_TIMEOUT_S = 20
 
 
 class Left(StrEnum):
@@ -77,19 +75,6 @@ def this_machine() -> Node:
         "memory": float(psutil.virtual_memory().total),
     }
     return Node(node_id="here", name=os.uname().nodename, resources=resources)
-
-
-def count_gpus() -> int:
-    """Return the number of NVIDIA GPUs that the driver lists, without touching any of them."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
 def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:

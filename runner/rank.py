@@ -22,7 +22,9 @@ from typing import IO, Any
 
 from model.config import RunConfig
 from runner.errors import Failure, Kind, first_line
+from runner.mirror import Mirror, open_mirror
 from runner.spec import RunKey
+from runner.storage import local_root
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Job:
     record: Mapping[str, Any] = field(default_factory=dict)  # what attempt.json says besides the node
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
+    probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
     stall_s: float | None = None  # after so long without progress the rank writes its own stacks down
 
     def log_path(self, rank: int) -> Path:
@@ -93,6 +96,7 @@ class Rank:
         self.visible_gpus: tuple[str, ...] = ()
         self.node: dict[str, Any] = {}
         self.store: Any = None  # rank 0's rendezvous server; lives as long as the rank
+        self.mirror: Mirror | None = None  # where finished files go beside this node's disk
 
     def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
         """Note progress; the driver fetches the newest note."""
@@ -124,6 +128,8 @@ class Rank:
         """Do the work of this rank and return how it ended."""
         self.port, self.visible_gpus = port, visible_gpus
         try:
+            self.check_out()
+            self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
             work = load_target(self.job.target)
             work(self)
         except Exception as error:
@@ -133,7 +139,16 @@ class Rank:
             return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
         finally:
             faulthandler.cancel_dump_traceback_later()
+            if self.mirror is not None and self.rank == 0:
+                self.mirror.put_logs()
         return Outcome(kind="finished", at=time.time())
+
+    def check_out(self) -> None:
+        """Find the probe that the driver left. Raises OutNotShared if this node sees another folder."""
+        root = local_root(self.job.out)
+        if self.job.probe and root is not None and not (root / "probes" / self.job.probe).is_file():
+            host = socket.gethostname()
+            raise OutNotShared(f"out must be shared storage or a URI: node {host} does not see the driver's {root}")
 
     def failure_of(self, error: BaseException) -> Failure:
         """Return error as plain values, with its traceback and the end of this rank's log."""
@@ -168,6 +183,10 @@ class Rank:
     def arm_stack_dump(self, after_s: float) -> None:
         """Let a watchdog thread write the stacks when nothing is reported for after_s, even if Python is stuck."""
         faulthandler.dump_traceback_later(after_s, exit=False, file=stacks_file(self.job.stacks_path(self.rank)))
+
+
+class OutNotShared(ValueError):
+    """The sweep's folder on this node is not the driver's."""
 
 
 class PreflightError(RuntimeError):

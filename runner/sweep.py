@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -23,14 +24,15 @@ from typing import Any
 from runner.capacity import count_slots, why_infeasible
 from runner.commit import commit_run, read_json
 from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
-from runner.errors import Infeasible, Refused
+from runner.errors import Infeasible, Refused, SweepError
+from runner.mirror import open_mirror
 from runner.progress import open_view
 from runner.provenance import Git, code_hash, data_hash, data_problems, git_state, machine, package_versions
-from runner.rank import PIPELINE, Job
+from runner.rank import PIPELINE, Job, OutNotShared
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
 from runner.spec import Gang, RunKey, SweepSpec, absolute_path
 from runner.states import Run, State
-from runner.storage import check_writable, local_root, open_storage
+from runner.storage import check_writable, local_root, open_storage, remove_tree
 
 logger = logging.getLogger(__name__)
 
@@ -192,15 +194,25 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
             spec, runs, backend, directory, view, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
+        sweep.leave_probe()
         try:
             with signals_end(scheduler.interrupt):
                 final = scheduler.run()
         finally:
+            sweep.remove_probe()
             view.close()
+        refuse_split_storage(final)
         code = exit_code(final, is_interrupted=scheduler.is_interrupted)
         if code == EXIT_INFEASIBLE:
             raise Infeasible(why_infeasible(backend.nodes(), spec.gang) or "no node could hold a gang for too long")
         return code
+
+
+def refuse_split_storage(runs: dict[RunKey, Run]) -> None:
+    """Raise SweepError if a node did not see the driver's folder."""
+    for run in runs.values():
+        if run.failure is not None and run.failure.error_type == OutNotShared.__name__:
+            raise SweepError(run.failure.message)
 
 
 # A thread cannot be killed, so that limits which end in a kill do not apply to --local.
@@ -248,6 +260,18 @@ class SweepWork:
         self.spec, self.record, self.options = spec, record, options
         self.root = local_root(spec.out) or scratch_root(spec.out)
         self.nodes: list[str] = []
+        self.probe = ""
+
+    def leave_probe(self) -> None:
+        """Leave a file in the sweep's folder that every node must see."""
+        if local_root(self.spec.out) is not None:
+            self.probe = secrets.token_hex(8)
+            open_storage(self.spec.out).write(f"probes/{self.probe}", b"")
+
+    def remove_probe(self) -> None:
+        """Take the probe away again."""
+        if self.probe:
+            remove_tree(self.root / "probes")
 
     def workdir(self, key: RunKey) -> Path:
         """Return the run directory of a run on this machine."""
@@ -260,6 +284,7 @@ class SweepWork:
             "seed": run.key.seed,
             "repeat": run.key.repeat,
             "config": dataclasses.asdict(self.spec.config_for(run.key)),
+            "started_at": time.time() - time.monotonic() + run.placed_at,
         }
 
     def make_job(self, run: Run) -> Job:
@@ -278,6 +303,7 @@ class SweepWork:
             record=self.record_of(run),
             fetch=self.spec.fetch,
             target=self.options.target,
+            probe=self.probe,
             stall_s=None if self.options.is_local else self.spec.limits.stall_s,
         )
 
@@ -286,6 +312,9 @@ class SweepWork:
         if run.node_id not in self.nodes:
             self.nodes.append(run.node_id)
         label = f"node-{self.nodes.index(run.node_id)}"
+        mirror = open_mirror(self.spec.out, run.key.name, self.workdir(run.key))
+        if mirror is not None:
+            mirror.fetch_results()
         commit_run(self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label)
         if run.state is State.COMMITTING and self.record["data_hash"] is None:
             self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree

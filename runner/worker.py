@@ -20,6 +20,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
+from runner.gpus import query_gpus
 from runner.provenance import different_versions, machine, package_versions
 from runner.rank import Job, PreflightError, Rank
 from runner.storage import LocalStorage
@@ -27,6 +28,7 @@ from runner.storage import LocalStorage
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
 RENDEZVOUS_S = 120.0
 MIN_FREE_BYTES = 1 << 30
+MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
 
 
 def run_pipeline(rank: Rank) -> None:
@@ -36,12 +38,18 @@ def run_pipeline(rank: Rank) -> None:
     job = rank.job
     torch.set_num_threads(job.threads)
     rank.report("start", 0, None, {})
+    on_write = rank.mirror.put if rank.mirror is not None else ignore
     dist = join_gang(rank)
     try:
+        bandwidth = all_reduce_bytes_per_s(dist)
         if rank.rank == 0:
-            facts = preflight(job)
+            facts = preflight(rank)
+            facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
+            if rank.mirror is not None:
+                rank.mirror.fetch_all()
             check_node_data(rank)
             note_attempt(job, facts)
+            on_write(Path(job.workdir) / "attempt.json")
         dist.barrier()
         run_seed(
             job.config,
@@ -51,6 +59,7 @@ def run_pipeline(rank: Rank) -> None:
             should_stop=rank.should_stop,
             restart=job.restart,
             allow_code_change=job.allow_code_change,
+            on_write=on_write,
         )
         dist.barrier()
     finally:
@@ -92,19 +101,18 @@ def open_store(world_size: int) -> TCPStore:
     )  # fmt: skip
 
 
-def preflight(job: Job) -> dict[str, Any]:
+def preflight(rank: Rank) -> dict[str, Any]:
     """Return what this node is. Raises PreflightError if it is not fit for the attempt."""
+    job, host = rank.job, socket.gethostname()
     versions = package_versions()
     differing = different_versions(job.record.get("versions", versions), versions)
     if differing:
-        raise PreflightError(f"node {socket.gethostname()} has other package versions: {differing}")
+        raise PreflightError(f"node {host} has other package versions: {differing}")
     Path(job.workdir).mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(job.workdir).free
     if free < MIN_FREE_BYTES:
-        raise PreflightError(
-            f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; 1 GB is needed"
-        )
-    return {"versions": versions, "hardware": {**machine(), **gpu_facts(job), "free_disk_bytes": free}}
+        raise PreflightError(f"node {host} has {free / 1e9:.1f} GB free at {job.workdir}; 1 GB is needed")
+    return {"versions": versions, "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free}}
 
 
 def check_node_data(rank: Rank) -> None:
@@ -127,19 +135,49 @@ def check_node_data(rank: Rank) -> None:
         raise PreflightError(f"node {socket.gethostname()} lacks data: {problems[0]}")
 
 
-def gpu_facts(job: Job) -> dict[str, Any]:
-    """Return model, memory and versions of this process's GPUs, {} on CPU. Raises PreflightError if they differ."""
-    if not job.uses_gpus or not torch.cuda.is_available():
+def gpu_facts(rank: Rank) -> dict[str, Any]:
+    """Return model, memory, driver and CUDA version of the gang's GPUs, {} on CPU.
+
+    Raises PreflightError if they are of different kinds, or if somebody else works on one of them.
+    """
+    if not rank.job.uses_gpus or not torch.cuda.is_available():
         return {}
-    models = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if len(set(models)) > 1:
+    gpus = query_gpus(rank.visible_gpus)
+    models = sorted({gpu.model for gpu in gpus})
+    if len(models) > 1:
         raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
+    for gpu in gpus:
+        if gpu.used_bytes > MAX_USED_BYTES:
+            raise PreflightError(
+                f"GPU {gpu.number} of node {socket.gethostname()} is not idle: {gpu.used_bytes / 1e9:.1f} GB are in use"
+            )
     return {
-        "gpu_model": models[0],
-        "num_gpus": len(models),
+        "gpu_model": models[0] if models else torch.cuda.get_device_name(0),
+        "num_gpus": torch.cuda.device_count(),
+        "driver_version": gpus[0].driver if gpus else None,
         "cuda_version": torch.version.cuda,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
     }
+
+
+def all_reduce_bytes_per_s(dist: Dist) -> float | None:
+    """Return the bandwidth of summing 64 MB (4 MB on CPU) over the gang, the best of three; None for one rank."""
+    if dist.world_size == 1:
+        return None
+    tensor = torch.zeros((1 << 24) if dist.device.type == "cuda" else (1 << 20), device=dist.device)
+    best_s = float("inf")
+    for _ in range(4):  # the first one connects
+        dist.barrier()
+        begun = time.perf_counter()
+        dist.all_reduce_(tensor)
+        if dist.device.type == "cuda":
+            torch.cuda.synchronize(dist.device)
+        best_s = min(best_s, time.perf_counter() - begun)
+    return tensor.numel() * tensor.element_size() / best_s
+
+
+def ignore(_path: Path) -> None:
+    """Do nothing with a finished file: it is where it belongs."""
 
 
 def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:
