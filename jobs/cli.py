@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("report", "make one self-contained page of figures and tables"),
     "export": ("export", "write a submission folder from Parquet"),
     "verify": ("verify", "derive every figure of a submission folder again from its own files"),
+    "reproduce": ("reproduce", "run a seed again as recorded and say how far each stage moved"),
     "bundle": ("bundle", "write an artifact with the one file that scores it, or trains it again"),
     "audit": ("audit", "probe finished runs against every rule, or the probes themselves"),
     "inspect": ("inspect", "print what is inside an artifact"),
