@@ -141,7 +141,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     grad, grad_out = draw(rows, time, 6), draw(rows, time, 4)
 
     inputs = [leaf.clone().requires_grad_() for leaf in leaves]
-    parts = inputs[1].split(rank, dim=1)
+    parts = torch.split(inputs[1], rank, dim=1)
     expected = inputs[0] @ weight.T + torch.cat([low_rank(inputs[0], parts[i], inputs[2 + i]) for i in range(2)], dim=2)
     expected_out = scale * low_rank(inputs[0], parts[2], inputs[4])
     wanted = torch.autograd.grad((expected * grad).sum() + (expected_out * grad_out).sum(), inputs)
@@ -156,7 +156,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     out = add_low_rank_(torch.zeros(rows, time, 4, dtype=torch.float64), reduced, adapters, "o", scale)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     assert torch.allclose(out, expected_out, rtol=0, atol=1e-12)
-    ((y * grad).sum() + (out * grad_out).sum()).backward()
+    torch.autograd.backward((y * grad).sum() + (out * grad_out).sum())
     got = [ours[0].grad, *(zero if has_buffers else [leaf.grad for leaf in ours[1:]])]
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from model.config import ATTENTION_BACKENDS
+from model.kernels.row_attention import cudnn_rows
 
 if TYPE_CHECKING:
     from model.data.packing import Packing
@@ -211,6 +212,11 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     return flex_varlen(q, k, v, bounds.keys)
 
 
+def _cudnn_rows(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
+    # Chosen for whole rows only (see self_attention), never by name.
+    return cudnn_rows(q, k, v, bounds.keys.numel() - 1)
+
+
 def _flash(module: str) -> Callable[..., Tensor]:
     """Return the variable-length function of a FlashAttention package, imported at the first call."""
 
@@ -231,5 +237,6 @@ FLASH_MODULES = {"fa2": "flash_attn.flash_attn_interface", "fa3": "flash_attn_in
 VARLEN_KERNELS: dict[str, Callable[..., Tensor]] = {
     "varlen": _varlen,
     "flex": _flex,
+    "cudnn_rows": _cudnn_rows,
     **{name: _flash(module) for name, module in FLASH_MODULES.items()},
 }

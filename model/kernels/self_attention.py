@@ -16,6 +16,7 @@ from torch import Tensor
 from model.data.packing import Packing
 from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, resolve_backend, segment_bounds, window_bounds
 from model.kernels.dispatch import uses_triton
+from model.kernels.row_attention import MIN_TOKENS, prefers_cudnn
 from model.kernels.window_attention import window_attention
 from model.layers import exclude_own_value, normalize_and_rotate
 
@@ -88,11 +89,19 @@ def _fused(
         bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
     else:
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
+        if rows.packing is None and backend == "auto" and shape.time >= MIN_TOKENS:
+            heads = (shape.num_heads, shape.head_dim, qkv.dtype, qkv.device)
+            name = "cudnn_rows" if prefers_cudnn(_varlen_rows, *heads) else name
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
     is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
     z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name, is_recording)
     return z.view(shape.batch, shape.num_queries, -1)
+
+
+def _varlen_rows(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> Tensor:
+    """Return what cudnn_rows returns, by the variable-length kernel."""
+    return VARLEN_KERNELS["varlen"](q, k, v, segment_bounds(None, num_rows, q.size(0) // num_rows, q.device))
 
 
 class _SelfAttention(torch.autograd.Function):

@@ -1,0 +1,121 @@
+"""Adaptation on a CUDA device: kernels against PyTorch, recorded steps against single ones, bf16 against float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import published
+from model.data.shards import BOS_ID, find_documents
+from model.data.validation import ValidationSet
+from model.gpt import GPT
+from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
+from model.kernels.row_attention import cudnn_rows
+from model.ttt import make_slots
+from model.ttt_adapter import Adapter
+from model.ttt_graphs import GraphAdapter, StepRecorder
+from model.ttt_slots import Slots
+from tests.micro_model import ignore
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+CONFIG = replace(published().ttt, batch_documents=16)
+
+
+def full_model(dtype: torch.dtype) -> GPT:
+    """The published model with random weights, none of them zero."""
+    model = GPT(published().model, compute_dtype=dtype)
+    model.init_weights(3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for bank in (model.qo_bank[model.config.num_layers :], model.mlp_down_bank):
+            bank.copy_(0.02 * torch.randn(bank.shape, generator=generator))
+        model.q_gain.fill_(1.5)
+    return model.to(CUDA).requires_grad_(False)
+
+
+def documents(*lengths: int) -> ValidationSet:
+    """Random documents of a small vocabulary, so that adaptation has something to learn."""
+    rng = np.random.default_rng(6)
+    tokens = np.concatenate([np.append(BOS_ID, rng.integers(4, 60, n - 1)) for n in lengths]).astype(np.uint16)
+    return ValidationSet(tokens, find_documents(tokens))
+
+
+def adapt(kind: type[Adapter], model: GPT, validation: ValidationSet) -> np.ndarray:
+    """Return the nll (N,) of every target."""
+    work = kind(model, validation, CONFIG, ignore, label="gpu")
+    everyone = range(validation.num_documents)
+    spare = Slots(model, CONFIG, 1, validation.num_documents)
+    work.run_adapted(everyone, make_slots(model, CONFIG, everyone, seed=1) if kind is GraphAdapter else spare)
+    return np.asarray(work.nll.cpu().numpy())
+
+
+def test_the_kernels_gather_and_step_as_plain_pytorch_does() -> None:
+    torch.manual_seed(0)
+    size, index = 100_003, torch.tensor([4, 1, 2])
+    values, moments = torch.randn(5, size), 1e-4 * torch.rand(5, size)
+    gradients = (0.01 * torch.randn(3, size)).bfloat16()
+    correction = 1 - 0.999 ** torch.tensor([1.0, 2.0, 9.0])
+    settings = AdamSettings(1e-4, 0.5, 0.999, 1e-10)
+    ours, sums, at, steps, factors = (x.to(CUDA) for x in (values, moments, index, gradients, correction))
+    assert torch.equal(gather_rows(ours, at, torch.bfloat16).cpu(), values[index].bfloat16())
+    adam_rows_(values, moments, index, gradients, correction, settings)
+    adam_rows_(ours, sums, at, steps, factors, settings)
+    assert torch.allclose(ours.cpu(), values, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(sums.cpu(), moments, rtol=1e-6, atol=1e-12)
+
+
+def test_a_recorded_step_does_what_single_operations_do() -> None:
+    model, validation = full_model(torch.bfloat16), documents(700, 700, 700)
+    found = []
+    for is_recorded in (False, True):
+        slots = Slots(model, CONFIG, 1, 3, num_spare=1)
+        for slot in range(3):
+            slots.reset(slot, slot)
+        start = slots.values[:3].cpu()
+        recorder = StepRecorder(model, validation.tokens, CONFIG, slots, is_looped=True)
+        if is_recorded:
+            recorder.prepare(4, 256)
+        losses = []
+        for chunk in range(3):
+            ends = [int(start) + 256 + 64 * chunk for start, _ in validation.document_ranges]
+            table = torch.tensor([*zip(ends, range(3)), (256, 3)])
+            losses.append(recorder.run(table, 256)[:3].clone())
+        assert len(recorder.recorded) == is_recorded
+        found.append((torch.stack(losses).cpu(), slots.values[:3].cpu(), slots.num_updates[:3].tolist()))
+    (single, values, counts), (recorded, recorded_values, recorded_counts) = found
+    assert counts == recorded_counts == [3, 3, 3]
+    assert torch.isfinite(recorded).all()
+    assert float((single - recorded).abs().max()) < 0.02  # atomic sums in attention's backward
+    assert float((values - recorded_values).norm()) < 0.1 * float((values - start).norm())
+
+
+def test_bf16_graphs_agree_with_float32_steps() -> None:
+    validation = documents(400, 90, 2300, 30, 641, 5)
+    plain = adapt(Adapter, full_model(torch.float32), validation)
+    fast = adapt(GraphAdapter, full_model(torch.bfloat16), validation)
+    assert np.isfinite(fast).all()
+    ranges = validation.document_ranges
+    gaps = [abs(float((fast - plain)[start : end - 1].mean())) for start, end in ranges if end - start > 64]
+    assert max(gaps) < 0.02
+
+
+@pytest.mark.parametrize("time", [64, 1024, 2048])
+def test_cudnn_rows_agree_with_float64(time: int) -> None:
+    torch.manual_seed(1)
+    turned = torch.randn(2 * time, 24, 64, device=CUDA).bfloat16()
+    q, k, v = (x.detach().requires_grad_() for x in turned.chunk(3, dim=1))
+    y = cudnn_rows(q, k, v, 2)
+    grad = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (q, k, v), grad)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    heads = [x.view(2, time, 8, 64).transpose(1, 2) for x in wide]
+    scores = heads[0] @ heads[1].mT / 8
+    hidden = torch.ones(time, time, device=CUDA, dtype=torch.bool).triu(1)
+    expected = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ heads[2]).transpose(1, 2).reshape(2 * time, 8, 64)
+    wanted = torch.autograd.grad(expected, wide, grad.double())
+    for mine, theirs in zip((y, *gradients), (expected, *wanted), strict=True):
+        assert float((mine.double() - theirs).norm() / theirs.norm()) < 0.01
