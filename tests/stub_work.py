@@ -142,3 +142,13 @@ def commit_fault(fault: dict[str, Any]) -> None:
             time.sleep(fault["seconds"])
         case other:
             raise AssertionError(other)
+
+
+def mirrored_work(rank: Rank) -> None:
+    """Run the stages, then mirror everything as the pipeline does file by file."""
+    assert rank.mirror is not None
+    rank.mirror.fetch_all()
+    work(rank)
+    workdir = Path(rank.job.workdir)
+    for path in [*workdir.glob("*.npz"), *(workdir / "stages").glob("*.json")]:
+        rank.mirror.put(path)

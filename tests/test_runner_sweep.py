@@ -141,6 +141,7 @@ def test_a_disk_that_fills_while_results_are_written_costs_an_attempt(
     assert "No space left on device" in (tmp_path / "events.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_ends_in_a_clear_error_and_a_later_run_mends_it(tmp_path: Path) -> None:
     code = (
         "import resource, sys, json\n"
@@ -269,6 +270,7 @@ def test_a_sweep_whose_folder_is_not_shared_ends_as_bad_input(tmp_path: Path, mo
         run(make_spec(tmp_path, seeds=[1]))
 
 
+@pytest.mark.slow
 def test_stop_takes_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
     code = (
         "import sys, json\nfrom tests import drive_sweep\n"

@@ -1,0 +1,80 @@
+"""What a submitted job is made of, and that the KubeRay manifest fits its schema."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from jobs.submit import EXCLUDES, MAX_UPLOAD_BYTES, make_submission, upload_bytes
+from runner.provenance import Git
+from runner.spec import load_spec
+
+ROOT = Path(__file__).parent.parent
+KUBERAY = ROOT / "jobs" / "kuberay"
+DEMO = ROOT / "jobs" / "specs" / "demo.yaml"
+
+
+def submission(**changes: Any) -> Any:
+    """Return the demo as a job."""
+    given: dict[str, Any] = {"working_dir": ROOT, "git": Git("abc123", True), **changes}
+    return make_submission(load_spec(DEMO), DEMO, **given)
+
+
+def test_a_job_records_commit_and_dirty_flag() -> None:
+    job = submission()
+    assert job.entrypoint == "python -m jobs.cli run jobs/specs/demo.yaml --git-commit abc123 --git-dirty yes"
+    assert (job.metadata["git_commit"], job.metadata["git_dirty"], job.metadata["sweep"]) == ("abc123", "True", "demo")
+
+
+def test_every_word_of_the_command_is_quoted() -> None:
+    words = shlex.split(submission(run_arguments=["--out", "/tmp/a; rm -rf b"]).entrypoint)
+    assert words[-2:] == ["--out", "/tmp/a; rm -rf b"]
+
+
+def test_outside_a_repository_the_commit_is_unknown() -> None:
+    assert "--git-commit unknown" in submission(git=Git("unknown", None)).entrypoint
+
+
+def test_the_upload_is_small_and_holds_the_code() -> None:
+    assert upload_bytes(ROOT) < MAX_UPLOAD_BYTES
+    assert "/data" in EXCLUDES  # model/data is code and goes along
+    assert "data" not in EXCLUDES
+
+
+def test_a_large_working_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(DEMO.read_text())
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(MAX_UPLOAD_BYTES + 1)
+    with pytest.raises(ValueError, match=r"would upload 20.0 MB, over 20 MB"):
+        make_submission(load_spec(DEMO), tmp_path / "spec.yaml", working_dir=tmp_path)
+
+
+def test_a_spec_that_would_not_travel_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not inside the working directory"):
+        make_submission(load_spec(DEMO), DEMO, working_dir=tmp_path)
+
+
+def test_the_kuberay_manifest_fits_its_schema() -> None:
+    schema = json.loads((KUBERAY / "rayjob.schema.json").read_text())
+    manifest = yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(manifest, schema)
+    manifest["spec"]["rayClusterSpec"]["workerGroupSpec"] = []
+    with pytest.raises(jsonschema.ValidationError, match="workerGroupSpec"):
+        jsonschema.validate(manifest, schema)
+
+
+def test_the_kuberay_manifest_runs_a_spec_that_fits_its_nodes() -> None:
+    spec = yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())["spec"]
+    words = shlex.split(spec["entrypoint"])
+    sweep = load_spec(ROOT / words[4], out=words[6])
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert int(limits["nvidia.com/gpu"]) >= sweep.gang.gpus
+    assert int(limits["cpu"]) >= sweep.gang.total["CPU"]
