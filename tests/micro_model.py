@@ -1,4 +1,7 @@
-"""The smallest model that has every part, token streams for it, and settings that run it in a second."""
+"""The smallest model that has every part, token streams for it, and settings that run it in a second.
+
+For tests of the model package; tests/micro.py has the smallest spec for those of the runner.
+"""
 
 from __future__ import annotations
 
