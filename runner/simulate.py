@@ -229,3 +229,16 @@ def simulate(spec: SweepSpec, folder: Path, *, num_nodes: int, seed_s: float) ->
         decisions += scheduler.give_all()
         spent_s += time.perf_counter() - begun
     return cluster, spent_s, decisions
+
+
+def fill_directory(spec: SweepSpec, folder: Path) -> None:
+    """Make the directory of a finished sweep: every run done, with a row in the results."""
+    from results.store import commit_attempt
+
+    runs = [Run(key=key, state=states.State.DONE, attempt=1, placed_at=1.0, since=600.0) for key in spec.keys]
+    SweepDirectory(LocalStorage(folder)).write_state(spec.name, runs, 0.0, slots=1)
+    for run in runs:
+        score = 1.07 + 0.001 * (run.key.seed % 7)
+        scores = {f"{name}_bpb": score for name in ("pre_ttt", "ttt_lr0", "post_ttt")}
+        keys = {"seed": run.key.seed, "repeat": run.key.repeat, "attempt": 1, "config_hash": spec.config_hash}
+        commit_attempt(folder, run={**keys, "state": str(run.state), **scores})
