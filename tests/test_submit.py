@@ -78,3 +78,13 @@ def test_the_kuberay_manifest_runs_a_spec_that_fits_its_nodes() -> None:
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert int(limits["nvidia.com/gpu"]) >= sweep.gang.gpus
     assert int(limits["cpu"]) >= sweep.gang.total["CPU"]
+
+
+def test_ray_packs_what_is_not_excluded() -> None:
+    from ray._private.runtime_env.packaging import _get_excludes
+
+    is_excluded = _get_excludes(ROOT, list(EXCLUDES))
+    assert [
+        name for name in ("jobs/cli.py", "model/data/shards.py", "pyproject.toml", "") if is_excluded(ROOT / name)
+    ] == []
+    assert [name for name in (".git", ".venv", "runs", "data") if not is_excluded(ROOT / name)] == []
