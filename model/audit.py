@@ -17,6 +17,7 @@ from typing import Any
 from model import audit_causality, audit_distribution, audit_records, audit_updates
 from model.artifact import load_artifact
 from model.audit_bytes import probe_bytes
+from model.audit_files import probe_records
 from model.audit_reload import probe_reload
 from model.audit_results import FAIL, Result, worst
 from model.audit_run import RunFiles, load_run
@@ -87,6 +88,7 @@ def _bytes(audit: Audit) -> Result:
 
 # name -> (what it does, in a few words; the probe); the order is that of the report
 PROBES: Mapping[str, tuple[str, Callable[[Audit], Result | list[Result]]]] = {
+    "records": ("files and figures against their records", lambda a: probe_records(a.files)),
     "size": ("model and code bytes on disk", lambda a: audit_records.probe_size(a.files)),
     "reload": (
         "a fresh process with artifact, program, tokenizer and validation text only",
@@ -154,7 +156,10 @@ def audit_run(
     """
     started = time.monotonic()
     audit = Audit(out, runs, load_run(workdir), sample)
-    results = run_probes(audit, probes, report)
+    try:
+        results = run_probes(audit, probes, report)
+    except (KeyError, TypeError, IndexError) as error:  # a record without the figures that a probe needs
+        raise ValueError(f"{workdir} is damaged, or of an earlier version: {error!r}") from error
     content = {
         "format": FORMAT,
         "seed": audit.files.config.seed,

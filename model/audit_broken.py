@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -38,6 +39,7 @@ from model.audit_controls import (
     spaces_counted_twice,
 )
 from model.audit_distribution import probe_gold_swap, probe_normalization
+from model.audit_files import probe_records
 from model.audit_records import (
     SIZE_LIMIT_BYTES,
     TIMED_GPUS,
@@ -50,7 +52,7 @@ from model.audit_records import (
 )
 from model.audit_reload import Fresh, judge_network, judge_scores, run_fresh
 from model.audit_results import Result
-from model.audit_run import RunFiles
+from model.audit_run import RunFiles, load_run
 from model.audit_sweep import probe_configuration
 from model.audit_updates import probe_adapter_states, probe_frozen_updates, probe_order, probe_poisoned_update
 from model.calibrate import draw_windows
@@ -243,6 +245,15 @@ def other_score(audit: Audit) -> Iterator[Result]:
     yield judge_scores(audit.files, Fresh({"exit": 0, "refused": []}, scores, "", ""))
 
 
+def altered_file(audit: Audit) -> Iterator[Result]:
+    """A document's score is changed in the rows, and the record is left as it was."""
+    with tempfile.TemporaryDirectory(prefix="seedsweep-control-") as name:
+        workdir = Path(shutil.copytree(audit.files.workdir, Path(name) / "run"))
+        arrays = {**audit.files.adapted, "nats_ttt": audit.files.adapted["nats_ttt"] * (1 - 1e-6)}
+        np.savez(workdir / "ttt.npz", allow_pickle=False, **arrays)
+        yield probe_records(load_run(workdir))
+
+
 def open_network(audit: Audit) -> Iterator[Result]:
     """The fresh process has a network interface."""
     yield judge_network(Fresh({"interfaces": ["lo", "eth0"]}, audit.files.metrics, "", ""))
@@ -284,5 +295,6 @@ CONTROLS: Sequence[Control] = (
     Control("too_slow", "steps and Hessians take 601 s on 8 GPUs", too_slow),
     Control("needs_training_data", "the program opens a training shard when it scores", needs_training_data),
     Control("other_score", "the fresh process scores 0.0001 bpb worse than the run says", other_score),
+    Control("altered_file", "the document rows are made 0.0001 % better", altered_file),
     Control("open_network", "the fresh process has a network interface", open_network),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from model.audit_results import FAIL, PASS, Result, judged, not_run
 from model.audit_run import RunFiles
 from model.config import TTTConfig
+from model.data.files import file_sha256
 from model.data.shards import BOS_ID, find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.own_code import PACKED_NAME, READABLE_NAME
@@ -105,26 +107,29 @@ def probe_exactly_once(files: RunFiles, validation: ValidationSet) -> Result:
 
 
 def probe_separation(files: RunFiles, validation_shards: Iterable[Path]) -> Result:
-    """Look for validation text among the files that were read before evaluation, and training text after it."""
-    hashes = dict(files.run["data"]["val"])
-    names = {str(path.resolve()) for path in validation_shards} | set(hashes)
-    contents = set(hashes.values())
+    """Look at every data file that was read before evaluation: training shards, the run's own files, nothing else."""
     faults: list[str] = []
     num_reads = 0
+    validation = {place for path in validation_shards for place in (os.path.abspath(path), str(path.resolve()))}
+    contents = set(files.run["data"]["val"].values())
     for stage in ("prepare", *READS_TRAINING):
         for read in files.ledgers[stage]["reads"]:
             num_reads += 1
-            is_validation = read["path"] in names or read.get("sha256") in contents
-            if is_validation and (stage, read["phase"]) != ("prepare", HASH_PHASE):
-                seen = "undeclared, seen by the interpreter's audit hook" if not read["declared"] else "declared"
-                faults.append(f"{read['file']} opened in {stage}, phase {read['phase']} ({seen})")
-    num_reads += len(files.ledgers["ttt"]["reads"])
+            if (stage, read["phase"]) == ("prepare", HASH_PHASE):
+                continue
+            seen = "declared" if read["declared"] else "undeclared, seen by the interpreter's audit hook"
+            where = f"{read['file']} opened in {stage}, phase {read['phase']}, rank {read['rank']} ({seen})"
+            if read["path"] in validation or read_hash(read) in contents:
+                faults.append(f"validation text: {where}")
+            elif not is_expected(read, files):
+                faults.append(f"neither a training shard nor the run's own: {where}")
     training = set(files.run["data"]["train"].values())
     faults += [
         f"training shard {read['file']} opened in ttt, phase {read['phase']}"
         for read in files.ledgers["ttt"]["reads"]
         if read.get("sha256") in training
     ]
+    num_reads += len(files.ledgers["ttt"]["reads"])
     return judged(
         "separation", "R4", measured=len(faults), limit=0, unit="reads", sample_size=num_reads,
         sample_of="reads of all ranks", detail=faults[0] if faults else "validation shards are hashed in stage "
@@ -132,6 +137,24 @@ def probe_separation(files: RunFiles, validation_shards: Iterable[Path]) -> Resu
         not_checked="files opened by C++ or Rust code without a word to the ledger; text copied into another file "
         "before the run (overlap looks for it in the training shards)",
     )  # fmt: skip
+
+
+def read_hash(read: Mapping[str, Any]) -> str:
+    """Return the sha256 of a file that was read: as noted, else as it is now; nothing where it is gone."""
+    if "sha256" in read:
+        return str(read["sha256"])
+    path = Path(read["path"])
+    return file_sha256(path) if path.is_file() else ""
+
+
+def is_expected(read: Mapping[str, Any], files: RunFiles) -> bool:
+    """Return whether a read before evaluation is of a training shard, the run's own files or an installed package."""
+    known = set(files.run["data"]["train"].values())
+    places = {os.path.abspath(path) for path in files.train_shards}
+    if read.get("sha256") in known or read["path"] in places:
+        return True
+    folders = Path(read["path"]).parts
+    return files.workdir.name in folders or "site-packages" in folders or "dist-packages" in folders
 
 
 def probe_overlap(files: RunFiles, validation: ValidationSet) -> Result:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +51,7 @@ def load_run(workdir: Path) -> RunFiles:
 
     Raises FileNotFoundError or ValueError naming the file that is missing or damaged.
     """
-    run = read_json(workdir / "run.json")
+    run = read_parts(workdir / "run.json", data=dict, config=dict)
     try:
         config = config_from_plain(run["config"])
     except (KeyError, AttributeError, ValueError) as error:
@@ -61,8 +63,10 @@ def load_run(workdir: Path) -> RunFiles:
         workdir=workdir,
         run=run,
         config=config,
-        records={stage: read_json(workdir / "stages" / f"{stage}.json") for stage in STAGES},
-        ledgers={stage: read_json(workdir / "ledger" / f"{stage}.json") for stage in LEDGERS},
+        records={
+            stage: read_parts(workdir / "stages" / f"{stage}.json", metrics=dict, outputs=dict) for stage in STAGES
+        },
+        ledgers={stage: read_parts(workdir / "ledger" / f"{stage}.json", spans=list, reads=list) for stage in LEDGERS},
         events=read_events(scores),
         nll=scores["nll"],
         plain=read_arrays(workdir / "evaluate.npz"),
@@ -86,6 +90,20 @@ def find_runs(out: Path, *, seed: int | None = None) -> list[Path]:
     return found
 
 
+def is_finished(workdir: Path) -> bool:
+    """Return whether a run has come through its last stage."""
+    return (workdir / "stages" / f"{STAGES[-1]}.json").is_file()
+
+
+def read_parts(path: Path, **parts: type) -> dict[str, Any]:
+    """Return a JSON mapping that has the named parts. Raises FileNotFoundError or ValueError naming path."""
+    content = read_json(path)
+    for name, kind in parts.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"{path} is damaged: it has no {name}")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON mapping. Raises FileNotFoundError or ValueError naming path."""
     try:
@@ -106,5 +124,5 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, KeyError, EOFError) as error:
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error})") from None

@@ -5,7 +5,6 @@ Nothing in it is fetched from elsewhere; figures are inline SVG in the page's co
 
 from __future__ import annotations
 
-import json
 import math
 from html import escape
 from importlib import resources
@@ -17,6 +16,7 @@ from results.figures import Drawn, draw_all, inline_svg, save_files, score_inter
 from results.published import Record
 from results.published_text import published_block
 from results.render import fixed, signed
+from results.report_audit import audit_section
 from results.report_data import System, read_system
 from results.schema import FINISHED, SCHEMA_VERSION
 from results.sides import text_of_runs
@@ -92,7 +92,7 @@ def _section(system: System, drawn: list[Drawn], prefix: str, *, has_heading: bo
         "</div>",
         "<h3>Disagreements</h3>",
         _list(system.disagreements, "None found: rows, their sums over documents and their hashes agree."),
-        *_audit(system),
+        *audit_section(system.out),
         "<h3>Provenance</h3>",
         _provenance(system.runs),
     ]
@@ -198,29 +198,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return f"{value:.0f}"
     return str(value)
-
-
-def _audit(system: System) -> list[str]:
-    """Return the audit's section, when an audit has left its results in the run directory."""
-    path = Path(system.out) / "audit.json"
-    if "://" in system.out or not path.is_file():
-        return []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    probes = content.get("probes", []) if isinstance(content, dict) else content
-    header = "<thead><tr><th>probe</th><th>result</th><th>detail</th></tr></thead>"
-    rows = []
-    for probe in probes:
-        result = str(probe.get("result", "-"))
-        rest = "; ".join(
-            f"{key}: {_shown(value)}" for key, value in probe.items() if key not in ("probe", "name", "result")
-        )
-        name = escape(str(probe.get("probe", probe.get("name", "-"))))
-        kind = {"pass": "ok", "fail": "mark"}.get(result, "")
-        rows.append(f'<tr><td>{name}</td><td class="{kind}">{escape(result)}</td><td>{escape(rest)}</td></tr>')
-    return [
-        "<h3>Audit</h3>",
-        f'<div class="scroll"><table class="facts">{header}<tbody>{"".join(rows)}</tbody></table></div>',
-    ]
 
 
 def _published(records: list[Record], system: System) -> list[str]:

@@ -142,12 +142,15 @@ def test_an_import_shows_what_it_found(tmp_path: Path, no_figures: None) -> None
 def test_failed_seeds_and_an_audit_are_shown(tmp_path: Path, no_figures: None) -> None:
     fake_sweep(tmp_path, (42,))
     commit_failed(tmp_path, 7, error="rank 3: <out of memory>")
-    probes = [{"probe": "causality", "result": "fail", "measured": 0.3, "limit": 0.0}]
-    (tmp_path / "audit.json").write_text(json.dumps({"probes": probes}))
+    probes = [{"probe": "causality", "result": "fail", "measured": 0.3, "limit": 0.0, "detail": "<leak>"}]
+    audited = tmp_path / "seeds" / "seed=42-repeat=0"
+    audited.mkdir(parents=True)
+    (audited / "audit.json").write_text(json.dumps({"probes": probes}))
     write_report([str(tmp_path)], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "rank 3: &lt;out of memory&gt;" in text
-    assert '<td class="mark">fail</td>' in text
+    assert '<span class="mark">fail</span>' in text
+    assert "seed=42-repeat=0: causality fail: &lt;leak&gt;" in text
     assert "no spread" in text
 
 

@@ -42,18 +42,25 @@ def execute(args: argparse.Namespace) -> int:
     if args.sample < 1:
         raise ValueError(f"--sample {args.sample} must be at least 1 document")
     from model.audit import audit_run, choose_probes, has_failed
-    from model.audit_run import find_runs
+    from model.audit_run import find_runs, is_finished
 
     probes = choose_probes(args.probes)
     every = find_runs(args.out)
+    chosen = find_runs(args.out, seed=args.seed)
+    unfinished = [path.name for path in chosen if not is_finished(path)]
+    if len(unfinished) == len(chosen):
+        raise ValueError(f"{args.out} has no finished run to audit ({', '.join(unfinished)}); let the sweep finish")
     contents = []
-    for workdir in find_runs(args.out, seed=args.seed):
+    for workdir in (path for path in chosen if path.name not in unfinished):
         content = audit_run(args.out, every, workdir, probes=probes, sample=args.sample, report=show_progress)
         contents.append(content)
         if args.format != "json":
             print(render(content, is_markdown=args.format == "markdown"), flush=True)
     if args.format == "json":
-        print(json.dumps({"result": "fail" if has_failed(contents) else "pass", "runs": contents}, indent=1))
+        result = "fail" if has_failed(contents) else "pass"
+        print(json.dumps({"result": result, "runs": contents, "not_finished": unfinished}, indent=1))
+    elif unfinished:
+        print(f"not finished, so not audited: {', '.join(unfinished)}")
     return EXIT_FAILED if has_failed(contents) else EXIT_OK
 
 

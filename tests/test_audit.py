@@ -1,0 +1,125 @@
+"""The audit: a healthy run passes every probe, a broken one is caught, and what the command says and returns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.cli import main
+from model.audit import PROBES, Audit, choose_probes
+from model.audit_broken import CONTROLS
+from model.audit_run import load_run
+from model.audit_selftest import SelfTest, examine, micro_run
+
+ROOT = Path(__file__).parent.parent
+QUICK = "score_ledger,exactly_once,separation,overlap,bytes,size"
+
+
+@pytest.fixture(scope="module")
+def audit() -> Iterator[Audit]:
+    """Return a finished micro run."""
+    with micro_run() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def outcome(audit: Audit) -> SelfTest:
+    """Return what the probes say of the micro run, and of every way to break it."""
+    return examine(audit, lambda *_: None)
+
+
+def test_the_healthy_run_passes_every_probe(outcome: SelfTest) -> None:
+    assert [(result.probe, result.detail) for result in outcome.false_alarms] == []
+
+
+@pytest.mark.parametrize("control", [control.name for control in CONTROLS])
+def test_each_control_is_caught(outcome: SelfTest, control: str) -> None:
+    lines = [line for line in outcome.lines if line.control == control]
+    assert lines
+    assert [(line.probe, line.result.result) for line in lines if not line.is_caught] == []
+
+
+def test_every_probe_has_a_control_that_it_caught(outcome: SelfTest) -> None:
+    assert outcome.unproven == []
+    assert {result.probe for result in outcome.healthy} == {*PROBES, "network_block"}
+
+
+def test_a_result_names_its_sample_and_what_it_did_not_check(outcome: SelfTest) -> None:
+    for result in outcome.healthy:
+        assert result.sample_size >= 1, result.probe
+        assert result.sample_of, result.probe
+        assert result.not_checked or result.probe == "network_block", result.probe
+
+
+def test_the_fresh_process_scores_bit_identically(outcome: SelfTest) -> None:
+    (reload,) = [result for result in outcome.healthy if result.probe == "reload"]
+    assert reload.detail.startswith("bit-identical")
+
+
+def test_sampled_adapter_states_are_kept_as_hashes(outcome: SelfTest) -> None:
+    (states,) = [result for result in outcome.healthy if result.probe == "adapter_states"]
+    by_document = list(states.evidence["states"].values())
+    assert len({states[0] for states in by_document}) == 1  # adapters are drawn by seed, not by document
+    assert all(len(set(states)) == len(states) > 2 for states in by_document)
+
+
+def test_the_page_lists_every_probe_and_control(outcome: SelfTest) -> None:
+    page = (ROOT / "docs" / "audit.md").read_text()
+    healthy, broken = outcome.rows()
+    assert [row[0] for row in healthy if f"| {row[0]} | {row[1]} | {row[2]} |" not in page] == []
+    assert [row[0] for row in broken if f"| {row[0]} | {row[1]} | {row[2]} | caught |" not in page] == []
+
+
+def test_the_command_writes_what_it_prints(audit: Audit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(audit.out), "--probes", QUICK, "--format", "json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (run,) = printed["runs"]
+    assert printed["result"] == run["result"] == "pass"
+    assert {probe["probe"] for probe in run["probes"]} == set(QUICK.split(","))
+    assert json.loads((audit.files.workdir / "audit.json").read_text()) == run
+    assert main(["audit", str(audit.files.workdir), "--seed", "7", "--probes", "score_ledger"]) == 0
+    assert "pass          score_ledger" in capsys.readouterr().out
+
+
+def test_an_altered_ledger_fails_the_command(audit: Audit, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audit.out, out)
+    log = out / "seeds" / audit.files.workdir.name / "ttt_scores.npz"
+    with np.load(log) as arrays:
+        altered = dict(arrays)
+    altered["num_updates_before"] = altered["num_updates_before"] + 1
+    np.savez(log, allow_pickle=False, **altered)
+    assert main(["audit", str(out), "--probes", "score_ledger"]) == 1
+
+
+def test_bad_input_is_named(audit: Audit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert main(["audit", str(audit.out), "--seed", "99"]) == 2
+    assert "no run of seed 99" in capsys.readouterr().err
+    assert main(["audit", str(audit.out), "--probes", "casuality"]) == 2
+    assert "casuality" in capsys.readouterr().err
+    assert main(["audit"]) == 2
+    assert "DIR is missing" in capsys.readouterr().err
+    out = tmp_path / "out"
+    shutil.copytree(audit.out, out)
+    (out / "seeds" / audit.files.workdir.name / "ledger" / "ttt.json").unlink()
+    assert main(["audit", str(out), "--probes", "score_ledger"]) == 2
+    assert "ttt.json is missing" in capsys.readouterr().err
+
+
+def test_probes_are_chosen_by_name_and_run_in_their_own_order() -> None:
+    assert choose_probes("order, bytes,size") == ["size", "order", "bytes"]
+    with pytest.raises(ValueError, match="choose from records, size"):
+        choose_probes(",")
+
+
+def test_a_finished_run_reads_back(audit: Audit) -> None:
+    files = load_run(audit.files.workdir)
+    assert files.config == audit.files.config
+    assert list(files.ledgers) == ["prepare", "train", "quantize", "evaluate", "ttt"]
