@@ -9,6 +9,7 @@ figure is written as soon as it is known. Cold means empty compile caches: that 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import lzma
 import platform
@@ -106,6 +107,7 @@ def measure_passes(validation: ValidationSet, write: Any) -> None:
 
 def measure_steps(validation: ValidationSet, write: Any) -> None:
     """Time single recorded steps of several sizes, and one step operation by operation with its profile."""
+    gc.collect()
     torch.cuda.empty_cache()
     model = build_model(torch.bfloat16, "auto").requires_grad_(False)
     slots = Slots(model, CONFIG, 42, 128, num_spare=1)
