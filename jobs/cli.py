@@ -28,8 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "write a submission folder from Parquet"),
     "verify": ("verify", "derive every figure of a submission folder again from its own files"),
     "reproduce": ("reproduce", "run a seed again as recorded and say how far each stage moved"),
+    "fuzz": ("fuzz", "load thousands of damaged files: each is refused in one line, or loads right"),
     "bundle": ("bundle", "write an artifact with the one file that scores it, or trains it again"),
     "audit": ("audit", "probe finished runs against every rule, or the probes themselves"),
+    "bench": ("bench", "measure how fast each part is here, with raw samples"),
     "inspect": ("inspect", "print what is inside an artifact"),
 }
 
