@@ -101,7 +101,7 @@ class Rank:
     def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
         """Note progress; the driver fetches the newest note."""
         plain = {name: value for name, value in metrics.items() if isinstance(value, int | float | str)}
-        if phase != self.newest.phase or time.monotonic() - self.logged_at >= LOG_EVERY_S:
+        if phase != self.newest.phase or "note" in plain or time.monotonic() - self.logged_at >= LOG_EVERY_S:
             self.logged_at = time.monotonic()
             logger.info("%s step=%d total=%s %s", phase, step, total, " ".join(f"{k}={v}" for k, v in plain.items()))
         self.newest = Beat(serial=self.newest.serial + 1, phase=phase, step=step, total=total, metrics=plain)
