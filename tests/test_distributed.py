@@ -90,6 +90,7 @@ def test_a_gang_of_one_talks_to_nobody(gang: Gang) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_eight_ranks_train_as_one(tmp_path: Path) -> None:
     one = compute(Dist.single(), tmp_path, "train")
     ranks = run_gang(8, tmp_path, "train")
