@@ -319,7 +319,7 @@ def _timing_caption(runs: pd.DataFrame) -> str:
     evaluation = (runs["evaluate_s"].fillna(0.0) + runs["ttt_s"].fillna(0.0)).max()
     parts = []
     for name, seconds, limit in (
-        ("training with Hessians", train, TRAIN_LIMIT_S),
+        ("Training with Hessians", train, TRAIN_LIMIT_S),
         ("evaluation", evaluation, EVAL_LIMIT_S),
     ):
         if math.isfinite(seconds):
