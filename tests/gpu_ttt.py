@@ -1,15 +1,14 @@
 """How fast adaptation is on a CUDA device: python -m tests.gpu_ttt OUT.json --val SHARD [--tokens N].
 
 In this order: all documents of the stream's first N tokens, cold (kernels compiled, graphs recorded) in stream order;
-the same again, in stream and in sorted order; the 192-document sample of the baseline, until every size is recorded;
-single steps with a profile. The weights are random: times do not depend on them. SHARD may be compressed by xz. Each
+the 192-document sample of the baseline, until every size is recorded; single steps with a profile; all documents
+twice again, in stream and in sorted order. The weights are random: times do not depend on them. SHARD may be compressed by xz. Each
 figure is written as soon as it is known. Cold means empty compile caches: that is up to the caller.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import lzma
 import platform
@@ -70,12 +69,11 @@ def timed_pass(work: GraphAdapter, documents: Sequence[int], slots: Slots) -> di
     return {"seconds": seconds, "window_tokens": tokens, "window_tokens_per_s": tokens / seconds, "mean_nats": loss}
 
 
-def measure_passes(validation: ValidationSet, write: Any) -> None:
-    """Time whole passes: all documents cold and warm in both orders, the sample warm."""
+def measure(validation: ValidationSet, write: Any) -> None:
+    """Time whole passes and single steps, the cold pass first."""
     model = build_model(torch.bfloat16, "auto").requires_grad_(False)
     lengths = lengths_of(validation)
     stream = [document for document, length in enumerate(lengths) if length > 0]
-    by_length = sorted(stream, key=lambda document: -lengths[document])
     torch.cuda.synchronize()
     start = time.perf_counter()
     slots = make_slots(model, CONFIG, stream, seed=42)
@@ -84,36 +82,27 @@ def measure_passes(validation: ValidationSet, write: Any) -> None:
     cold["seconds"] = time.perf_counter() - start
     events = work.close_ledger()
     assert (times_scored(events, validation.document_starts, validation.num_targets) == 1).all()
-    peak = torch.cuda.max_memory_allocated() / 2**30
     assert work.recorder is not None
-    write(
-        "all_cold", cold | {"num_slots": slots.num_slots, "num_graphs": len(work.recorder.recorded), "peak_gib": peak}
-    )
+    cold["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    write("all_cold", cold | {"num_slots": slots.num_slots, "num_graphs": len(work.recorder.recorded)})
     first = work.nll.clone()
-    write("all_again_stream", timed_pass(work, stream, slots))
-    gaps = (work.nll - first).abs()
-    write("rerun_noise_nats", {"mean": float(gaps.mean()), "max": float(gaps.max())})
-    for name in ("all_again_sorted", "all_warm_sorted"):
-        write(name, timed_pass(work, by_length, slots))
-    write("all_warm_stream", timed_pass(work, stream, slots))
     sample = [d for d in sorted(random.Random(42).sample(range(499), 192)) if d < len(lengths) and lengths[d] > 0]
     for name in ("sample_first", "sample_second", "sample_warm"):  # a size is recorded when it is met again
         write(name, timed_pass(work, sample, slots))
+    gaps = (work.nll - first)[work.nll != 0].abs()
+    write("rerun_noise_nats", {"mean": float(gaps.mean()), "max": float(gaps.max())})
+    measure_steps(work.recorder, write)
+    by_length = sorted(stream, key=lambda document: -lengths[document])
+    for order, documents in (("stream", stream), ("sorted", by_length)) * 2:
+        write(f"all_again_{order}", timed_pass(work, documents, slots))
     start = time.perf_counter()
     work.run_unadapted(stream)
     torch.cuda.synchronize()
     write("unadapted", {"seconds": time.perf_counter() - start})
 
 
-def measure_steps(validation: ValidationSet, write: Any) -> None:
-    """Time single recorded steps of several sizes, and one step operation by operation with its profile."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    model = build_model(torch.bfloat16, "auto").requires_grad_(False)
-    slots = Slots(model, CONFIG, 42, 128, num_spare=1)
-    for slot in range(128):
-        slots.reset(slot, slot)
-    recorder = StepRecorder(model, validation.tokens, CONFIG, slots, is_looped=True)
+def measure_steps(recorder: StepRecorder, write: Any) -> None:
+    """Time single recorded steps of several sizes, and profile the largest operation by operation."""
     for rows, length in STEPS:
         table = torch.tensor([(length + 64 * row, row) for row in range(rows)]).pin_memory()
         run = partial(recorder.run, table, length)
@@ -125,7 +114,7 @@ def measure_steps(validation: ValidationSet, write: Any) -> None:
 
 
 def main() -> int:
-    """Measure, write every figure as it comes, print a table last."""
+    """Measure; write and print every figure as it comes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--val", type=Path, required=True)
@@ -142,13 +131,13 @@ def main() -> int:
     def write(name: str, figures: dict[str, Any]) -> None:
         result["figures"][name] = figures
         args.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(
+            name,
+            json.dumps({key: round(value, 4) for key, value in figures.items() if isinstance(value, (int, float))}),
+        )
 
     validation = load_stream(args.val, args.tokens)
-    measure_passes(validation, write)
-    measure_steps(validation, write)
-    for name, figures in result["figures"].items():
-        plain = {key: round(value, 4) for key, value in figures.items() if isinstance(value, float)}
-        print(name, json.dumps(plain))
+    measure(validation, write)
     return 0
 
 
