@@ -2,8 +2,8 @@
 
 In this order: all documents of the stream's first N tokens, cold (kernels compiled, graphs recorded) in stream order;
 the 192-document sample of the baseline, until every size is recorded; single steps with a profile; all documents
-twice again, in stream and in sorted order. The weights are random: times do not depend on them. SHARD may be compressed by xz. Each
-figure is written as soon as it is known. Cold means empty compile caches: that is up to the caller.
+twice again, in stream and in sorted order (the second time counts). The weights are random: times do not depend on
+them. SHARD may be compressed by xz. Cold means empty compile caches: that is up to the caller.
 """
 
 from __future__ import annotations
