@@ -21,7 +21,7 @@ MAX_FUNCTION_LINES = 50
 MODEL_FLOORS: dict[str, int] = {
     "config": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
     "lora": 1, "gpt": 1,
-    "pipeline": 3, "stages": 3, "run": 3, "standalone": 3,
+    "pipeline": 3, "stages": 3, "standalone": 3,
 }  # fmt: skip
 MODEL_STAGE_FLOOR = 2
 MODEL_TOP_FLOOR = 3
