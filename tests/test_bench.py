@@ -160,7 +160,7 @@ def test_made_up_runs_are_rows_that_the_table_adds_up(tmp_path: Path) -> None:
     assert [row["state"] for row in table.seeds] == ["DONE"] * 3
     assert not table.problems
     assert math.isclose(table.seeds[1]["post_ttt_bpb"] / table.seeds[0]["post_ttt_bpb"], 1 + 1e-4)
-    assert probe.figures[0][:2] == (" of 3 runs", "s")
+    assert probe.figures[0][:2] == ("writing a: 3 runs", "s")
 
 
 def run_mode(tmp_path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
