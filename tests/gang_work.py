@@ -23,6 +23,7 @@ from model.distributed import Dist
 from model.evaluate import evaluate_plain
 from model.train import Trainer
 from model.ttt import score_documents
+from runner.worker import open_store
 from tests.micro_model import (
     ignore,
     micro_bytes,
@@ -42,7 +43,7 @@ LENGTHS = (30, 5, 61, 2, 17, 44, 9)
 
 def run_gang(world_size: int, folder: Path, plan: str) -> list[dict[str, np.ndarray]]:
     """Start world_size processes on loopback, wait for them and return what each rank wrote."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=TIMEOUT_S))
+    store = open_store(world_size)  # on loopback only
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
