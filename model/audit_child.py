@@ -47,7 +47,7 @@ class Guard:
     """The hook: refuses and notes what a program that stands alone has no need for."""
 
     def __init__(self, allowed: list[str]) -> None:
-        self.allowed = tuple(os.path.realpath(folder) for folder in allowed)
+        self.allowed = tuple(os.path.join(os.path.realpath(folder), "") for folder in allowed)
         self.refused: list[str] = []
         self.is_awake = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,16 @@ from model.config import canonical_json
 
 SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads")
 PROBE, RULE = "one_configuration", "R9"
+UNSCORED = ("FAILED", "CANCELLED", "INFEASIBLE")
+Pair = tuple[int, int]  # seed, repeat
+
+
+def pair_of(workdir: Path) -> Pair:
+    """Return the seed and repeat that a run directory is named after. Raises ValueError for another name."""
+    found = re.fullmatch(r"seed=(-?\d+)-repeat=(\d+)", workdir.name)
+    if found is None:
+        raise ValueError(f"{workdir} is not named seed=S-repeat=R")
+    return int(found[1]), int(found[2])
 
 
 def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
@@ -33,7 +44,8 @@ def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
         for field in ("config_hash", "data_hash")
         if sweep.get(field) and run.get(field) != sweep[field]
     ]
-    faults += unannounced(sweep, described, first_events(out / "events.jsonl"))
+    present = {pair_of(path) for path in runs}
+    faults += unannounced(sweep, present, failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
     return _judge(faults, described)
 
 
@@ -58,35 +70,48 @@ def differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def unannounced(
-    sweep: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]], started: Mapping[int, float]
+    sweep: Mapping[str, Any], present: set[Pair], failed: set[Pair], started: Mapping[Pair, float]
 ) -> list[str]:
-    """Return a line for each announced seed without a run, and each run announced late or not at all."""
-    announced: dict[int, float] = {}
+    """Return a line for each announced run that is nowhere, and each run announced late or not at all.
+
+    A run that failed has no directory of its own, perhaps, but the sweep's state lists it.
+    """
+    announced: dict[Pair, float] = {}
     for entry in sweep.get("announcements", []):
         moment = datetime.fromisoformat(entry["time"]).timestamp()
         for seed in entry["seeds"]:
-            announced.setdefault(int(seed), moment)
-    present = {int(run["seed"]) for run in described.values()}
-    faults = [f"seed {seed} was announced, but has no run here" for seed in sorted(set(announced) - present)]
-    faults += [f"seed {seed} was never announced" for seed in sorted(present - set(announced))]
+            for repeat in range(int(entry.get("repeats", 1))):
+                announced.setdefault((int(seed), repeat), moment)
+    missing, strange = set(announced) - present - failed, present - set(announced)
+    faults = [f"{shown(pair)} was announced, but is neither here nor listed as failed" for pair in sorted(missing)]
+    faults += [f"{shown(pair)} was never announced" for pair in sorted(strange)]
     faults += [
-        f"seed {seed} was announced after it had started"
-        for seed in sorted(present & set(announced))
-        if seed in started and started[seed] < announced[seed]
+        f"{shown(pair)} was announced after it had started"
+        for pair in sorted(present & set(announced))
+        if pair in started and started[pair] < announced[pair]
     ]
     return faults
 
 
-def first_events(path: Path) -> dict[int, float]:
-    """Return when each seed's first event was logged, in seconds since 1970."""
-    first: dict[int, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
+def shown(pair: Pair) -> str:
+    """Return a run in words."""
+    return f"seed {pair[0]}" + (f" repeat {pair[1]}" if pair[1] else "")
+
+
+def failed_runs(path: Path) -> set[Pair]:
+    """Return the runs that the sweep's state lists as ended without a score, none where there is no state."""
+    runs = read_json(path).get("runs", []) if path.is_file() else []
+    return {(int(run["seed"]), int(run["repeat"])) for run in runs if run.get("state") in UNSCORED}
+
+
+def first_events(path: Path) -> dict[Pair, float]:
+    """Return when each run's first event was logged, in seconds since 1970. Raises ValueError on a damaged line."""
+    first: dict[Pair, float] = {}
+    try:
+        for line in path.read_text().splitlines() if path.is_file() else ():
             event = json.loads(line)
-            moment, seed = event.get("time", event.get("at")), event.get("seed")
-        except (ValueError, AttributeError):
-            raise ValueError(f"{path} is damaged: a line of it is not an event") from None
-        if seed is not None and moment is not None:
-            seconds = moment if isinstance(moment, int | float) else datetime.fromisoformat(moment).timestamp()
-            first.setdefault(int(seed), float(seconds))
+            pair = (int(event["seed"]), int(event["repeat"]))
+            first.setdefault(pair, datetime.fromisoformat(event["time"]).timestamp())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r})") from None
     return first

@@ -13,8 +13,16 @@ import pytest
 from jobs.cli import main
 from model.audit import PROBES, Audit, choose_probes
 from model.audit_broken import CONTROLS
+from model.audit_bytes import probe_bytes
+from model.audit_causality import probe_chunk_borders
+from model.audit_controls import UpdateFirst, altered
 from model.audit_run import load_run
 from model.audit_selftest import SelfTest, examine, micro_run
+from model.audit_sweep import probe_configuration
+from model.audit_updates import probe_adapter_states, probe_frozen_updates, probe_poisoned_update
+from model.data.validation import ValidationSet
+from model.evaluate import document_sums
+from model.ttt_graphs import GraphAdapter
 
 ROOT = Path(__file__).parent.parent
 QUICK = "score_ledger,exactly_once,separation,overlap,bytes,size"
@@ -117,6 +125,54 @@ def test_probes_are_chosen_by_name_and_run_in_their_own_order() -> None:
     assert choose_probes("order, bytes,size") == ["size", "order", "bytes"]
     with pytest.raises(ValueError, match="choose from records, size"):
         choose_probes(",")
+
+
+def test_recorded_steps_of_a_gpu_are_probed_alike(audit: Audit) -> None:
+    class UpdateFirstInSteps(UpdateFirst, GraphAdapter):
+        """The control on the path that a GPU takes; on a CPU its steps run operation by operation."""
+
+    sound = altered(audit.system, adapter_type=GraphAdapter, sample=2)
+    broken = altered(audit.system, adapter_type=UpdateFirstInSteps, sample=2)
+    for probe in (probe_chunk_borders, probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
+        assert probe(sound).result == "pass", probe
+    for probe in (probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
+        assert probe(broken).result == "fail", probe
+
+
+def test_a_stream_cut_inside_a_character_still_has_its_bytes(audit: Audit) -> None:
+    table, byte_piece = audit.tokenizer.byte_table, 4 + 0xE2  # pieces 4..259 are the bytes
+    tokens = np.append(audit.validation.tokens, [byte_piece]).astype(np.uint16)
+    cut = ValidationSet(tokens, audit.validation.document_starts)
+    sums = document_sums(cut, table, np.zeros(cut.num_targets), num_scored=cut.num_targets, seconds=0.0)
+    assert probe_bytes(audit.tokenizer, table, cut, sums.bytes.tolist()).result == "pass"
+
+
+def test_announced_runs_must_be_here_or_listed_as_failed(audit: Audit, tmp_path: Path) -> None:
+    def answer(**sweep: object) -> tuple[str, str]:
+        entry = {"time": "2000-01-01T00:00:00+00:00", "seeds": [7, 8], "repeats": 1, **sweep}
+        (tmp_path / "sweep.json").write_text(json.dumps({"announcements": [entry]}))
+        result = probe_configuration(tmp_path, [audit.files.workdir])
+        return result.result, result.detail
+
+    assert answer() == ("fail", "seed 8 was announced, but is neither here nor listed as failed")
+    assert answer(seeds=[7], repeats=2)[0] == "fail"
+    (tmp_path / "state.json").write_text(json.dumps({"runs": [{"seed": 8, "repeat": 0, "state": "FAILED"}]}))
+    assert answer()[0] == "pass"
+    event = {"time": "1999-01-01T00:00:00+00:00", "seed": 7, "repeat": 0}
+    (tmp_path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert answer() == ("fail", "seed 7 was announced after it had started")
+
+
+def test_unfinished_runs_are_named_and_not_audited(
+    audit: Audit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(audit.out, out)
+    (out / "seeds" / "seed=8-repeat=0").mkdir()
+    shutil.copy(audit.files.workdir / "run.json", out / "seeds" / "seed=8-repeat=0" / "run.json")
+    assert main(["audit", str(out), "--probes", "bytes"]) == 0
+    assert "not finished, so not audited: seed=8-repeat=0" in capsys.readouterr().out
+    assert main(["audit", str(out), "--seed", "8"]) == 2
 
 
 def test_a_finished_run_reads_back(audit: Audit) -> None:
