@@ -6,6 +6,7 @@ the driver of a gang.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -142,12 +143,13 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
     """
     if not rank.job.uses_gpus or not torch.cuda.is_available():
         return {}
+    release_gpu_memory()
     gpus = query_gpus(rank.visible_gpus)
     models = sorted({gpu.model for gpu in gpus})
     if len(models) > 1:
         raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
     for gpu in gpus:
-        if gpu.used_bytes > MAX_USED_BYTES:
+        if gpu.used_bytes > MAX_USED_BYTES + own_gpu_bytes():
             raise PreflightError(
                 f"GPU {gpu.number} of node {socket.gethostname()} is not idle: {gpu.used_bytes / 1e9:.1f} GB are in use"
             )
@@ -158,6 +160,18 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
         "cuda_version": torch.version.cuda,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
     }
+
+
+def release_gpu_memory() -> None:
+    """Give back what an earlier seed of this process left in torch's cache (`--local` runs seeds in one process)."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def own_gpu_bytes() -> int:
+    """Return what torch holds on this process's GPU, 0 before its first use."""
+    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
 
 
 def all_reduce_bytes_per_s(dist: Dist) -> float | None:
