@@ -164,14 +164,15 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
 
 def release_gpu_memory() -> None:
     """Give back what an earlier seed of this process left in torch's cache (`--local` runs seeds in one process)."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def own_gpu_bytes() -> int:
     """Return what torch holds on this process's GPU, 0 before its first use."""
-    return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.memory_reserved() if is_used else 0
 
 
 def all_reduce_bytes_per_s(dist: Dist) -> float | None:
