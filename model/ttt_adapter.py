@@ -154,10 +154,10 @@ class Adapter:
         """Put events into the ledger: at once on a CPU, a little later on a GPU, where the sums are fixed by now."""
         self.unlogged.append((kind, windows, loss_sums))
         if self.device.type == "cpu" or len(self.unlogged) >= 2 * LEDGER_LAG:
-            self.close_ledger()
+            self._catch_up()
 
-    def close_ledger(self) -> Events:
-        """Bring the ledger up to date and return it."""
+    def _catch_up(self) -> None:
+        """Append what is waiting to the ledger."""
         waiting = [sums for _, _, sums in self.unlogged if sums is not None]
         values = iter(torch.cat(waiting).tolist() if waiting else [])
         for kind, windows, sums in self.unlogged:
@@ -166,6 +166,10 @@ class Adapter:
                 loss_sum = 0.0 if sums is None else next(values)
                 self.chain.add(kind, window.document, first, window.end, window.num_updates, loss_sum)
         self.unlogged.clear()
+
+    def close_ledger(self) -> Events:
+        """Bring the ledger up to date and return it."""
+        self._catch_up()
         return self.chain.events()
 
     def _upload(self, array: np.ndarray) -> Tensor:

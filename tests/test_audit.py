@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from model.audit_sweep import probe_configuration
 from model.audit_updates import probe_adapter_states, probe_frozen_updates, probe_poisoned_update
 from model.data.validation import ValidationSet
 from model.evaluate import document_sums
+from model.ttt_adapter import Adapter
 from model.ttt_graphs import GraphAdapter
+from model.ttt_windows import Window
 
 ROOT = Path(__file__).parent.parent
 QUICK = "score_ledger,exactly_once,separation,overlap,bytes,size"
@@ -173,6 +176,16 @@ def test_unfinished_runs_are_named_and_not_audited(
     assert main(["audit", str(out), "--probes", "bytes"]) == 0
     assert "not finished, so not audited: seed=8-repeat=0" in capsys.readouterr().out
     assert main(["audit", str(out), "--seed", "8"]) == 2
+
+
+def test_a_growing_ledger_does_not_slow_down(audit: Audit) -> None:
+    system = audit.system
+    work = Adapter(system.model, system.validation, system.config.ttt, lambda *_: None, label="test")
+    window, started = [Window(0, 0, 16, 16, 0, False)], time.process_time()
+    for _ in range(4000):
+        work._log_updates(window, 0)
+    assert time.process_time() - started < 0.5  # 0.04 s; copying the events each time would take 10 s
+    assert len(work.close_ledger().rows) == 4000
 
 
 def test_a_finished_run_reads_back(audit: Audit) -> None:
