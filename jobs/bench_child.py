@@ -24,6 +24,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "ttt": ("jobs.bench_stages", "measure_ttt"),
     "laptop": ("jobs.bench_laptop", "measure_laptop"),
     "decisions": ("jobs.bench_sweep", "measure_loop"),
+    "finished": ("jobs.bench_sweep", "make_finished"),
     "corpus": ("jobs.bench_sweep", "make_corpus"),
     "store": ("jobs.bench_results", "write_store"),
     "command": ("jobs.bench_results", "measure_command"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from jobs.bench_figures import Probe
-from model.config import PRESETS, DataConfig, ModelConfig, RunConfig, config_hash
+from model.config import PRESETS, DataConfig, RunConfig, config_hash
 from model.data.shards import BOS_ID, list_shards, write_shard
 from model.data.tokenizer import ByteTable, load_tokenizer
 from model.data.validation import ValidationSet, load_validation
@@ -127,17 +127,19 @@ def open_validation(work: Workplace) -> ValidationSet:
     )
 
 
-def build_bench_model(work: Workplace, config: ModelConfig | None = None) -> GPT:
+def build_bench_model(work: Workplace) -> GPT:
     """Return the averaged weights of --weights, or random weights in which nothing is zero, on the rank's device."""
     run = work.run
     model = build_model(
-        config or run.config.model,
+        run.config.model,
         run.dist,
         embedding_dtype=run.config.train.embedding_dtype,
         attention=run.config.runtime.attention,
     )
     path = work.request["weights"]
     if path:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--weights {path} is missing; name a run's train.safetensors")
         tensors = load_tensors(Path(path))
         averaged = {name.removeprefix("ema/"): value for name, value in tensors.items() if name.startswith("ema/")}
         wanted = {name: value.shape for name, value in model.state_dict().items()}
@@ -146,14 +148,19 @@ def build_bench_model(work: Workplace, config: ModelConfig | None = None) -> GPT
                 f"--weights {path} does not fit --preset {work.request['preset']}; name a run's train file"
             )
         model.load_state_dict(averaged)
-        work.probe.facts["weights"] = "averaged weights of a run"
     else:
         model.init_weights(run.config.seed)
         fill_output_matrices(model)
-        work.probe.facts["weights"] = "random"
-        work.probe.note("random weights: scores mean nothing; name a run's train.safetensors with --weights")
-    work.probe.facts["attention_backend"] = attention_backend_name(run, model)
     return model
+
+
+def describe_model(work: Workplace, model: GPT) -> None:
+    """Note whose weights are measured, and the attention backend."""
+    facts = work.probe.facts
+    facts["attention_backend"] = attention_backend_name(work.run, model)
+    facts["weights"] = "averaged weights of a run" if work.request["weights"] else "random"
+    if not work.request["weights"]:
+        work.probe.note("random weights: scores mean nothing; name a run's train.safetensors with --weights")
 
 
 @torch.no_grad()

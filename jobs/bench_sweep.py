@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.bench_figures import Probe
 from jobs.bench_process import Bench
-from jobs.bench_results import made_up_documents, made_up_run, made_up_stages, made_up_steps, time_command
+from jobs.bench_results import time_command
 
 if TYPE_CHECKING:
     from runner.spec import SweepSpec
 
 NUM_SLOTS = 64
-SEED_S = 600.0
-NUM_DOCUMENTS = 100  # of each finished seed
+COMMIT_S = 0.01  # of one finished seed, about
 CORPUS_MODULES = ("argparse", "inspect", "json", "statistics", "typing", "pathlib", "logging", "functools")
 VOCAB_SIZE = 512
 # the real pipeline at its smallest: three layers, eight steps, five documents
@@ -42,8 +41,11 @@ def bench_sweep(bench: Bench, *, num_seeds: int) -> None:
     """Measure the loop, the commands on its finished directory, and Ray beside --local."""
     out = bench.folder / "finished"
     for number in range(bench.repeats):
-        bench.measure("decisions", process=number, out=str(out), num_seeds=num_seeds)
+        loop = str(bench.folder / f"loop{number}")
+        bench.measure("decisions", process=number, out=loop, num_seeds=num_seeds)
     bench.report.note(f"{NUM_SLOTS} simulated slots, a second of the simulated clock costs nothing")
+    bench.say(f"directory of {num_seeds:,} finished seeds: about {num_seeds * COMMIT_S:.0f} s")
+    bench.measure("finished", out=str(out), num_seeds=num_seeds)
     for name in ("status", "table"):
         for number in range(bench.repeats):
             time_command(bench, f"{name} of {num_seeds:,} finished seeds", [name, str(out)],
@@ -78,43 +80,39 @@ def _compare_with_ray(bench: Bench, corpus: Path, number: int) -> None:
 
 
 def measure_loop(request: dict[str, Any], probe: Probe) -> None:
-    """Simulate a sweep, half of it too for the memory's slope, and leave its directory with results committed."""
-    from results.store import commit_attempt
+    """Simulate a sweep, and half of it for the memory's slope."""
     from runner.simulate import measure_decisions
-    from runner.spec import parse_spec
 
     out, num_seeds = Path(request["out"]), int(request["num_seeds"])
-    data = {"train": "none_train_*.bin", "val": "none_val_*.bin", "tokenizer": "none.model"}  # nobody reads it
-    spec = parse_spec({"name": "simulated", "preset": "tiny", "seeds": [0], "data": data, "out": str(out)})
-    half = measure_decisions(spec, out.with_name("half"), num_seeds=max(1, num_seeds // 2), num_nodes=NUM_SLOTS)
+    spec = simulated_spec(out, num_seeds)
+    half = measure_decisions(
+        spec, out.with_name(f"{out.name}-half"), num_seeds=max(1, num_seeds // 2), num_nodes=NUM_SLOTS
+    )
     figures = measure_decisions(spec, out, num_seeds=num_seeds, num_nodes=NUM_SLOTS)
     probe.add("a decision", "ms", [figures.decision_ms], wanted="below 1")
     probe.add("decisions", "", [figures.decisions])
     probe.add("peak memory of loop and simulation", "MB", [figures.peak_bytes / 1e6], wanted="below 100")
     probe.add("peak memory with half the seeds", "MB", [half.peak_bytes / 1e6])
     probe.add("idle slots beyond the last wave", "%", [100 * figures.idle_frac], wanted="below 2")
-    if (out / "results").exists():
-        return
-    write_finished_state(spec, out, num_seeds)
-    documents, steps, started = made_up_documents(NUM_DOCUMENTS), made_up_steps(), time.perf_counter()
-    for seed in range(num_seeds):
-        commit_attempt(out, run=made_up_run(seed, documents), stages=made_up_stages(), steps=steps, documents=documents)
-        probe.report("committing results", seed + 1, num_seeds, {})
+
+
+def make_finished(request: dict[str, Any], probe: Probe) -> None:
+    """Leave the directory of a finished sweep, every seed with its results."""
+    from runner.simulate import fill_directory
+
+    out, num_seeds = Path(request["out"]), int(request["num_seeds"])
+    started = time.perf_counter()
+    fill_directory(simulated_spec(out, num_seeds), out)
     probe.add("one commit of results", "ms", [1000 * (time.perf_counter() - started) / num_seeds])
 
 
-def write_finished_state(spec: SweepSpec, out: Path, num_seeds: int) -> None:
-    """Leave state.json as the driver of a finished sweep does; the simulated loop keeps no such file."""
-    from runner.directory import SweepDirectory
-    from runner.spec import RunKey
-    from runner.states import Run, State
-    from runner.storage import LocalStorage
+def simulated_spec(out: Path, num_seeds: int) -> SweepSpec:
+    """Return a sweep whose data nobody reads."""
+    from runner.spec import parse_spec
 
-    runs = [
-        Run(key=RunKey(seed=seed), state=State.DONE, since=SEED_S, placed_at=1.0, attempt=1, node="10.0.0.1")
-        for seed in range(num_seeds)
-    ]
-    SweepDirectory(LocalStorage(out)).write_state(spec.name, runs, time.time() - SEED_S, slots=NUM_SLOTS)
+    data = {"train": "none_train_*.bin", "val": "none_val_*.bin", "tokenizer": "none.model"}
+    seeds = list(range(num_seeds))
+    return parse_spec({"name": "simulated", "preset": "tiny", "seeds": seeds, "data": data, "out": str(out)})
 
 
 def make_corpus(request: dict[str, Any], probe: Probe) -> None:

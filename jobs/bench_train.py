@@ -39,7 +39,7 @@ def measure_train(request: dict[str, Any], probe: Probe) -> None:
     probe.add("run average, 35 % of the time without loops", "tokens/s", [average])
     probe.note("a sample is one optimizer step: loader, forward, backward, clip, update, average; warm-up left out")
     if work.device.type == "cuda" and work.run.dist.world_size == 1 and request["process"] == 0:
-        _compare_with_float32(work, loader)
+        _compare_with_float32(work, loader, backend)
     work.run.dist.close()
 
 
@@ -82,8 +82,8 @@ def _measure_steps(work: Workplace, loader: SpanLoader, backend: str, *, is_loop
     ledger = Ledger("steps")
     with note_compilation(work, ledger):
         started = time.monotonic() - ledger.origin
-        result = _train(work, model, loader, num_steps=num_warm + num_timed, is_looped=is_looped)
-    elapsed = np.append(result.steps["elapsed_s"], result.metrics["train_s"])
+        result = _train(work, model, loader, num_steps=num_warm + num_timed + 1, is_looped=is_looped)
+    elapsed = result.steps["elapsed_s"]  # at the start of each step, at most RUN_AHEAD steps before the device
     step_s = np.diff(elapsed)[num_warm:]
     timed_from = started + float(elapsed[num_warm])
     compiled = sum(s["end_s"] - s["start_s"] for s in ledger.spans if s["name"] == COMPILE and s["end_s"] > timed_from)
@@ -104,7 +104,7 @@ def visits_label(work: Workplace, *, is_looped: bool) -> str:
     return f"{count} visits" if is_looped else f"{count} layers"
 
 
-def _compare_with_float32(work: Workplace, loader: SpanLoader) -> None:
+def _compare_with_float32(work: Workplace, loader: SpanLoader, backend: str) -> None:
     """Add how far bf16 is from float32 in the loss and gradient norm of one row, same weights."""
     from model.data.packing import pack_row
 
@@ -112,6 +112,7 @@ def _compare_with_float32(work: Workplace, loader: SpanLoader) -> None:
     seq_len = work.config.train.seq_len
     packing = pack_row(inputs.cpu(), bos_id=loader.bos_id, max_segment=seq_len, max_seqlen=seq_len).to(work.device)
     narrow = build_bench_model(work)
+    narrow.attention_backend = backend
     wide = GPT(work.config.model, compute_dtype=torch.float32).to(work.device)
     wide.load_state_dict(narrow.state_dict())
     for is_looped in (False, True):
