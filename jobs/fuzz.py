@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -97,7 +98,8 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.selector.close()
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # what was not yet sent to a child that died
+            self.process.stdin.close()
         self.process.stdout.close()
         try:
             self.process.wait(timeout=5)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from results.footers import read_rows
+from results.guard import find_faults
 from results.location import Location, list_parquet, results_location
 from results.schema import FINISHED, SCHEMA_VERSION, VERSION_KEY, arrow_schema, column_names
 
@@ -111,10 +112,16 @@ def _read_files(location: Location, table: str, names: list[str], columns: list[
     if unknown:
         raise ValueError(f"{table} has no column {unknown[0]!r} (see docs/schema.md)")
     schema = pa.schema([arrow_schema(table).field(name) for name in columns])
+    faults = find_faults(location, table, names)
+    problems = [
+        f"{location.path(table, name)}: not readable as Parquet (half-written or damaged): {reason}"
+        for name, reason in faults.items()
+    ]
+    names = [name for name in names if name not in faults]
     together = _read_together(location, table, names, schema)
     if together is not None:
-        return together, []
-    parts, problems = [], []
+        return together, problems
+    parts = []
     for name in names:
         try:
             parts.append(_read_one(location, location.path(table, name), schema))

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from results.location import Location, open_location, write_whole
+from results.guard import note_sums
+from results.location import open_location, write_whole
 from results.schema import COLUMNS, KEYS, SCHEMA_VERSION, SCORES, TABLES, arrow_schema, column_names
 
 if TYPE_CHECKING:
@@ -51,18 +52,21 @@ def commit_attempt(
         "runs": _table("runs", [row]),
     }
     name = attempt_file_name(row["seed"], row["repeat"], row["attempt"])
+    contents = {table: _parquet(tables[table]) for table in TABLES}
+    note_sums(location, {f"{table}/{name}": content for table, content in contents.items()})
     for table in TABLES:
-        _write_table(location, table, name, tables[table])
+        write_whole(location, location.path("results", table, name), contents[table])
     return name
 
 
-def _write_table(location: Location, table: str, name: str, content: pa.Table) -> None:
+def _parquet(content: pa.Table) -> bytes:
+    """Return a table as the bytes of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
     pq.write_table(content, sink, compression="zstd")
-    write_whole(location, location.path("results", table, name), sink.getvalue().to_pybytes())
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def _run_row(run: Mapping[str, object], stages: Sequence[Mapping[str, object]]) -> dict[str, Any]:

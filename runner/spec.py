@@ -23,6 +23,9 @@ MAX_RANKS = 8  # one gang lives on one host
 MAX_SEED = 2**32 - 1  # numpy's generators take no more
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 URI_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://")
+SPEC_LIMIT_BYTES = 1 << 20
+MAX_ALIASES = 20
+PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 
 
@@ -174,10 +177,14 @@ def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
     if not file.is_file():
         choices = [str(item) for item in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
         raise FileNotFoundError(f"spec {file} not found" + (f"; {nearest(str(file), choices)}" if choices else ""))
+    if file.stat().st_size > SPEC_LIMIT_BYTES:
+        raise ValueError(f"spec {file} has {file.stat().st_size} bytes, over the limit of {SPEC_LIMIT_BYTES}")
     try:
         plain = yaml.load(file.read_text(encoding="utf-8"), Loader=SpecLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"spec {file} is not readable YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"spec {file} is not readable YAML: it is nested too deeply") from None
     try:
         return parse_spec(plain, out=out)
     except ValueError as error:
@@ -286,20 +293,36 @@ def absolute_path(path: str) -> str:
 
 
 class SpecLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads 1e-4 as a number."""
+    """YAML of plain values only: refuses a key given twice and more than a few aliases, reads 1e-4 as a number."""
+
+    num_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node; raises where aliases could blow a small file up to a huge value."""
+        if self.check_event(yaml.AliasEvent):
+            self.num_aliases += 1
+            if self.num_aliases > MAX_ALIASES:
+                raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", None)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return the mapping of node; raises on a duplicate key."""
+        """Return the mapping of node; raises on a duplicate key, or one that is no plain value."""
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} twice", key_node.start_mark
-                )
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.value in seen:
+                shown = f"key {str(key_node.value)[:60]!r}"
+                problem = f"{shown} twice" if isinstance(key_node, yaml.ScalarNode) else "a key that is no plain value"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep=deep)
 
 
+# no dates, binaries or sets: a spec has no use for them, and PyYAML reads them carelessly
+SpecLoader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in PLAIN_TAGS
+}
 SpecLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -12,6 +12,7 @@ import brotli
 import pytest
 import torch
 
+from jobs.fuzz_mutations import changed, fuzz_artifact_once, header_of, places, seal, with_header
 from model.artifact import (
     DIGEST_BYTES,
     MAGIC,
@@ -25,7 +26,6 @@ from model.artifact_header import tensor_entries
 from model.config import PRESETS, ModelConfig, tiny
 from model.gpt import GPT
 from model.quantized import EMBEDDING, QuantizedState, QuantizedWeight, dequantize, parameter_shapes, tensor_shapes
-from tests.fuzz_artifact import changed, fuzz_once, header_of, places, seal, with_header
 from tests.memory import peak_bytes
 
 SMALL = ModelConfig(
@@ -259,6 +259,6 @@ def test_bad_numbers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codec", ["rans", "brotli"])
 def test_mutated_files_are_refused_or_load(tmp_path: Path, codec: str) -> None:
     data = pack_artifact(random_quantized(SMALL, 9), SMALL, META, codec=codec)
-    refusals = [fuzz_once(data, seed, tmp_path) for seed in range(300)]
+    refusals = [fuzz_artifact_once(data, seed, tmp_path) for seed in range(300)]
     assert all("\n" not in message for message in refusals)
     assert sum(bool(message) for message in refusals) > 240

@@ -1,0 +1,96 @@
+"""model.tensorfile: the safetensors format, read and written without a parser that trusts its input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from model.tensorfile import TENSOR_TYPES, load_tensors, save_tensors
+from tests.memory import peak_bytes
+
+TENSORS = {
+    **{f"{name}/x": torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in TENSOR_TYPES.items()},
+    "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "view": torch.arange(12.0).reshape(3, 4).T,
+}  # fmt: skip
+
+
+def write(path: Path, header: object, data: bytes = b"\0" * 16) -> Path:
+    """Write a tensor file with a header of one's own."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def entry(shape: list[Any], offsets: list[Any], dtype: str = "F32") -> dict[str, Any]:
+    """Return one entry of a header."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_tensors_come_back_and_the_library_reads_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_tensors(path, TENSORS)
+    for found in (load_tensors(path), safetensors.torch.load_file(path)):
+        assert set(found) == set(TENSORS)
+        for name, tensor in TENSORS.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    plain = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
+    safetensors.torch.save_file(plain, path, metadata={"made": "elsewhere"})
+    found = load_tensors(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    save_tensors(first, TENSORS)
+    save_tensors(second, dict(reversed(TENSORS.items())))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        ([], "no table of tensors"),
+        ({"a": 1}, "has no dtype, shape and data_offsets"),
+        ({"a": entry([4], [0, 16], "F33")}, "unknown type 'F33'"),
+        ({"a": entry([4], [0, 12])}, "does not take 12 bytes"),
+        ({"a": entry([2**40, 2**40], [0, 16])}, "impossible shape"),
+        ({"a": entry([-4], [0, -16])}, "impossible shape"),
+        ({"a": entry([True, 4], [0, 16])}, "impossible shape"),
+        ({"a": entry([2**34], [0, 2**36])}, "take 68719476736 bytes, it holds 16"),
+        ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, "does not begin where"),
+        ({"a": entry([2], [0, 8])}, "take 8 bytes, it holds 16"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path: Path, header: object, message: str) -> None:
+    path = write(tmp_path / "a.safetensors", header)
+
+    def load() -> None:
+        with pytest.raises(ValueError, match=message):
+            load_tensors(path)
+
+    assert peak_bytes(load) < 20_000_000
+
+
+def test_a_length_that_lies_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for content in (b"", b"\1", (2**63).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot hold the header"):
+            load_tensors(path)
+
+
+def test_a_type_that_has_no_name_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensor a has type"):
+        save_tensors(tmp_path / "a", {"a": torch.zeros(2, dtype=torch.complex64)})
