@@ -69,6 +69,9 @@ STEP_COLUMNS = (
     Column("is_looped", "bool", "the repeated layers were on"),
     Column("elapsed_s", "float64", "seconds on the training clock"),
     Column("tokens_per_s", "float64", "throughput of this step"),
+    Column("gpu_clock_mhz", "float64", "slowest SM clock of the gang when last sampled; null on CPU"),
+    Column("gpu_power_w", "float64", "power of the gang's GPUs together when last sampled; null on CPU"),
+    Column("gpu_throttle_bits", "int64", "reasons to run slower, as the driver's bit mask, of any GPU of the gang"),
 )
 
 STAGE_COLUMNS = (

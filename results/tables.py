@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from results.reader import Rows, latest_attempts, read_runs
@@ -23,6 +24,7 @@ SEED_KEYS = (
     "seed", "repeat", "state", "attempts", "steps", "live_bpb", "post_ema_bpb", "pre_ttt_bpb", "ttt_lr0_bpb",
     "post_ttt_bpb", "artifact_bytes", "within_limit", "train_s", "quantize_s", "evaluate_s", "ttt_s",
 )  # fmt: skip
+STEPS_TOLERANCE = 0.01  # of the median, before a seed is marked
 MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemptions")
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
 TABLE_COLUMNS = (
@@ -74,6 +76,7 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     identity, notes = _identity(rows.frame)
     notes = [*rows.notes, *notes, *_unmeasured(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
+    _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
     columns = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
     means = {column: list(_seed_means(finished, column).values()) for column in columns}
@@ -135,6 +138,15 @@ def _marks(row: dict[str, Any]) -> list[str]:
     if row["preemptions"]:
         marks.append(f"preempted x{row['preemptions']}")
     return marks
+
+
+def _mark_other_steps(finished: list[dict[str, Any]]) -> None:
+    """Mark seeds whose steps differ from the median: under a wall-clock budget a slow node is a worse score."""
+    steps = [row["steps"] for row in finished if row["steps"] is not None]
+    middle = statistics.median(steps) if steps else 0
+    for row in finished:
+        if row["steps"] is not None and abs(row["steps"] - middle) > STEPS_TOLERANCE * middle:
+            row["marks"].append(f"steps {100 * (row['steps'] / middle - 1):+.1f} % off the median")
 
 
 def _identity(frame: pd.DataFrame) -> tuple[dict[str, str | None], list[str]]:

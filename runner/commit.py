@@ -43,7 +43,7 @@ def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str,
         spec.out,
         run=run_row(spec, run, record, stages, node_label=node_label),
         stages=stages,
-        steps=read_arrays(workdir / "steps.npz") if is_done else {},
+        steps=step_rows(workdir) if is_done else {},
         documents=document_rows(workdir) if is_done else {},
     )
 
@@ -85,6 +85,18 @@ def run_row(
         "vocab_size": spec.config.model.vocab_size,
         "size_limit_bytes": spec.config.quant.size_limit_bytes,
     }
+
+
+def step_rows(workdir: Path) -> dict[str, np.ndarray]:
+    """Return the columns of the steps table; each step has the newest sample of the GPUs that was taken by then."""
+    import numpy as np
+
+    steps, samples = read_arrays(workdir / "steps.npz"), read_arrays(workdir / "gpu.npz")
+    if not steps or not len(samples.get("step", ())):
+        return steps
+    newest = np.searchsorted(samples["step"], steps["step"], side="right") - 1
+    newest = np.maximum(newest, 0)  # steps before the first sample take that one
+    return {**steps, **{name: values[newest] for name, values in samples.items() if name != "step"}}
 
 
 def document_rows(workdir: Path) -> dict[str, np.ndarray]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 SMI = "nvidia-smi"
 SMI_TIMEOUT_S = 20
+SAMPLE_EVERY_S = 5.0
 FACTS = ("index", "name", "driver_version", "memory.used")
 SAMPLES = ("clocks.sm", "power.draw", "clocks_throttle_reasons.active")
 
@@ -28,6 +30,33 @@ class Sample(NamedTuple):
     clock_mhz: float
     power_w: float
     throttle_bits: int
+
+
+class GpuWatch:
+    """Samples the gang's GPUs beside the work, and keeps each sample with the training step it fell on."""
+
+    def __init__(self, ids: Sequence[str], step: Callable[[], int | None], *, every_s: float = SAMPLE_EVERY_S) -> None:
+        self.ids, self.step, self.every_s = ids, step, every_s
+        self.rows: list[tuple[int, Sample]] = []
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="gpu-watch", daemon=True)
+
+    def watch(self) -> None:
+        """Take samples until told to end; step() is None outside training."""
+        while not self.is_over.wait(self.every_s):
+            step = self.step()
+            sample = sample_gpus(self.ids) if step is not None else None
+            if step is not None and sample is not None:
+                self.rows.append((step, sample))
+
+    def arrays(self) -> dict[str, list[float] | list[int]]:
+        """Return the samples by column, as they go beside the step rows."""
+        return {
+            "step": [step for step, _ in self.rows],
+            "gpu_clock_mhz": [sample.clock_mhz for _, sample in self.rows],
+            "gpu_power_w": [sample.power_w for _, sample in self.rows],
+            "gpu_throttle_bits": [sample.throttle_bits for _, sample in self.rows],
+        }
 
 
 def count_gpus() -> int:

@@ -7,21 +7,24 @@ the driver of a gang.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
-from runner.gpus import query_gpus
+from runner.gpus import GpuWatch, query_gpus
 from runner.provenance import different_versions, machine, package_versions
 from runner.rank import Job, PreflightError, Rank
 from runner.storage import LocalStorage
@@ -52,19 +55,39 @@ def run_pipeline(rank: Rank) -> None:
             note_attempt(job, facts)
             on_write(Path(job.workdir) / "attempt.json")
         dist.barrier()
-        run_seed(
-            job.config,
-            dist,
-            Path(job.workdir),
-            rank.report,
-            should_stop=rank.should_stop,
-            restart=job.restart,
-            allow_code_change=job.allow_code_change,
-            on_write=on_write,
-        )
+        with watched_gpus(rank, on_write):
+            run_seed(
+                job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
+                allow_code_change=job.allow_code_change, on_write=on_write,
+            )  # fmt: skip
         dist.barrier()
     finally:
         dist.close()
+
+
+@contextmanager
+def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[None]:
+    """Sample clocks, power and throttle reasons of the gang's GPUs during training; rank 0 leaves them in gpu.npz."""
+    if rank.rank != 0 or not rank.job.uses_gpus or not torch.cuda.is_available():
+        yield
+        return
+    watch = GpuWatch(gpu_ids(rank.job), lambda: rank.newest.step if rank.newest.phase == "train" else None)
+    watch.thread.start()
+    try:
+        yield
+    finally:
+        watch.is_over.set()
+        watch.thread.join()
+        path = Path(rank.job.workdir) / "gpu.npz"
+        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
+        if path.exists():  # what earlier attempts saw stays, up to where this one began
+            with np.load(path, allow_pickle=False) as before:
+                is_kept = before["step"] < (arrays["step"].min() if len(arrays["step"]) else np.inf)
+                arrays = {name: np.concatenate([before[name][is_kept], values]) for name, values in arrays.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        LocalStorage(path.parent).write(path.name, buffer.getvalue())
+        on_write(path)
 
 
 def join_gang(rank: Rank) -> Dist:
@@ -144,7 +167,7 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
     if not rank.job.uses_gpus or not torch.cuda.is_available():
         return {}
     release_gpu_memory()
-    gpus = query_gpus(rank.visible_gpus)
+    gpus = query_gpus(gpu_ids(rank.job))
     models = sorted({gpu.model for gpu in gpus})
     if len(models) > 1:
         raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
@@ -160,6 +183,11 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
         "cuda_version": torch.version.cuda,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
     }
+
+
+def gpu_ids(job: Job) -> list[str]:
+    """Return the names by which the driver knows the gang's GPUs, whatever this process sees them as."""
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(job.world_size)]
 
 
 def release_gpu_memory() -> None:

@@ -1,0 +1,87 @@
+"""What the driver commits: samples beside steps, marks for slow seeds, and refusal of rows that do not fit together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from results.tables import seed_table
+from runner import gpus
+from runner.commit import document_rows, read_json, step_rows
+from tests.fake_runs import commit_attempt, fake_run
+
+
+def test_each_step_has_the_newest_sample_taken_by_then(tmp_path: Path) -> None:
+    np.savez(tmp_path / "steps.npz", step=np.arange(1, 7), loss=np.ones(6))
+    np.savez(tmp_path / "gpu.npz", step=[2, 5], gpu_clock_mhz=[1980.0, 1200.0], gpu_power_w=[700.0, 300.0],
+             gpu_throttle_bits=[0, 8])  # fmt: skip
+    rows = step_rows(tmp_path)
+    assert list(rows["gpu_clock_mhz"]) == [1980.0] * 4 + [1200.0] * 2
+    assert list(rows["gpu_throttle_bits"]) == [0, 0, 0, 0, 8, 8]
+
+
+def test_steps_without_samples_stay_as_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "steps.npz", step=np.arange(1, 4), loss=np.ones(3))
+    assert set(step_rows(tmp_path)) == {"step", "loss"}
+
+
+def test_scores_of_different_documents_are_not_joined(tmp_path: Path) -> None:
+    np.savez(tmp_path / "evaluate.npz", index=[0, 1], tokens=[5, 5], bytes=[9, 9], nats_plain=[1.0, 1.0])
+    np.savez(tmp_path / "ttt.npz", index=[0, 2], tokens=[5, 5], bytes=[9, 9], nats_ttt=[1.0, 1.0])
+    with pytest.raises(ValueError, match="differ in index"):
+        document_rows(tmp_path)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text('{"stage": ')
+    with pytest.raises(ValueError, match=r"train\.json is damaged"):
+        read_json(tmp_path / "train.json")
+
+
+def test_a_seed_with_other_steps_than_the_median_is_marked(tmp_path: Path) -> None:
+    for seed, steps in ((1, 4820), (2, 4830), (3, 4700)):
+        commit_attempt(tmp_path, run=fake_run(seed, steps=steps))
+    marks = {row["seed"]: row["marks"] for row in seed_table(tmp_path).seeds}
+    assert (marks[1], marks[2], marks[3]) == ([], [], ["steps -2.5 % off the median"])
+
+
+SMI = """#!/bin/sh
+case "$*" in
+  *throttle*) echo "1980, 650.5, 0x0000000000000000"; echo "1755, 690.0, 0x0000000000000004" ;;
+  *name*) echo "0, NVIDIA H100, 570.1, 4"; echo "1, NVIDIA H100, 570.1, [N/A]" ;;
+  *) echo 0; echo 1 ;;
+esac
+"""
+
+
+def test_gpus_are_described_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(SMI)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert gpus.count_gpus() == 2
+    assert gpus.query_gpus(["0", "1"])[0] == gpus.Gpu("0", "NVIDIA H100", "570.1", 4 << 20)
+    assert gpus.sample_gpus(["0", "1"]) == gpus.Sample(1755.0, 1340.5, 4)
+
+
+def test_a_machine_without_the_tool_has_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.count_gpus() == 0
+    assert gpus.sample_gpus([]) is None
+
+
+def test_samples_are_kept_with_the_step_they_fell_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = gpus.GpuWatch([], lambda: 7, every_s=0.01)
+
+    def sample(_ids: object) -> gpus.Sample:
+        if len(watch.rows) == 2:
+            watch.is_over.set()
+        return gpus.Sample(1000.0, 10.0, 0)
+
+    monkeypatch.setattr(gpus, "sample_gpus", sample)
+    watch.watch()
+    assert watch.arrays()["step"] == [7, 7, 7]
+    assert json.dumps(watch.arrays())
