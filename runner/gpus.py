@@ -13,6 +13,7 @@ SMI_TIMEOUT_S = 20
 SAMPLE_EVERY_S = 5.0
 FACTS = ("index", "name", "driver_version", "memory.used")
 SAMPLES = ("clocks.sm", "power.draw", "clocks_throttle_reasons.active")
+NEWER_SAMPLES = ("clocks.sm", "power.draw", "clocks_event_reasons.active")  # the same under the name of newer drivers
 
 
 class Gpu(NamedTuple):
@@ -73,7 +74,7 @@ def query_gpus(ids: Sequence[str]) -> list[Gpu]:
 
 def sample_gpus(ids: Sequence[str]) -> Sample | None:
     """Return what these GPUs are doing, None where that cannot be asked."""
-    rows = query(ids, SAMPLES)
+    rows = query(ids, SAMPLES) or query(ids, NEWER_SAMPLES)
     if not rows:
         return None
     bits = 0

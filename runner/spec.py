@@ -246,7 +246,7 @@ def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:
     section = dict(check_keys("data", given, [*known, "fetch"]))
     fetch = section.pop("fetch", None)
     if fetch is not None:
-        fetch = dict(check_keys("data.fetch", fetch, ("repo", "variant", "revision", "shards")))
+        fetch = dict(check_keys("data.fetch", fetch, ("repo", "variant", "revision", "shards", "endpoint")))
         for name, value in fetch.items():
             checked(value, int if name == "shards" else str, f"data.fetch.{name}")
     data = updated(DataConfig(), section, "data")

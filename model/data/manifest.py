@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from model.config import DataConfig, canonical_json
+from model.data import remembered
 from model.data.files import READ_BYTES, file_sha256, replace_file
 from model.data.shards import BOS_ID, HEADER_BYTES, TOKEN_DTYPE, list_shards, read_num_tokens
 
@@ -131,7 +132,9 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def scan_shard(path: Path) -> ShardFacts:
-    """Read a whole shard once and return what it holds; remembered in this process while the file is unchanged.
+    """Read a whole shard once and return what it holds.
+
+    Remembered in this process, and for large shards on this node, while the file is unchanged.
 
     Raises FileNotFoundError or ValueError as read_num_tokens does.
     """
@@ -142,6 +145,10 @@ def scan_shard(path: Path) -> ShardFacts:
 
 @functools.lru_cache(maxsize=4096)
 def _scan_shard(path: Path, size: int, mtime_ns: int) -> ShardFacts:
+    place = remembered.place_of(path)
+    known = remembered.recall(place)
+    if known is not None and set(known) == set(ShardFacts.__dataclass_fields__):
+        return ShardFacts(**known)  # type: ignore[arg-type]
     # plain reads, not the memory map: pages of a map would count as this process's memory
     num_documents, max_token = 0, 0
     with path.open("rb") as file:
@@ -152,7 +159,11 @@ def _scan_shard(path: Path, size: int, mtime_ns: int) -> ShardFacts:
             tokens = np.frombuffer(block, dtype=TOKEN_DTYPE)
             num_documents += int(np.count_nonzero(tokens == BOS_ID))
             max_token = max(max_token, int(tokens.max()))
-    return ShardFacts(digest.hexdigest(), (size - HEADER_BYTES) // TOKEN_DTYPE.itemsize, num_documents, max_token)
+    num_tokens = (size - HEADER_BYTES) // TOKEN_DTYPE.itemsize
+    facts = ShardFacts(digest.hexdigest(), num_tokens, num_documents, max_token)
+    if remembered.place_of(path) == place:  # nobody wrote to the file meanwhile
+        remembered.remember(place, dataclasses.asdict(facts))
+    return facts
 
 
 def check_data(
