@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import psutil
+
+from runner.gpus import count_gpus
 from runner.spec import Gang
 
 
@@ -38,3 +42,13 @@ def why_infeasible(nodes: Sequence[Node], gang: Gang) -> str:
         return ""
     has = "; ".join(node.describe() for node in nodes) or "no nodes"
     return f"no node can hold one gang: asked for {gang.describe()}; nodes have {has}"
+
+
+def this_machine() -> Node:
+    """Return this machine as a node, with what Ray would find on it."""
+    resources = {
+        "CPU": float(os.cpu_count() or 1),
+        "GPU": float(count_gpus()),
+        "memory": float(psutil.virtual_memory().total),
+    }
+    return Node(node_id="here", name=os.uname().nodename, resources=resources)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from runner.capacity import Node, gangs_on
 from runner.errors import Failure, Kind
 from runner.spec import Gang, Limits, RunKey
-from runner.states import ALIVE, FINAL, WORKING, Run, State, enter
+from runner.states import ALIVE, FINAL, Run, State, enter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,8 +132,8 @@ def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> 
 
 
 def decide_stop(run: Run, situation: Situation) -> Command | None:
-    """Return Stop for a gang that is to end, and Release when its grace is over or it has not begun."""
-    if run.state not in WORKING and run.state is not State.STARTING:
+    """Return the command for a gang that is to end: training may leave a checkpoint, nothing else has one to leave."""
+    if run.state is not State.TRAIN:
         return Release(key=run.key, group=run.group)
     if not run.is_stopping:
         return Stop(key=run.key, group=run.group)

@@ -9,15 +9,27 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from runner import states
 from runner.capacity import Node
 from runner.decisions import Release, Start, Stop, Submit
-from runner.rank import Job, Outcome, Rank
+from runner.rank import Interrupted, Job, Outcome, Rank
 from runner.spec import Gang, RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05
+
+
+class LocalRank(Rank):
+    """A rank in a thread, which nobody can kill: outside training it ends at the next report once it was stopped."""
+
+    def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
+        """Note progress. Raises Interrupted where a gang would be killed."""
+        super().report(phase, step, total, metrics)
+        if self.should_stop() and phase != "train":
+            raise Interrupted(f"stopped at {phase} step {step}")
 
 
 class LocalRun:
@@ -25,7 +37,7 @@ class LocalRun:
 
     def __init__(self, command: Start, job: Job) -> None:
         self.key, self.serial = command.key, command.group
-        self.rank = Rank(job, 0)
+        self.rank = LocalRank(job, 0)
         self.outcome: Outcome | None = None
         self.serial_seen = 0
         self.is_told = False

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import psutil
-
 from runner.capacity import Node, count_slots, gangs_on, why_infeasible
-from runner.gpus import count_gpus
 from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec import RunKey, SweepSpec
 from runner.storage import LocalStorage, ObjectStorage, open_storage
@@ -65,16 +61,6 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
         spec=spec, nodes=tuple(nodes), slots=count_slots(nodes, spec.gang), runs=what_is_left(spec), hashes=hashes,
         problems=(*problems, *missing), seed_s=seed_s, seed_source=source,
     )  # fmt: skip
-
-
-def this_machine() -> Node:
-    """Return this machine as a node, with what Ray would find on it."""
-    resources = {
-        "CPU": float(os.cpu_count() or 1),
-        "GPU": float(count_gpus()),
-        "memory": float(psutil.virtual_memory().total),
-    }
-    return Node(node_id="here", name=os.uname().nodename, resources=resources)
 
 
 def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:

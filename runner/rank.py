@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PIPELINE = "runner.worker:run_pipeline"
 LOG_TAIL_BYTES = 4096
 LOG_EVERY_S = 10.0  # progress in a rank's own log
-STOPPED = "Interrupted"  # the exception with which a stage obeys should_stop (model.train.Interrupted)
+STOPPED = "Interrupted"  # the name of the exception with which work obeys should_stop, ours and model.train's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +183,10 @@ class Rank:
     def arm_stack_dump(self, after_s: float) -> None:
         """Let a watchdog thread write the stacks when nothing is reported for after_s, even if Python is stuck."""
         faulthandler.dump_traceback_later(after_s, exit=False, file=stacks_file(self.job.stacks_path(self.rank)))
+
+
+class Interrupted(Exception):
+    """The work was asked to end early, and did."""
 
 
 class OutNotShared(ValueError):

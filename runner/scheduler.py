@@ -22,6 +22,7 @@ from runner.states import FINAL, Committed, Event, Failed, Run, State, after
 logger = logging.getLogger(__name__)
 
 NODES_EVERY_S = 5.0
+REQUESTS_EVERY_S = 1.0  # looks for `seedsweep cancel`
 STATE_EVERY_S = 1.0  # a picture of 1,000 runs takes tens of milliseconds; the events have every transition at once
 POLL_S = 0.2
 EXIT_INFEASIBLE = 2
@@ -77,7 +78,7 @@ class Scheduler:
         self.is_interrupted = False
         self.nodes: tuple[Node, ...] = ()
         self.slots = 0
-        self.nodes_at = self.state_at = -float("inf")
+        self.nodes_at = self.state_at = self.requests_at = -float("inf")
         self.feasible_at = clock()  # when some node could last hold a gang
         self.had_room = False
         self.unsaved: list[dict[str, Any]] = []
@@ -118,6 +119,8 @@ class Scheduler:
         if now - self.nodes_at >= NODES_EVERY_S:
             self.nodes, self.nodes_at = self.backend.nodes(), now
             self.slots = count_slots(self.nodes, self.spec.gang)
+        if now - self.requests_at >= REQUESTS_EVERY_S:
+            self.requests_at = now
             self.read_requests()
         slots = self.slots
         if slots:

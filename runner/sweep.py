@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from runner.capacity import count_slots, why_infeasible
+from runner.capacity import count_slots, this_machine, why_infeasible
 from runner.commit import commit_run, read_json
 from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.errors import Infeasible, Refused, SweepError
@@ -62,6 +62,8 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     """
     if options.is_local:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
+    if not (options.is_local or options.address or is_ray_job()):
+        check_this_machine(spec)
     directory = SweepDirectory(open_storage(spec.out))
     check_writable(directory.storage)
     directory.acquire()
@@ -72,6 +74,13 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
         return drive(spec, runs, directory, record, options)
     finally:
         directory.release()
+
+
+def check_this_machine(spec: SweepSpec) -> None:
+    """Raise Infeasible, with missing data named too, if this machine can never hold a gang; before Ray is started."""
+    problem = why_infeasible([this_machine()], spec.gang)
+    if problem and not spec.limits.wait_s:
+        raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
 
 
 def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:

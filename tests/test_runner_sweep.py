@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 
 from jobs.cli import main
 from runner import sweep as sweep_module
+from runner.capacity import this_machine
 from runner.directory import Owner, SweepDirectory
-from runner.errors import DirectoryInUse, Kind, Refused, SweepError
-from runner.plan import Left, make_plan, this_machine
+from runner.errors import DirectoryInUse, Infeasible, Kind, Refused, SweepError
+from runner.plan import Left, make_plan
 from runner.rank import Job, Rank
 from runner.spec import Gang, RunKey, SweepSpec
 from runner.status import look
@@ -293,3 +295,31 @@ def test_stop_takes_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path
     assert run(replace(make_spec(tmp_path), limits=QUICK)) == 0
     record = json.loads((tmp_path / "seeds" / "seed=42-repeat=0" / "stages" / "train.json").read_text())
     assert record["metrics"]["resumed_at_steps"] == [4]
+
+
+def test_a_stop_outside_training_ends_at_the_next_report(tmp_path: Path) -> None:
+    write_faults(tmp_path, {"seed": 1, "attempt": 1, "stage": "ttt", "step": 1, "do": "wait", "seconds": 1.5})
+    spec = make_spec(tmp_path, seeds=[1])
+    stopper = threading.Thread(target=stop_at, args=(tmp_path, "TTT"))
+    stopper.start()
+    assert run(spec) == 3
+    stopper.join()
+    assert state_of(tmp_path) == {1: "CANCELLED"}
+    assert run(spec) == 0
+    stages = [json.loads(line)["to"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert stages.count("TRAIN") == 1  # the second run found it finished
+
+
+def stop_at(out: Path, state: str) -> None:
+    """Ask the sweep to end as soon as events.jsonl shows a state."""
+    deadline = time.monotonic() + 60
+    while f'"to": "{state}"' not in ((out / "events.jsonl").read_text() if (out / "events.jsonl").exists() else ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    SweepDirectory(LocalStorage(out)).ask_cancel(None)
+
+
+def test_a_gang_too_large_for_this_machine_is_refused_before_ray_is_started(tmp_path: Path) -> None:
+    with pytest.raises(Infeasible, match=r"asked for 8 rank\(s\).*; nodes have .*; data\.train=.*no such shard"):
+        run_sweep(make_spec(tmp_path, gang=Gang(gpus=8, cpus=1)), Options(target=TARGET, progress="plain"))
+    assert list(tmp_path.iterdir()) == []

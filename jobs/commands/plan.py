@@ -35,7 +35,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def find_nodes(address: str | None) -> tuple[Node, ...]:
     """Return the nodes of the cluster at address, or this machine."""
-    from runner.plan import this_machine
+    from runner.capacity import this_machine
 
     if address is None:
         return (this_machine(),)
