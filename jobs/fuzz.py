@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import selectors
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 LOADERS = ("artifact", "shard", "manifest", "checkpoint", "spec", "parquet", "tokenizer")
+GUIDED = ("artifact", "shard", "manifest", "checkpoint", "spec")  # parsers of our own
 THIRD_PARTY = ("parquet", "tokenizer")  # parsers that are not ours run guarded, and on fewer files
 THIRD_PARTY_FILES = 1000
 START_TIMEOUT_S = 300.0
@@ -146,4 +148,24 @@ def fuzz_loader(
                 report(outcome)
     finally:
         worker.close()
+    return outcome
+
+
+def fuzz_guided(loader: str, folder: Path, *, seed: int, count: int) -> Outcome:
+    """Let atheris mutate files of one loader towards new branches; its process ends at the first fault.
+
+    Raises ValueError where atheris is not installed.
+    """
+    if importlib.util.find_spec("atheris") is None:
+        raise ValueError("--guided needs atheris, which is not installed: pip install atheris")
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.fuzz_coverage", loader, str(folder / loader), str(count), str(seed)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).resolve().parents[1], capture_output=True,
+        text=True, errors="replace", check=False,
+    )  # fmt: skip
+    outcome = Outcome(loader, num_files=count, seconds=time.monotonic() - started)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line or "ERROR" in line]
+        outcome.faults[seed] = (lines or [f"exit code {done.returncode}"])[-1][:300]
     return outcome

@@ -257,13 +257,14 @@ def test_a_damaged_run_is_not_bundled(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # installs PyTorch
 def test_two_files_reproduce_the_scores_in_a_fresh_environment(bundle: Path, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     packages = ["torch", "numpy", "sentencepiece", "brotli"]
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c"]
-    subprocess.run([*install, str(root / "constraints.txt"), *packages], check=True, timeout=280)
+    subprocess.run([*install, str(root / "constraints.txt"), *packages], check=True)
     for name in (READABLE_NAME, PACKED_NAME):
         arguments = ["--eval", "model.ssq", "--tokenizer", str(TOKENIZER), "--val", validation_glob(small_sweep())]
         done = subprocess.run([str(python), name, *arguments], cwd=bundle, capture_output=True, text=True, check=True)

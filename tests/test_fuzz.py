@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -70,6 +71,16 @@ def test_files_that_once_caused_a_fault_no_longer_do(tmp_path: Path, path: Path)
         place for place, _ in (case.mutated(random.Random(seed)) for seed in range(200)) if place.suffix == path.suffix
     )
     case.run_content(target, path.read_bytes())
+
+
+def test_guided_fuzzing_needs_atheris_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if importlib.util.find_spec("atheris") is None:
+        assert main(["fuzz", "--guided", "--loader", "shard", "--count", "10"]) == 2
+        assert "pip install atheris" in capsys.readouterr().err
+    else:
+        assert main(["fuzz", "--guided", "--loader", "shard", "--count", "200"]) == 0
+    assert main(["fuzz", "--guided", "--loader", "parquet"]) == 2
+    assert "--guided is for" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from jobs.fuzz import LOADERS, THIRD_PARTY, THIRD_PARTY_FILES, Outcome, fuzz_loader
+from jobs.fuzz import GUIDED, LOADERS, THIRD_PARTY, THIRD_PARTY_FILES, Outcome, fuzz_guided, fuzz_loader
 
 MAX_SHOWN = 10
 
@@ -23,6 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "parsers are not ours)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed damages files in the same ways (default 0)")
+    parser.add_argument(
+        "--guided", action="store_true", help="let atheris look for new branches (needs atheris; our own parsers only)"
+    )
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the files that caused faults here")
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
@@ -31,15 +34,22 @@ def execute(args: argparse.Namespace) -> int:
     """Fuzz and print a line a loader; 1 when a file crashed, hung, took too much memory or was not refused cleanly."""
     if args.count < 1:
         raise ValueError(f"--count {args.count} must be at least 1")
-    names = LOADERS if args.loader == "all" else (args.loader,)
+    names: tuple[str, ...] = LOADERS if args.loader == "all" else (args.loader,)
+    if args.guided:
+        names = tuple(name for name in names if name in GUIDED)
+        if not names:
+            raise ValueError(f"--guided is for {', '.join(GUIDED)}, not for {args.loader}")
     outcomes, started = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="seedsweep-fuzz-") as folder:
         for name in names:
             count = min(args.count, THIRD_PARTY_FILES) if name in THIRD_PARTY else args.count
-            outcomes.append(fuzz_loader(name, Path(folder), seed=args.seed, count=count, report=show_progress))
+            if args.guided:
+                outcomes.append(fuzz_guided(name, Path(folder), seed=args.seed, count=count))
+            else:
+                outcomes.append(fuzz_loader(name, Path(folder), seed=args.seed, count=count, report=show_progress))
             if args.format == "text":
                 print(render(outcomes[-1]), flush=True)
-            if args.keep is not None:
+            if args.keep is not None and not args.guided:
                 keep_files(name, outcomes[-1], args.keep)
     num_faults = sum(len(outcome.faults) for outcome in outcomes)
     seconds = time.monotonic() - started
@@ -60,9 +70,11 @@ def show_progress(outcome: Outcome) -> None:
 def render(outcome: Outcome) -> str:
     """Return one loader's outcome as text."""
     plain = outcome.as_json()
+    # a guided run does not count what became of its files
+    counts = f"{plain['refused']:>6} refused  {plain['loaded']:>6} loaded right  " if outcome.num_refused else ""
     lines = [
-        f"{plain['loader']:<11} {plain['files']:>6} files  {plain['refused']:>6} refused  {plain['loaded']:>6} loaded "
-        f"right  {len(outcome.faults):>3} faults  {plain['seconds']:>7} s"
+        f"{plain['loader']:<11} {plain['files']:>6} files  {counts}{len(outcome.faults):>3} faults  "
+        f"{plain['seconds']:>7} s"
     ]
     for seed, reason in list(outcome.faults.items())[:MAX_SHOWN]:
         lines.append(f"  fault, file seed {seed}: {reason}")
