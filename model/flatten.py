@@ -57,7 +57,7 @@ def read_module(name: str, source: str, *, modules: frozenset[str]) -> Module:
     module = Module(name, source, ast.parse(source))
     for statement in module.tree.body:
         if isinstance(statement, ast.Import | ast.ImportFrom):
-            for found in _imports(statement, module):
+            for found in _imports(statement, module, modules):
                 (module.inside if found.module in modules else module.outside).append(found)
         elif isinstance(statement, ast.If | ast.Try) and not _is_type_guard(statement):
             raise ValueError(
@@ -70,7 +70,7 @@ def read_module(name: str, source: str, *, modules: frozenset[str]) -> Module:
                 module.definitions[bound] = ast.dump(statement)
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ImportFrom) and node not in module.tree.body:
-            module.deferred += [found for found in _imports(node, module) if found.module in modules]
+            module.deferred += [found for found in _imports(node, module, modules) if found.module in modules]
     return module
 
 
@@ -78,7 +78,7 @@ def _is_type_guard(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.If) and isinstance(statement.test, ast.Name) and statement.test.id == GUARD
 
 
-def _imports(node: ast.Import | ast.ImportFrom, module: Module) -> Iterator[Import]:
+def _imports(node: ast.Import | ast.ImportFrom, module: Module, modules: frozenset[str]) -> Iterator[Import]:
     """Yield what an import statement binds; `from package import module` counts as an import of that module."""
     if isinstance(node, ast.Import):
         yield from (Import(alias.name, "", alias.asname or alias.name.split(".")[0]) for alias in node.names)
@@ -89,7 +89,7 @@ def _imports(node: ast.Import | ast.ImportFrom, module: Module) -> Iterator[Impo
         return
     for alias in node.names:
         local = alias.asname or alias.name
-        if node.module == module.name.split(".")[0]:
+        if f"{node.module}.{alias.name}" in modules:
             yield Import(f"{node.module}.{alias.name}", "", local)
         else:
             yield Import(node.module, alias.name, local)
@@ -218,7 +218,8 @@ class _Renamer(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
         """Take an import of the package out of a function: its names are there already."""
-        if self.scopes and any(found.module == node.module for found in self.module.deferred):
+        ours = {found.module if found.name else found.module.rpartition(".")[0] for found in self.module.deferred}
+        if self.scopes and node.module in ours:
             for alias in node.names:
                 assert (alias.asname or alias.name) not in self.module.definitions, alias.name
             self._replace(node, "pass")  # type: ignore[arg-type]

@@ -132,8 +132,10 @@ def test_names_that_two_modules_define_are_told_apart(tmp_path: Path) -> None:
 
 
         def main(argv: list[str], settings: str) -> int:
+            from model import other as again
             from model.other import _scale
 
+            assert again.LIMIT == 2
             print(config.LIMIT, other.LIMIT, config._scale(3), _scale(5), other._scale(5, LIMIT=7))
             return 0
         """,
@@ -271,3 +273,40 @@ def test_two_files_reproduce_the_scores_in_a_fresh_environment(bundle: Path, tmp
         scores = json.loads(done.stdout.splitlines()[-1])
         expected = json.loads((bundle / "scores.json").read_text())["scores"]
         assert {key: scores[key] for key in expected} == expected
+
+
+FAKE_TRITON = """
+import ast, inspect, textwrap
+__version__ = "0.0"
+NAMES = []
+def jit(function):
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))  # what Triton does with a kernel
+    NAMES.append(tree.body[0].name)
+    return function
+def cdiv(a, b):
+    return -(-a // b)
+"""
+
+
+@pytest.mark.parametrize("name", [READABLE_NAME, PACKED_NAME])
+def test_where_triton_is_installed_kernels_are_there_with_their_source(bundle: Path, tmp_path: Path, name: str) -> None:
+    """Triton reads a kernel's source through inspect, from a program that was extracted in memory as well."""
+    for file, text in {
+        "triton/__init__.py": FAKE_TRITON,
+        "triton/language.py": "class constexpr:\n    def __init__(self, value):\n        self.value = value\n",
+        "triton/tools/__init__.py": "",
+        "triton/tools/tensor_descriptor.py": "class TensorDescriptor:\n    pass\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    code = (
+        "import runpy, sys, torch, torch.nn.attention.varlen\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        f"names = runpy.run_path({str(bundle / name)!r}, run_name='program')\n"
+        "import triton\nprint(len(triton.NAMES), all(word in names for word in ('rotate', 'MixNorm', 'activate')))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, are_there = done.stdout.split()
+    assert int(count) == make_program(tiny()).readable.count("@triton.jit")
+    assert are_there == "True"
