@@ -40,13 +40,12 @@ class Module:
     outside: list[Import] = field(default_factory=list)  # of other packages
     inside: list[Import] = field(default_factory=list)  # of this package
     deferred: list[Import] = field(default_factory=list)  # of this package, inside functions
+    docstring: str = field(init=False)  # as it stands in the source, quotes included; empty where there is none
 
-    @property
-    def docstring(self) -> str:
-        """The module's docstring as it stands in the source, quotes included; empty where there is none."""
+    def __post_init__(self) -> None:
         first = self.tree.body[0] if self.tree.body else None
         is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        return (ast.get_source_segment(self.source, first) or "") if first is not None and is_text else ""
+        self.docstring = (ast.get_source_segment(self.source, first) or "") if first is not None and is_text else ""
 
 
 def read_module(name: str, source: str, *, modules: frozenset[str]) -> Module:
@@ -201,17 +200,16 @@ class _Renamer(ast.NodeVisitor):
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         """Rename inside an f-string by pattern: before Python 3.12 the tree does not know the places in it."""
-        text = ast.get_source_segment(self.module.source, node)
-        assert text is not None
         used = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
-        changed = text
-        for name in used:
-            if name in self.spaces:
-                raise ValueError(f"{self.module.name}:{node.lineno}: module {name} is used in an f-string")
-            if self._flat(name) != name:
-                changed = _rename_in_braces(changed, name, self._flat(name))
-        if changed != text:
-            self._replace(node, changed)
+        if used & set(self.spaces):
+            raise ValueError(f"{self.module.name}:{node.lineno}: a module is used in an f-string; import its names")
+        renamed = [name for name in sorted(used) if self._flat(name) != name]
+        if renamed:
+            text = ast.get_source_segment(self.module.source, node)
+            assert text is not None
+            for name in renamed:
+                text = _rename_in_braces(text, name, self._flat(name))
+            self._replace(node, text)
 
     def visit_Import(self, node: ast.Import) -> None:
         """Leave other packages' imports inside functions as they are."""

@@ -166,7 +166,7 @@ def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, modules: dict[str,
         generate(tmp_path, **modules)
 
 
-@pytest.mark.parametrize("name", [READABLE_NAME, PACKED_NAME])
+@pytest.mark.parametrize("name", [READABLE_NAME, pytest.param(PACKED_NAME, marks=pytest.mark.slow)])
 def test_two_files_reproduce_the_scores_to_the_last_bit_in_an_empty_environment(bundle: Path, name: str) -> None:
     done = run_file(
         bundle / name, "--eval", "model.ssq", "--tokenizer", str(TOKENIZER), "--val", validation_glob(small_sweep())
@@ -288,7 +288,7 @@ def cdiv(a, b):
 """
 
 
-@pytest.mark.parametrize("name", [READABLE_NAME, PACKED_NAME])
+@pytest.mark.parametrize("name", [pytest.param(READABLE_NAME, marks=pytest.mark.slow), PACKED_NAME])
 def test_where_triton_is_installed_kernels_are_there_with_their_source(bundle: Path, tmp_path: Path, name: str) -> None:
     """Triton reads a kernel's source through inspect, from a program that was extracted in memory as well."""
     for file, text in {

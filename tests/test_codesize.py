@@ -56,6 +56,7 @@ def test_a_moved_or_a_data_file_changes_the_hash(root: Path) -> None:
     assert len({first, second, code_hash(root=root)}) == 3
 
 
+@pytest.mark.slow
 def test_code_bytes_are_those_of_the_modules_that_training_and_scoring_need(tmp_path: Path) -> None:
     sizes = []
     for number, file in enumerate(("", "gpt.py", "data/corpus.py")):

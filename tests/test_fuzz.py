@@ -44,12 +44,21 @@ def test_the_same_seed_damages_files_in_the_same_ways(tmp_path: Path) -> None:
         assert first == second != other
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("control", "message"),
-    [("crash", "crashed: signal 6"), ("memory", "MemoryError"), ("traceback", "KeyError"),
-     ("many-lines", "several lines"), ("execution", "os.system"), ("outside", "open outside"),
-     ("hang", "hung: no answer in 2 s")],
-)  # fmt: skip
+    [
+        ("crash", "crashed: signal 6"),
+        ("memory", "MemoryError"),
+        pytest.param("traceback", "KeyError", marks=SLOW),
+        pytest.param("many-lines", "several lines", marks=SLOW),
+        ("execution", "os.system"),
+        pytest.param("outside", "open outside", marks=SLOW),
+        pytest.param("hang", "hung: no answer in 2 s", marks=SLOW),
+    ],
+)
 def test_every_kind_of_fault_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: str, message: str
 ) -> None:
