@@ -142,7 +142,12 @@ def at_step(out: Path, seed: int) -> int:
 def test_one_seed_that_fails_for_good_does_not_stop_the_others(cluster: Any, tmp_path: Path) -> None:
     from results.tables import seed_table
 
-    write_faults(tmp_path, {"seed": 0, "stage": "quantize", "step": 1, "do": "refuse", "message": "val_tokens=0"})
+    write_faults(
+        tmp_path,
+        {"seed": 0, "stage": "train", "step": 1, "do": "refuse", "message": "val_tokens=0"},
+        {"seed": 42, "stage": "ttt", "step": 1, "do": "wait", "seconds": 8},  # still at work when seed 0 fails
+        {"seed": 1337, "stage": "ttt", "step": 1, "do": "wait", "seconds": 8},
+    )
     assert sweep(tmp_path, cluster.address) == 1
     assert state_of(tmp_path) == {42: "DONE", 0: "FAILED", 1337: "DONE"}
     table = seed_table(tmp_path)
