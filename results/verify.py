@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +27,13 @@ AGREES, DIFFERS, UNCHECKED = "agrees", "differs", "not checked"
 MAX_JSON_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 1 << 30  # of one npz member, before memory is taken
 RENDERED = ("README.md", "submission.json", "requirements.txt")
+
+
+# what reading damaged JSON, zip and npz files ends in
+UNREADABLE = (
+    ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, EOFError, ArithmeticError, MemoryError,
+    RuntimeError, zipfile.BadZipFile, zlib.error, struct.error,
+)  # fmt: skip
 
 
 class Check(NamedTuple):
@@ -70,7 +79,7 @@ def guarded(where: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
     try:
         for entry in check():
             found.append(entry)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         found.append(Check(where, DIFFERS, f"cannot be read: {type(error).__name__}: {first_line(error)}"))
     return found
 
