@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from runner.status import look
-from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, start_driver, wait_until
+from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, is_zombie, start_driver, wait_until
 from tests.sweep_tools import scores_of, state_of, write_faults
 
 pytestmark = pytest.mark.slow
@@ -120,10 +120,9 @@ def test_a_killed_driver_takes_its_own_cluster_with_it(tmp_path: Path) -> None:
     driver = start_driver(tmp_path, None, gang={"cpus": 1})
     wait_until(lambda: is_at(tmp_path, 42, "TRAIN"), 90, "seed 42 never trained")
     family = psutil.Process(driver.pid).children(recursive=True)
-    assert family
-    end(driver)
     ours = [process for process in family if is_working(process)]
     assert ours
+    end(driver)
     assert running(psutil.wait_procs(ours, timeout=20)[1]) == []
     # Ray's agents look for their parent about once a minute
     assert running(psutil.wait_procs(family, timeout=90)[1]) == []
@@ -137,4 +136,4 @@ def is_working(process: psutil.Process) -> bool:
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
     """Return those that have not ended."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return [process for process in processes if process.is_running() and not is_zombie(process)]
