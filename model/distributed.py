@@ -7,6 +7,7 @@ environment variables.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -27,6 +28,28 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A collective under way, or what one process has at once.
+
+    What the collective reads or writes is to be left alone until wait. All ranks start their collectives in the same
+    order; the order of their waits is free.
+    """
+
+    result: Tensor
+    work: dist.Work | None = None
+    finish: Callable[[], object] | None = None  # what is left to do on result when the message is there
+
+    def wait(self) -> Tensor:
+        """Return the result, once it may be used: on a GPU the present stream waits for it, with gloo the host."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+            if self.finish is not None:
+                self.finish()
+        return self.result
 
 
 @dataclass(slots=True)
@@ -94,7 +117,22 @@ class Dist:
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average tensor over the ranks in place and return it."""
-        return self.all_reduce_(tensor).div_(self.world_size) if self.world_size > 1 else tensor
+        return self.start_mean_(tensor).wait()
+
+    def start_mean_(self, *tensors: Tensor) -> Pending:
+        """Start averaging tensors of one type over the ranks, in one message; wait leaves each mean in its place."""
+        if self.world_size == 1:
+            return Pending(tensors[0])
+        is_alone = len(tensors) == 1
+        flat = tensors[0] if is_alone else torch.cat([tensor.flatten() for tensor in tensors])
+
+        def finish() -> None:
+            flat.div_(self.world_size)
+            if not is_alone:
+                means = flat.split([tensor.numel() for tensor in tensors])
+                torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors)])
+
+        return Pending(flat, dist.all_reduce(flat, async_op=True), finish)
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
         """Overwrite tensor with rank 0's and return it."""
@@ -110,28 +148,31 @@ class Dist:
         dist.broadcast(tensor, src=0)
         return [float(value) for value in tensor]
 
-    def reduce_scatter_mean(self, tensor: Tensor) -> Tensor:
-        """Average tensor over the ranks and return this rank's equal share of its first axis.
+    def start_reduce_scatter_mean(self, tensor: Tensor) -> Pending:
+        """Start averaging tensor over the ranks; wait returns this rank's equal share of its first axis.
 
-        The first axis must be a multiple of world_size.
+        The first axis must be a multiple of world_size. On CPU tensor is overwritten.
         """
         if self.world_size == 1:
-            return tensor
+            return Pending(tensor)
         share = tensor.size(0) // self.world_size
         if tensor.is_cuda:
             out = tensor.new_empty(share, *tensor.shape[1:])
-            dist.reduce_scatter_tensor(out, tensor, op=dist.ReduceOp.AVG)
-            return out
-        self.mean_(tensor)
-        return tensor[self.rank * share : (self.rank + 1) * share]
+            return Pending(out, dist.reduce_scatter_tensor(out, tensor, op=dist.ReduceOp.AVG, async_op=True))
+        mean = self.start_mean_(tensor)  # gloo neither averages nor scatters
+        mean.result = tensor[self.rank * share : (self.rank + 1) * share]
+        return mean
 
     def all_gather(self, share: Tensor) -> Tensor:
         """Return every rank's share joined along the first axis."""
+        return self.start_all_gather(share).wait()
+
+    def start_all_gather(self, share: Tensor) -> Pending:
+        """Start collecting every rank's share; wait returns them joined along the first axis."""
         if self.world_size == 1:
-            return share
-        shares = [torch.empty_like(share) for _ in range(self.world_size)]
-        dist.all_gather(shares, share.contiguous())
-        return torch.cat(shares)
+            return Pending(share)
+        whole = share.new_empty(self.world_size * share.size(0), *share.shape[1:])
+        return Pending(whole, dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True))
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return every rank's rows (n, c) int64 joined in rank order; n may differ."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import TrainConfig
-from model.distributed import Dist
+from model.distributed import Dist, Pending
 from model.gpt import BANKS, EMBEDDING
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -69,7 +69,8 @@ def muon_scale(rows: int, columns: int) -> float:
 class Muon:
     """Muon on banks, each rank orthogonalising an equal share of every bank's matrices.
 
-    step reads parameter.grad (this rank's gradient), averages it over the ranks, and updates the whole parameter.
+    step reads parameter.grad (this rank's gradient), averages it over the ranks, and updates the whole parameter. Its
+    three parts leave room for other work while the messages between them fly: start, orthogonalize, apply.
     The momentum buffers hold this rank's share only: (ceil(N / world_size), r, c) in the update's type.
     """
 
@@ -84,18 +85,37 @@ class Muon:
     def _share(self, bank: Tensor) -> int:
         return -(-bank.size(0) // self.dist.world_size)
 
-    @torch.no_grad()
     def step(self, *, lr: float, momentum: float) -> None:
         """Apply one update with weight decay lr * matrix_weight_decay."""
+        self.apply(self.orthogonalize(self.start(), momentum=momentum), lr=lr)
+
+    @torch.no_grad()
+    def start(self) -> list[Pending]:
+        """Start averaging every bank's gradient over the ranks: a share (ceil(N / world_size), r, c) each."""
+        shares = []
         for name, bank in self.banks.items():
             assert bank.grad is not None, name
             grad = bank.grad.to(self.dtype)
             missing = self._share(bank) * self.dist.world_size - bank.size(0)
             if missing:
                 grad = torch.cat((grad, grad.new_zeros(missing, *bank.shape[1:])))
-            share = self.dist.reduce_scatter_mean(grad)
-            update = muon_update(share, self.buffers[name], momentum=momentum, steps=self.config.newton_schulz_steps)
-            update = self.dist.all_gather(update)[: bank.size(0)]
+            shares.append(self.dist.start_reduce_scatter_mean(grad))
+        return shares
+
+    @torch.no_grad()
+    def orthogonalize(self, shares: list[Pending], *, momentum: float) -> list[Pending]:
+        """Make each share an update and start gathering it while the next one is worked on."""
+        updates = []
+        for buffer, share in zip(self.buffers.values(), shares, strict=True):
+            update = muon_update(share.wait(), buffer, momentum=momentum, steps=self.config.newton_schulz_steps)
+            updates.append(self.dist.start_all_gather(update))
+        return updates
+
+    @torch.no_grad()
+    def apply(self, updates: list[Pending], *, lr: float) -> None:
+        """Decay every bank by lr * matrix_weight_decay and move it by its gathered update."""
+        for bank, pending in zip(self.banks.values(), updates, strict=True):
+            update = pending.wait()[: bank.size(0)]
             bank.mul_(1 - lr * self.config.matrix_weight_decay)
             bank.add_(update.to(bank.dtype), alpha=-lr * muon_scale(bank.size(-2), bank.size(-1)))
 
@@ -134,20 +154,21 @@ class Optimizers:
         self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
         self.base_lrs = [config.embedding_lr, config.vector_lr]
 
-    @torch.no_grad()
     def step(self, *, lr_factor: float, momentum: float) -> None:
-        """Average the gradients over the ranks and update every parameter."""
-        if self.dist.world_size > 1:
-            assert self.embedding.grad is not None
-            self.dist.mean_(self.embedding.grad)
-            small = gradients(self.vectors)
-            flat = self.dist.mean_(torch.cat([grad.flatten() for grad in small]))  # one message for all of them
-            for grad, mean in zip(small, flat.split([grad.numel() for grad in small]), strict=True):
-                grad.copy_(mean.view_as(grad))
+        """Average the gradients over the ranks and update every parameter, working while messages fly.
+
+        The backward pass can hide none of them: clipping scales a gradient by its norm over all parameters, so the
+        first number to be sent is known when the last one has been computed.
+        """
+        shares = self.muon.start()  # large messages first: orthogonalizing the first bank hides the others
+        means = [self.dist.start_mean_(*gradients(group)) for group in ([self.embedding], self.vectors)]
+        updates = self.muon.orthogonalize(shares, momentum=momentum)
+        for mean in means:
+            mean.wait()
         for group, base_lr in zip(self.adamw.param_groups, self.base_lrs, strict=True):
             group["lr"] = base_lr * lr_factor
-        self.adamw.step()
-        self.muon.step(lr=self.config.matrix_lr * lr_factor, momentum=momentum)
+        self.adamw.step()  # its gradients came before any update; here it hides the gathering of the last one
+        self.muon.apply(updates, lr=self.config.matrix_lr * lr_factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every optimizer tensor under a flat name (all ranks must call)."""

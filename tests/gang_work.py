@@ -15,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as collective
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from model.calibrate import collect_hessians
 from model.config import EvalConfig, QuantConfig
-from model.distributed import Dist
+from model.distributed import Dist, Pending
 from model.evaluate import evaluate_plain
+from model.gpt import GPT
+from model.optim import Optimizers, gradients, muon_scale, muon_update
 from model.train import Trainer
 from model.ttt import score_documents
 from runner.worker import open_store
@@ -65,8 +68,10 @@ def run_gang(world_size: int, folder: Path, plan: str) -> list[dict[str, np.ndar
 
 
 def compute(dist: Dist, folder: Path, plan: str) -> dict[str, np.ndarray]:
-    """Return the figures of one rank by name; plan "all" or "train" (three steps)."""
+    """Return the figures of one rank by name; plan "all", "train" (three steps) or "optimizer"."""
     torch.set_num_threads(1)
+    if plan == "optimizer":
+        return optimizer(dist) | waits(dist)
     if plan == "train":
         return train(dist, folder, clip="per_micro_batch", max_steps=3, num_micro_batches=8)
     figures: dict[str, np.ndarray] = {}
@@ -95,7 +100,7 @@ def collectives(dist: Dist) -> dict[str, np.ndarray]:
     """Return what each collective gives this rank."""
     world_size, mine = dist.world_size, float(dist.rank + 1)
     table = torch.arange(world_size * 2 * 3, dtype=torch.float32).reshape(world_size * 2, 3) * mine
-    share = dist.reduce_scatter_mean(table.clone())
+    share = dist.start_reduce_scatter_mean(table.clone()).wait()
     rows = np.full((dist.rank * 2 + 1, 2), dist.rank, dtype=np.int64)
     figures = {
         "share": share.numpy(),
@@ -109,6 +114,99 @@ def collectives(dist: Dist) -> dict[str, np.ndarray]:
     }
     dist.barrier()
     return figures
+
+
+class NotedDist(Dist):
+    """A rank that notes which messages it starts, in order."""
+
+    def start_mean_(self, *tensors: torch.Tensor) -> Pending:
+        """Note the message and start it."""
+        NOTED.append(f"mean {sum(tensor.numel() for tensor in tensors)}")
+        return super().start_mean_(*tensors)
+
+    def start_all_gather(self, share: torch.Tensor) -> Pending:
+        """Note the message and start it."""
+        NOTED.append(f"gather {share.numel()}")
+        return super().start_all_gather(share)
+
+
+NOTED: list[str] = []
+
+
+def optimizer(dist: Dist) -> dict[str, np.ndarray]:
+    """Return the weights after three steps by Optimizers.step and by blocking_step, in each type of the update."""
+    figures = {}
+    for dtype in ("float32", "bfloat16"):
+        config = micro_train(newton_schulz_dtype=dtype, matrix_weight_decay=0.1)
+        for is_blocking in (False, True):
+            NOTED.clear()
+            own = NotedDist(dist.rank, dist.world_size, dist.local_rank, dist.device)
+            model = random_model(THREE_LAYERS, seed=3)
+            optimizers = Optimizers(model, config, own)
+            for step in range(3):
+                draw_gradients(model, seed=10 * step + dist.rank)
+                if is_blocking:
+                    blocking_step(optimizers, lr_factor=0.5, momentum=0.9)
+                else:
+                    optimizers.step(lr_factor=0.5, momentum=0.9)
+            name = "blocking" if is_blocking else "own"
+            parts = [parameter.detach().flatten() for parameter in model.parameters()]
+            figures[f"{dtype}/{name}"] = torch.cat(parts).numpy()
+            if not is_blocking:
+                figures[f"{dtype}/order"] = np.array(NOTED)
+    return figures
+
+
+def draw_gradients(model: GPT, *, seed: int) -> None:
+    """Give every parameter a random gradient; on odd seeds nothing used one of the vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = None if name == "skip_gates" and seed % 2 else grad
+
+
+def blocking_step(optimizers: Optimizers, *, lr_factor: float, momentum: float) -> None:
+    """Do what Optimizers.step does, one message after the other, nothing beside them."""
+    world_size, rank, config = optimizers.dist.world_size, optimizers.dist.rank, optimizers.config
+    embedding, vectors = optimizers.embedding.grad, gradients(optimizers.vectors)
+    collective.all_reduce(embedding)
+    embedding /= world_size
+    flat = torch.cat([grad.flatten() for grad in vectors])  # with three ranks the order of a sum depends on the length
+    collective.all_reduce(flat)
+    for grad, mean in zip(vectors, (flat / world_size).split([grad.numel() for grad in vectors]), strict=True):
+        grad.copy_(mean.view_as(grad))
+    for group, base_lr in zip(optimizers.adamw.param_groups, optimizers.base_lrs, strict=True):
+        group["lr"] = base_lr * lr_factor
+    optimizers.adamw.step()
+    lr = config.matrix_lr * lr_factor
+    for name, bank in optimizers.muon.banks.items():
+        buffer = optimizers.muon.buffers[name]
+        padded = torch.zeros(len(buffer) * world_size, *bank.shape[1:], dtype=buffer.dtype)
+        padded[: len(bank)] = bank.grad
+        collective.all_reduce(padded)
+        share = (padded / world_size)[rank * len(buffer) : (rank + 1) * len(buffer)]
+        update = muon_update(share, buffer, momentum=momentum, steps=config.newton_schulz_steps).contiguous()
+        updates = [torch.empty_like(update) for _ in range(world_size)]
+        collective.all_gather(updates, update)
+        with torch.no_grad():
+            bank.mul_(1 - lr * config.matrix_weight_decay)
+            whole = torch.cat(updates)[: len(bank)].to(bank.dtype)
+            bank.add_(whole, alpha=-lr * muon_scale(bank.size(-2), bank.size(-1)))
+
+
+def waits(dist: Dist) -> dict[str, np.ndarray]:
+    """Return what messages bring that all ranks start in one order and each rank awaits in another."""
+    mine = float(dist.rank + 1)
+    pending = {}
+    for place in range(4):
+        size = 1000 * 4**place
+        pending[f"mean {place}"] = dist.start_mean_(torch.full((size,), mine))
+        pending[f"share {place}"] = dist.start_reduce_scatter_mean(torch.full((dist.world_size, size), mine))
+        pending[f"gather {place}"] = dist.start_all_gather(torch.full((1, size), mine))
+    names = list(pending) if dist.rank == 0 else list(pending)[:: -dist.rank] + list(pending)
+    for name in names:  # rank 0 in order, rank 1 backwards, rank 2 every other one first; waiting twice is allowed
+        pending[name].wait()
+    return {f"wait/{name}": figure.wait().mean(dim=-1).numpy() for name, figure in pending.items()}
 
 
 def scores(dist: Dist) -> dict[str, np.ndarray]:

@@ -1,7 +1,9 @@
 """model/optim.py: the mathematics of Muon and clipping; agreement with the record's figures is in test_parity."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from model.config import published
 from model.distributed import Dist
 from model.gpt import GPT
 from model.optim import Muon, Optimizers, clip_, gradients, muon_scale, muon_update, newton_schulz, split_parameters
+from tests.gang_work import run_gang
 from tests.micro_model import micro_model, micro_train, random_model
 
 
@@ -130,3 +133,22 @@ def test_moments_have_the_types_of_the_record() -> None:
     assert {state[f"muon/{name}"].dtype for name in optimizers.muon.buffers} == {torch.bfloat16}
     assert state["adamw/0/exp_avg"].dtype == torch.bfloat16
     assert state["adamw/1/exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_messages_that_fly_beside_the_work_change_no_bit(world_size: int, tmp_path: Path) -> None:
+    ranks = run_gang(world_size, tmp_path, "optimizer")
+    for dtype in ("float32", "bfloat16"):
+        for rank in ranks:
+            assert np.array_equal(rank[f"{dtype}/own"], rank[f"{dtype}/blocking"])
+            assert np.array_equal(rank[f"{dtype}/own"], ranks[0][f"{dtype}/own"])
+            assert rank[f"{dtype}/order"].tolist() == ranks[0][f"{dtype}/order"].tolist()
+    steps = ranks[0]["float32/order"].reshape(3, -1)
+    for step in steps:  # four banks, embedding and vectors start before the first update is gathered
+        assert [name.split()[0] for name in step] == ["mean"] * 6 + ["gather"] * 4
+    for place in range(4):  # waits in any order bring each rank its due
+        mean = (world_size + 1) / 2
+        for rank in ranks:
+            assert rank[f"wait/mean {place}"] == mean
+            assert rank[f"wait/share {place}"].tolist() == [mean]
+            assert rank[f"wait/gather {place}"].tolist() == [float(other + 1) for other in range(world_size)]
