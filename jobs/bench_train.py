@@ -122,7 +122,7 @@ def _compare_with_float32(work: Workplace, loader: SpanLoader, backend: str) -> 
             loss = model(inputs, targets, is_looped=is_looped, packing=packing)
             loss.backward()
             norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
-            found.append((float(loss), float(torch.stack(norms).norm())))
+            found.append((float(loss.detach()), float(torch.stack(norms).norm())))
         label = visits_label(work, is_looped=is_looped)
         for what, wide_value, narrow_value in zip(("loss", "gradient norm"), *found, strict=True):
             error = 100 * (narrow_value / wide_value - 1)

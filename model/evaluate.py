@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from model.config import EvalConfig
+from model.data.loader import Batch, prefetch_batches
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
@@ -111,15 +113,22 @@ def score_rows(
     """
     bounds = row_bounds(validation.num_targets, config)
     nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)
-    for number, (start, end) in enumerate(bounds):
-        if number % dist.world_size != dist.rank:
-            continue
-        row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64))
-        packing = pack_row(row[:-1], bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len)
-        row = row.to(dist.device).unsqueeze(0)  # (1, T + 1)
-        losses = model(row[:, :-1], row[:, 1:], is_looped=is_looped, packing=packing.to(dist.device), reduction="none")
-        nll[start:end] = losses[0]
-        report(label, number + 1, len(bounds), {})
+
+    def make_row(number: int) -> Batch:
+        start, end = bounds[number]
+        row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64)).unsqueeze(0)  # (1, T + 1)
+        inputs, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()
+        packing = pack_row(inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len)
+        return Batch(inputs, targets, packing)
+
+    mine = range(dist.rank, len(bounds), dist.world_size)
+    rows = prefetch_batches(make_row, mine, pin_memory=dist.device.type == "cuda")
+    with contextlib.closing(rows):
+        for number, row in zip(mine, rows, strict=True):
+            row = row.to(dist.device)
+            losses = model(row.inputs, row.targets, is_looped=is_looped, packing=row.packing, reduction="none")
+            nll[slice(*bounds[number])] = losses[0]
+            report(label, number + 1, len(bounds), {})
     scored = dist.all_reduce_(nll).cpu().numpy()
     if not bounds or bounds[-1][1] < validation.num_targets:
         scored[bounds[-1][1] if bounds else 0 :] = np.nan

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+SCALING_PROGRAMS = 132 * 8
+
 
 @triton.jit
 def _cross_entropy(
@@ -45,14 +47,15 @@ def _tanh(x):
 
 
 @triton.jit
-def _scale_rows(x_ptr, factor_ptr, stride, factor_stride, V: tl.constexpr, COLS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr + row * factor_stride).to(tl.float32)
-    if factor != 1.0:
-        cols = tl.arange(0, COLS)
-        place = x_ptr + row * stride + cols
-        x = tl.load(place, mask=cols < V, other=0.0).to(tl.float32)
-        tl.store(place, (x * factor).to(x_ptr.dtype.element_ty), mask=cols < V)
+def _scale_rows(x_ptr, factor_ptr, num_rows, stride, factor_stride, V: tl.constexpr, COLS: tl.constexpr):
+    cols = tl.arange(0, COLS)
+    for number in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64)
+        factor = tl.load(factor_ptr + row * factor_stride).to(tl.float32)
+        if factor != 1.0:
+            place = x_ptr + row * stride + cols
+            x = tl.load(place, mask=cols < V, other=0.0).to(tl.float32)
+            tl.store(place, (x * factor).to(x_ptr.dtype.element_ty), mask=cols < V)
 
 
 def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | None = None) -> Tensor:
@@ -83,13 +86,9 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the logits' gradient was already used: a second backward is not possible")
         num_rows, vocab = grad.shape
         factor = grads[0].contiguous()
-        _scale_rows[(num_rows,)](
-            grad,
-            factor,
-            grad.stride(0),
-            1 if factor.dim() else 0,
-            V=vocab,
-            COLS=triton.next_power_of_2(vocab),
-            num_warps=8,
-        )
+        # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
+        _scale_rows[(min(num_rows, SCALING_PROGRAMS),)](
+            grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
+            V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
+        )  # fmt: skip
         return grad, None, None, None

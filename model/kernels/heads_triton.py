@@ -38,9 +38,9 @@ def _rotate(
     factor = tl.where(heads < H + K, gain * inverse, 1.0)
     y = (x * cos + tl.where(e < HALF, partner, -partner) * sin) * factor[:, :, None]
     y = y.to(y_ptr.dtype.element_ty)
-    out = y_ptr + rows * (3 * H * E) + e
+    out = y_ptr + rows * ((H + 2 * K * G) * E) + e
     tl.store(out + head * E, y, mask=inside & (head < H))
-    for copy in tl.static_range(G):
+    for copy in tl.static_range(G):  # G copies of each key and value head
         tl.store(out + (H + (head - H) * G + copy) * E, y, mask=inside & (head >= H))
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     tl.store(inverse_ptr + row * (H + K) + heads, inverse, mask=(row < num_rows) & (heads < H + K))
@@ -151,20 +151,24 @@ def _exclude_backward(
     tl.store(grad_v_ptr + rows * (K * E) + kv * E + e, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, num_kv_heads: int) -> tuple[Tensor, Tensor]:
-    """Return (y, inverse): heads ready for attention (N, 3 H, E), and 1/rms of queries and keys (N, H + K) float32.
+def rotate(
+    qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, num_kv_heads: int, *, num_copies: int
+) -> tuple[Tensor, Tensor]:
+    """Return (y, inverse): heads ready for attention, and 1/rms of queries and keys (N, H + K) float32.
 
-    y holds H queries, normed, turned and scaled, then H keys, normed and turned, and H values: every key and value head
-    stands as often as query heads use it, so that attention and its backward need no grouping. cos and sin float32
-    (rows, E'), row n of qkv (N, W) uses row n modulo rows; gain (H,).
+    y (N, H + 2 K num_copies, E) holds H queries, normed, turned and scaled, then the keys, normed and turned, and the
+    values, each of them num_copies times: with H / K copies attention and its backward need no grouping. cos and sin
+    float32 (rows, E'), row n of qkv (N, W) uses row n modulo rows; gain (H,).
     """
     num_heads = gain.numel()
     head_dim = qkv.size(1) // (num_heads + 2 * num_kv_heads)
-    y = torch.empty(qkv.size(0), 3 * num_heads, head_dim, device=qkv.device, dtype=qkv.dtype)
+    y = torch.empty(
+        qkv.size(0), num_heads + 2 * num_kv_heads * num_copies, head_dim, device=qkv.device, dtype=qkv.dtype
+    )
     inverse = torch.empty(qkv.size(0), num_heads + num_kv_heads, device=qkv.device, dtype=torch.float32)
     _rotate[(triton.cdiv(qkv.size(0), ROWS),)](
-        qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads,
-        G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
+        qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads, G=num_copies,
+        E=head_dim, HALF=cos.size(1),
         HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return y, inverse

@@ -114,7 +114,10 @@ class _SelfAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         from model.kernels.heads_triton import exclude, rotate
 
-        turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads)
+        # Copies of key and value heads make attention's backward faster, and its forward a little slower.
+        needs_copies = is_recording or backend == "cudnn_rows"
+        num_copies = shape.num_heads // shape.num_kv_heads if needs_copies else 1
+        turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
         if is_recording:
             q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -152,14 +155,15 @@ class _SelfAttention(torch.autograd.Function):
 
 
 def _split(turned: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q (B n, H, E), k and v (N, H, E) as views of turned (N, 3 H, E), q a copy where n < T."""
-    q, k, v = turned.chunk(3, dim=1)
+    """Return q (B n, H, E), k and v (N, H or K, E) as views of turned, q a copy where n < T."""
+    num_others = (turned.size(1) - shape.num_heads) // 2
+    q, k, v = turned.split((shape.num_heads, num_others, num_others), dim=1)
     return _last(q, shape), k, v
 
 
 def _own_values(v: Tensor, shape: _Shape) -> Tensor:
     """Return the wanted tokens' value heads (B n, K, E), each once."""
-    return _last(v.detach(), shape)[:, :: shape.num_heads // shape.num_kv_heads]
+    return _last(v.detach(), shape)[:, :: v.size(1) // shape.num_kv_heads]
 
 
 def _last(x: Tensor, shape: _Shape) -> Tensor:
