@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "fa2", "fa3", "fa4")  # see model/kernels/attention.py
+ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "fa2", "fa3", "fa4", "triton")  # see model/kernels/attention.py
 
 
 def require(is_valid: bool, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.kernels.attention import attention, bucket_length, is_available, resolve_backend
+from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, bucket_length, is_available, resolve_backend
 from model.kernels.flex import BLOCK, segment_block_mask
 from model.kernels.probe import probe_backends
 
@@ -165,6 +166,14 @@ def test_flex_agrees_on_a_small_pack() -> None:
     torch.testing.assert_close(y, attention(q, k, v, packing), rtol=1e-4, atol=1e-5)
 
 
+def test_our_own_kernel_wants_cuda() -> None:
+    q, k, v, _ = draw(1, 4, (2, 1), seed=0)
+    if not torch.cuda.is_available():
+        assert not is_available("triton")
+    with pytest.raises(ValueError, match="'triton' needs bfloat16 on CUDA"):
+        attention(q, k, v, pack([4]), backend="triton")
+
+
 def test_a_cpu_probe_has_one_answer() -> None:
     q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
     choice = probe_backends(q, k, v, pack([5, 3]))
@@ -185,7 +194,7 @@ def test_a_probe_says_why_a_backend_was_rejected() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # what the compilers behind flex and fa4 have to say
-@pytest.mark.parametrize("backend", ["varlen", "flex", "fa2", "fa3", "fa4"])
+@pytest.mark.parametrize("backend", ["varlen", "flex", "fa2", "fa3", "fa4", "triton"])
 @pytest.mark.parametrize("lengths", [[1], [1000], [1, 500, 64, 3, 432], [128] * 5])
 def test_cuda_backends_agree_with_float64(backend: str, lengths: list[int]) -> None:
     if not is_available(backend):
@@ -200,3 +209,80 @@ def test_cuda_backends_agree_with_float64(backend: str, lengths: list[int]) -> N
     wanted = forward_backward(attention, wide, packing)
     for got, want in zip(forward_backward(partial(attention, backend=backend), narrow, packing), wanted, strict=True):
         assert (got.double() - want).norm() <= 0.01 * want.norm() + 1e-4
+
+
+def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
+    """Return attention (T, H, E) with every segment's score matrix written out; its queries are its last tokens."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    ys = []
+    for (a, b), (c, d) in zip(*(pairwise(x.tolist()) for x in (bounds.queries, bounds.keys)), strict=True):
+        scores = torch.einsum("qhe,khe->hqk", q[a:b], k[c:d]) / q.size(2) ** 0.5
+        is_hidden = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device).triu(d - c - (b - a) + 1)
+        ys.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(is_hidden, float("-inf")).softmax(-1), v[c:d]))
+    return torch.cat(ys)
+
+
+def random_bounds(seed: int) -> Bounds:
+    """Return bounds on the GPU: empty segments, lengths around the kernel's tiles, and for odd seeds fewer queries."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([0, 1, 2, 31, 63, 64, 65, 127, 128, 129, 200, 255, 257, 384, 700])
+    keys = lengths[torch.randint(len(lengths), (12,), generator=generator)]
+    keys[3], keys[-2:] = 129, 0
+    queries = keys if seed % 2 == 0 else (keys * torch.rand(12, generator=generator)).ceil().long()
+    queries[1] *= 1 - seed % 2  # keys that no query reads
+    starts = [torch.cat((torch.zeros(1, dtype=torch.long), x.cumsum(0))).int().cuda() for x in (queries, keys)]
+    return Bounds(*starts, int(queries.max()), int(keys.max()) + seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(1, 1), (8, 8), (8, 4), (6, 2)])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_triton_kernel_agrees_with_float64(heads: tuple[int, int], head_dim: int, seed: int) -> None:
+    if not is_available("triton"):
+        pytest.skip("no Triton")
+    bounds = random_bounds(seed)
+    num_queries, num_keys = (int(x[-1]) for x in bounds[:2])
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+    joined = torch.randn(num_keys, num_heads + 2 * num_kv_heads, head_dim, generator=generator).bfloat16().cuda()
+    q, k, v = joined.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # strided views, as in the model
+    q, grad = q[:num_queries], torch.randn(num_queries, num_heads, head_dim, generator=generator).bfloat16().cuda()
+    narrow = [x.detach().requires_grad_() for x in (q, k, v)] + [grad]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)] + [grad.double()]
+    wanted = forward_backward(segment_by_segment, wide, bounds)
+    for got, want in zip(forward_backward(VARLEN_KERNELS["triton"], narrow, bounds), wanted, strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm() + 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))
+def test_the_table_of_tiles_holds_every_query_once(seed: int) -> None:
+    if not is_available("triton"):
+        pytest.skip("no Triton")
+    from model.kernels.varlen_triton import list_tiles
+
+    bounds = random_bounds(seed)
+    num_queries = int(bounds.queries[-1])
+    table = list_tiles(bounds, num_queries, 64).tolist()
+    tiles = table[1 : 1 + table[0][0]]
+    rows = sorted(row for first, count, _, _ in tiles for row in range(first, first + count))
+    assert rows == list(range(num_queries))
+    ends = dict(pairwise(bounds.keys.unique().tolist()))
+    lengths = [ends[first_key] - first_key for _, _, first_key, _ in tiles]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.gpu
+def test_the_triton_kernel_feels_no_neighbor() -> None:
+    if not is_available("triton"):
+        pytest.skip("no Triton")
+    starts = torch.tensor([0, 200, 333, 500], dtype=torch.int32, device="cuda")
+    bounds = Bounds(starts, starts, 200, 200)
+    q, k, v = (torch.randn(500, 4, 64, device="cuda").bfloat16() for _ in range(3))
+    y = VARLEN_KERNELS["triton"](q, k, v, bounds)
+    spoiled = [x.clone() for x in (q, k, v)]
+    for x in spoiled:
+        x[:200] = float("nan")
+        x[333:] = float("inf")
+    assert torch.equal(VARLEN_KERNELS["triton"](*spoiled, bounds)[200:333], y[200:333])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from model.config import ATTENTION_BACKENDS
+from model.kernels.dispatch import has_triton
 from model.kernels.row_attention import cudnn_rows
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
 
 
 def is_available(backend: str) -> bool:
-    """Return whether the package behind a CUDA backend can be imported."""
+    """Return whether the package behind a CUDA backend can be imported, and the device can run our own kernel."""
+    if backend == "triton":
+        return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if backend not in FLASH_MODULES:
         return backend in ATTENTION_BACKENDS
     package, _, _ = FLASH_MODULES[backend].partition(".")
@@ -212,6 +215,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     return flex_varlen(q, k, v, bounds.keys)
 
 
+def _triton(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
+    from model.kernels.varlen_triton import triton_varlen
+
+    return triton_varlen(q, k, v, bounds)
+
+
 def _cudnn_rows(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     # Chosen for whole rows only (see self_attention), never by name.
     return cudnn_rows(q, k, v, bounds.keys.numel() - 1)
@@ -237,6 +246,7 @@ FLASH_MODULES = {"fa2": "flash_attn.flash_attn_interface", "fa3": "flash_attn_in
 VARLEN_KERNELS: dict[str, Callable[..., Tensor]] = {
     "varlen": _varlen,
     "flex": _flex,
+    "triton": _triton,
     "cudnn_rows": _cudnn_rows,
     **{name: _flash(module) for name, module in FLASH_MODULES.items()},
 }
