@@ -33,7 +33,7 @@ from model.data.loader import SpanLoader
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
-from model.evaluate import evaluate_plain
+from model.evaluate import RowScorer, evaluate_plain
 from model.gpt import GPT
 from model.gptq import quantize_state
 from model.ledger import Ledger
@@ -112,8 +112,10 @@ def measure_eval(request: dict[str, Any], probe: Probe) -> None:
     model = build_bench_model(work).requires_grad_(False)
     describe_model(work, model)
 
+    scorer, config = RowScorer(model), work.config.evaluation
+
     def evaluate() -> Any:
-        return evaluate_plain(model, validation, table, work.config.evaluation, work.run.dist, probe.report)
+        return evaluate_plain(model, validation, table, config, work.run.dist, probe.report, scorer=scorer)
 
     ledger = Ledger("first")
     with note_compilation(work, ledger):

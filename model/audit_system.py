@@ -22,8 +22,9 @@ from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.evaluate import score_rows
 from model.gpt import GPT
+from model.graphs import fits_graphs
 from model.ttt_adapter import Adapter
-from model.ttt_graphs import GraphAdapter, fits_graphs
+from model.ttt_graphs import GraphAdapter
 from model.ttt_slots import Slots
 
 NUM_RERUNS = 2  # identical repetitions that the noise is measured on

@@ -13,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from model.config import EvalConfig
 from model.data.loader import Batch, prefetch_batches
-from model.data.packing import pack_row
+from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT
+from model.graphs import Recorder, Recording, fits_graphs
 
+ROW_ENTRIES = 128  # segment bounds of a row are padded to multiples of this: few sizes, each recorded once
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
 
 
@@ -94,7 +97,38 @@ def row_bounds(num_targets: int, config: EvalConfig) -> list[tuple[int, int]]:
     return [(a, b) for a, b in bounds if config.tail == "scored" or b - a == config.row_tokens]
 
 
-@torch.no_grad()
+class RowScorer:
+    """The forward pass over packed rows; on CUDA the second row of a size is recorded as a graph, later ones replay it.
+
+    A scorer may serve several passes as long as the model's weights stay in the same memory.
+    """
+
+    def __init__(self, model: GPT, *, is_looped: bool = True) -> None:
+        self.model, self.is_looped = model, is_looped
+        self.seen: set[tuple[int, int]] = set()
+        self.recorded: dict[tuple[int, int], Recording] = {}
+        self.recorder = Recorder()
+
+    @torch.no_grad()
+    def score(self, row: Batch, device: torch.device) -> Tensor:
+        """Return the nll (T,) float32 of a row's targets, valid until the next call."""
+        key, longest = (row.inputs.size(1), row.packing.cu_seqlens.numel()), row.packing.max_seqlen
+
+        def forward(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+            packing = Packing(cu_seqlens, longest)
+            nll = self.model(inputs, targets, is_looped=self.is_looped, packing=packing, reduction="none")
+            return nll.squeeze(0)
+
+        tensors = (row.inputs, row.targets, row.packing.cu_seqlens)
+        if device.type == "cuda" and key in self.seen and key not in self.recorded and fits_graphs(self.model):
+            static = (x.to(device) for x in tensors)
+            self.recorded[key] = self.recorder.record(forward, *static)
+        if key in self.recorded:
+            return self.recorded[key].replay(*tensors)
+        self.seen.add(key)
+        return forward(*(x.to(device, non_blocking=True) for x in tensors))
+
+
 def score_rows(
     model: GPT,
     validation: ValidationSet,
@@ -105,12 +139,14 @@ def score_rows(
     is_looped: bool = True,
     bos_id: int = BOS_ID,
     label: str = "evaluate",
+    scorer: RowScorer | None = None,
 ) -> np.ndarray:
     """Return the nll (N,) float32 of every target, NaN where the tail is dropped; rows are shared over the ranks.
 
     A document that crosses a row's edge starts afresh there; one longer than seq_len is cut every seq_len tokens
-    from its own start.
+    from its own start. scorer: one of this model and loop state, to use again what it has recorded.
     """
+    scorer = scorer if scorer is not None else RowScorer(model, is_looped=is_looped)
     bounds = row_bounds(validation.num_targets, config)
     nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)
 
@@ -118,16 +154,16 @@ def score_rows(
         start, end = bounds[number]
         row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64)).unsqueeze(0)  # (1, T + 1)
         inputs, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()
-        packing = pack_row(inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len)
+        packing = pack_row(
+            inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
+        )
         return Batch(inputs, targets, packing)
 
     mine = range(dist.rank, len(bounds), dist.world_size)
     rows = prefetch_batches(make_row, mine, pin_memory=dist.device.type == "cuda")
     with contextlib.closing(rows):
         for number, row in zip(mine, rows, strict=True):
-            row = row.to(dist.device)
-            losses = model(row.inputs, row.targets, is_looped=is_looped, packing=row.packing, reduction="none")
-            nll[slice(*bounds[number])] = losses[0]
+            nll[slice(*bounds[number])] = scorer.score(row, dist.device)
             report(label, number + 1, len(bounds), {})
     scored = dist.all_reduce_(nll).cpu().numpy()
     if not bounds or bounds[-1][1] < validation.num_targets:
@@ -145,10 +181,11 @@ def evaluate_plain(
     *,
     is_looped: bool = True,
     label: str = "evaluate",
+    scorer: RowScorer | None = None,
 ) -> DocumentScores:
     """Score the validation stream once and return the sums per document."""
     started = time.monotonic()
-    nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label)
+    nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
     bounds = row_bounds(validation.num_targets, config)
     if not bounds:
         raise ValueError(

@@ -23,10 +23,11 @@ from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.evaluate import DocumentScores, document_sums
 from model.gpt import GPT, visit_plan
+from model.graphs import fits_graphs
 from model.lora import num_adapter_parameters
 from model.score_ledger import Events
 from model.ttt_adapter import Adapter, Report
-from model.ttt_graphs import GraphAdapter, fits_graphs, memory_rows
+from model.ttt_graphs import GraphAdapter, memory_rows
 from model.ttt_slots import Slots
 from model.ttt_windows import Window, chunk_window, share_documents, unadapted_windows, window_cost
 

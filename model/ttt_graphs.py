@@ -8,10 +8,7 @@ Nothing waits for the device. Batches are rounded up to few numbers of rows; the
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor
 
 from model.config import TTTConfig
 from model.gpt import GPT, visit_plan
-from model.kernels.dispatch import uses_triton
+from model.graphs import Recorder, Recording
 from model.ttt_adapter import Adapter
 from model.ttt_schedule import Batch, Limits
 from model.ttt_slots import Slots
@@ -28,11 +25,6 @@ ROUND_ROWS = 4  # beyond 16 rows; below, 2, and up to 4 rows every number
 LAST_STEP_CHUNKS = 4  # windows that learn nothing are padded to multiples of this many chunks
 ACTIVATIONS_FRAC, SLOTS_FRAC = 0.25, 0.3  # of the device's memory
 ACTIVATION_WIDTHS = 16  # numbers kept per token and visit, in model_dim: measured 260 kB a token at full size
-
-
-def fits_graphs(model: GPT) -> bool:
-    """Return whether this model adapts by recorded steps: 16-bit floats on CUDA."""
-    return uses_triton(torch.empty(0, dtype=model.compute_dtype, device=model.qo_bank.device))
 
 
 def memory_rows(model: GPT, config: TTTConfig, num_documents: int, num_parameters: int) -> int:
@@ -58,9 +50,8 @@ class StepRecorder:
         self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
         self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
         self.seen: set[tuple[int, int]] = set()
-        self.recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
-        self.pool: Any = None
-        self.side: Any = None  # one stream for all recordings: memory is reused on its own stream only
+        self.recorded: dict[tuple[int, int], Recording] = {}
+        self.recorder = Recorder()
 
     def run(self, table: Tensor, length: int) -> Tensor:
         """Return the losses (B, C) of the windows' last chunks, then learn from them; valid until the next run.
@@ -72,14 +63,12 @@ class StepRecorder:
         if device.type != "cuda":
             return self.step(table, length)
         if key not in self.recorded and key in self.seen:
-            self._record(key)
+            static = torch.zeros(table.shape, dtype=torch.int64, device=device)
+            self.recorded[key] = self.recorder.record(lambda static: self.step(static, length), static)
         if key not in self.recorded:
             self.seen.add(key)
             return self.step(table.to(device, non_blocking=True), length)
-        graph, static, losses = self.recorded[key]
-        static.copy_(table, non_blocking=True)
-        graph.replay()
-        return losses
+        return self.recorded[key].replay(table)
 
     def step(self, table: Tensor, length: int) -> Tensor:
         """Score and learn, operation by operation."""
@@ -110,34 +99,6 @@ class StepRecorder:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self.run(table, length)
-
-    def _record(self, key: tuple[int, int]) -> None:
-        """Record the step of this size. Recording runs nothing."""
-        rows, length = key
-        static = torch.zeros(rows, 2, dtype=torch.int64, device=self.stream.device)
-        graph = torch.cuda.CUDAGraph()
-        if self.side is None:
-            self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.side.wait_stream(torch.cuda.current_stream())
-        # torch.cuda.graph() would also wait for the device and empty the caches, at every recording.
-        with torch.cuda.stream(self.side), no_collection():
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            losses = self.step(static, length)
-            graph.capture_end()
-        torch.cuda.current_stream().wait_stream(self.side)
-        self.recorded[key] = (graph, static, losses)
-
-
-@contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep the garbage collector from freeing device memory in the middle of a recording."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class GraphAdapter(Adapter):

@@ -1,4 +1,4 @@
-"""Adaptation on a CUDA device: kernels against PyTorch, recorded steps against single ones, bf16 against float32."""
+"""Evaluation and adaptation on CUDA: kernels against PyTorch, recordings against single passes, bf16 against float32."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import published
+from model.config import EvalConfig, published
 from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
+from model.distributed import Dist
+from model.evaluate import RowScorer, row_bounds, score_rows
 from model.gpt import GPT
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.row_attention import cudnn_rows
@@ -92,6 +94,22 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
     assert torch.isfinite(recorded).all()
     assert float((single - recorded).abs().max()) < 0.02  # atomic sums in attention's backward
     assert float((values - recorded_values).norm()) < 0.1 * float((values - start).norm())
+
+
+def test_recorded_rows_score_what_single_passes_do() -> None:
+    model, validation = full_model(torch.bfloat16), documents(*(300 + 7 * n for n in range(30)))
+    config = EvalConfig(row_tokens=1024, seq_len=256)
+    alone = []
+    for start, end in row_bounds(validation.num_targets, config):
+        part = ValidationSet(validation.tokens[start : end + 1], find_documents(validation.tokens[start : end + 1]))
+        alone.append(score_rows(model, part, config, Dist.single(CUDA), ignore))  # one row is never recorded
+    scorer = RowScorer(model)
+    for _ in range(2):
+        scored = score_rows(model, validation, config, Dist.single(CUDA), ignore, scorer=scorer)
+        assert len(scorer.recorded) == 1
+        assert np.isfinite(scored).all()
+        assert np.abs(scored - np.concatenate(alone)).max() < 1e-3
+        assert scored.std() > 0.01
 
 
 def test_bf16_graphs_agree_with_float32_steps() -> None:
