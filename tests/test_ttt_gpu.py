@@ -1,4 +1,4 @@
-"""Evaluation and adaptation on CUDA: kernels against PyTorch, recordings against single passes, bf16 against float32."""
+"""Evaluation and adaptation on CUDA: kernels against PyTorch, recordings and bf16 against single float32 passes."""
 
 from __future__ import annotations
 

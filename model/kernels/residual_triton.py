@@ -14,7 +14,7 @@ from torch import Tensor
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
-BACKWARD_PROGRAMS = 132 * 8  # each adds up the column sums of its rows; the host adds the programs
+BACKWARD_PROGRAMS = 132 * 16  # each adds up the column sums of its rows; the host adds the programs
 
 
 @triton.jit
