@@ -127,6 +127,7 @@ class Rank:
     def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
         """Do the work of this rank and return how it ended."""
         self.port, self.visible_gpus = port, visible_gpus
+        puts_logs = self.rank == 0
         try:
             self.check_out()
             self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
@@ -136,10 +137,11 @@ class Rank:
             if type(error).__name__ == STOPPED:
                 return Outcome(kind="interrupted", at=time.time())
             logger.exception("rank %d failed", self.rank)
+            puts_logs = True  # rank 0 may be waiting for this one, and end without another word
             return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
         finally:
             faulthandler.cancel_dump_traceback_later()
-            if self.mirror is not None and self.rank == 0:
+            if self.mirror is not None and puts_logs:
                 self.mirror.put_logs()
         return Outcome(kind="finished", at=time.time())
 

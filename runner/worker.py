@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -29,6 +30,8 @@ from runner.provenance import different_versions, machine, package_versions
 from runner.rank import Job, PreflightError, Rank
 from runner.storage import LocalStorage
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
 RENDEZVOUS_S = 120.0
 MIN_FREE_BYTES = 1 << 30
@@ -44,25 +47,25 @@ def run_pipeline(rank: Rank) -> None:
     rank.report("start", 0, None, {})
     on_write = rank.mirror.put if rank.mirror is not None else ignore
     dist = join_gang(rank)
-    try:
-        bandwidth = all_reduce_bytes_per_s(dist)
-        if rank.rank == 0:
-            facts = preflight(rank)
-            facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
-            if rank.mirror is not None:
-                rank.mirror.fetch_all()
-            check_node_data(rank)
-            note_attempt(job, facts)
-            on_write(Path(job.workdir) / "attempt.json")
-        dist.barrier()
-        with watched_gpus(rank, on_write):
-            run_seed(
-                job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
-                allow_code_change=job.allow_code_change, on_write=on_write,
-            )  # fmt: skip
-        dist.barrier()
-    finally:
-        dist.close()
+    bandwidth = all_reduce_bytes_per_s(dist)
+    if rank.rank == 0:
+        facts = preflight(rank)
+        facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
+        if rank.mirror is not None:
+            rank.mirror.fetch_all()
+        check_node_data(rank)
+        note_attempt(job, facts)
+        on_write(Path(job.workdir) / "attempt.json")
+    dist.barrier()
+    with watched_gpus(rank, on_write):
+        run_seed(
+            job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
+            allow_code_change=job.allow_code_change, on_write=on_write,
+        )  # fmt: skip
+    dist.barrier()
+    # Not after an error: leaving an NCCL group may wait for ranks that never come, and the error would go unsaid.
+    # The gang's processes are ended then anyway.
+    dist.close()
 
 
 @contextmanager
@@ -100,6 +103,7 @@ def join_gang(rank: Rank) -> Dist:
     device = pick_device(
         "cuda" if wanted == "auto" and job.uses_gpus else "cpu" if wanted == "auto" else wanted, rank.rank
     )
+    logger.info("rank=%d world_size=%d device=%s gpus=%s", rank.rank, job.world_size, device, rank.visible_gpus)
     if job.world_size == 1:
         return Dist.single(device)
     if rank.port is None:

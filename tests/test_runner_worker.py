@@ -10,6 +10,9 @@ from typing import Any
 import psutil
 import pytest
 
+from model.distributed import Dist
+from runner import rank as rank_module
+from runner import worker
 from runner.provenance import package_versions
 from runner.rank import Job, PreflightError, Rank
 from runner.spec import RunKey
@@ -64,9 +67,55 @@ def test_a_fit_node_describes_itself(tmp_path: Path) -> None:
 
 
 def test_one_rank_has_no_bandwidth_to_measure() -> None:
-    from model.distributed import Dist
-
     assert all_reduce_bytes_per_s(Dist.single()) is None
+
+
+class NotedDist(Dist):
+    """A gang of one that notes whether it was left."""
+
+    def close(self) -> None:
+        """Note it."""
+        CLOSED.append(self.rank)
+
+
+CLOSED: list[int] = []
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory")])
+def test_a_rank_that_fails_does_not_wait_for_the_others(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_seed(*_arguments: Any, **_options: Any) -> None:
+        if error is not None:
+            raise error
+
+    CLOSED.clear()
+    monkeypatch.setattr(worker, "join_gang", lambda _rank: NotedDist())
+    monkeypatch.setattr(worker, "check_node_data", lambda _rank: None)
+    monkeypatch.setattr("model.pipeline.run_seed", run_seed)
+    outcome = make_rank(tmp_path).run()
+    assert (outcome.kind, CLOSED) == (("finished", [0]) if error is None else ("failed", []))
+
+
+@pytest.mark.parametrize(("number", "target", "puts"), [(0, "", 1), (1, "", 0), (1, "no.such:target", 1)])
+def test_the_rank_that_fails_leaves_its_log_on_the_object_store(
+    number: int, target: str, puts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeMirror:
+        """Counts what it is asked to put."""
+
+        count = 0
+
+        def put_logs(self) -> None:
+            """Count it."""
+            self.count += 1
+
+    mirror = FakeMirror()
+    monkeypatch.setattr(rank_module, "open_mirror", lambda *_arguments: mirror)
+    monkeypatch.setattr(worker, "run_pipeline", lambda _rank: None)
+    job = make_rank(tmp_path, **({"target": target} if target else {})).job
+    outcome = Rank(job, number).run()
+    assert (outcome.kind, mirror.count) == ("failed" if target else "finished", puts)
 
 
 @pytest.fixture
