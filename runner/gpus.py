@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 SMI = "nvidia-smi"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SMI_TIMEOUT_S = 20
 SAMPLE_EVERY_S = 5.0
 FACTS = ("index", "name", "driver_version", "memory.used")
@@ -61,8 +63,9 @@ class GpuWatch:
 
 
 def count_gpus() -> int:
-    """Return how many GPUs this machine has."""
-    return len(query((), ("index",)))
+    """Return how many GPUs a Ray started here would take: those of this machine that the environment shows."""
+    present, visible = len(query((), ("index",))), os.environ.get(VISIBLE)
+    return present if visible is None else min(present, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def query_gpus(ids: Sequence[str]) -> list[Gpu]:

@@ -57,14 +57,28 @@ esac
 """
 
 
-def test_gpus_are_described_by_the_drivers_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(SMI)
-    tool.chmod(0o755)
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this machine a driver's tool that knows two GPUs, all visible."""
+    path = tmp_path / "nvidia-smi"
+    path.write_text(SMI)
+    path.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+
+
+@pytest.mark.usefixtures("tool")
+def test_gpus_are_described_by_the_drivers_tool() -> None:
     assert gpus.count_gpus() == 2
     assert gpus.query_gpus(["0", "1"])[0] == gpus.Gpu("0", "NVIDIA H100", "570.1", 4 << 20)
     assert gpus.sample_gpus(["0", "1"]) == gpus.Sample(1755.0, 1340.5, 4)
+
+
+@pytest.mark.usefixtures("tool")
+@pytest.mark.parametrize(("visible", "count"), [("1", 1), ("", 0), ("0,1", 2), ("0,1,2", 2)])
+def test_hidden_gpus_are_not_counted(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpus.VISIBLE, visible)
+    assert gpus.count_gpus() == count
 
 
 def test_a_machine_without_the_tool_has_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
