@@ -286,7 +286,6 @@ class RuntimeConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: str = "auto"
-    compile: bool = True  # on CUDA only
     checkpoint_every_s: float = 120.0  # inside training; 0 turns checkpoints off
     report_every_s: float = 1.0
 

@@ -144,8 +144,16 @@ class GPT(nn.Module):
         """Draw the initial weights: each tensor from its own generator, rounded to bf16 once.
 
         Embedding normal; queries, keys, values and MLP inputs orthogonal; output and MLP down projections zero.
-        Drawn on the CPU: the same seed gives the same bits on every device.
+        Drawn on the CPU, by one thread: the same seed gives the same bits on every device and number of cores.
         """
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the last bits of a QR decomposition depend on it; more than a few also slow it down
+        try:
+            self._draw_weights(seed)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def _draw_weights(self, seed: int) -> None:
         num_layers, embedding = self.config.num_layers, torch.empty(self.tok_emb.weight.shape)
         embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING))
         self.tok_emb.weight.copy_(embedding.bfloat16())

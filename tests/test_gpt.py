@@ -244,6 +244,21 @@ def test_the_seed_decides_every_drawn_tensor() -> None:
         assert not torch.equal(first[name], other[name]), name
 
 
+def test_the_number_of_threads_does_not_change_the_initial_weights() -> None:
+    found = []
+    for num_threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            model = GPT(published().model)  # small matrices are decomposed by one thread anyway
+            model.init_weights(42)
+            assert torch.get_num_threads() == num_threads
+        finally:
+            torch.set_num_threads(before)
+        found.append(model.mlp_up_bank.detach())
+    assert torch.equal(*found)
+
+
 def test_the_loss_starts_at_the_entropy_of_a_uniform_guess() -> None:
     model = GPT(micro_model(embedding_init_std=0.005))
     model.init_weights(1)
