@@ -34,8 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, *
 
     q (B, T, H, E); k and v (B, T, K, E), H a multiple of K: query head j reads key/value head j // (H // K).
     packing cuts the one row (B = 1) into segments; without it every row is one causal sequence. Returns (B, T, H, E)
-    in q's type. backend "auto" is "sdpa" on a CPU and for 32 or 64-bit floats, "varlen" (packs) or "sdpa" (dense rows)
-    otherwise; probe_backends measures which is fastest.
+    in q's type. backend "auto" is "sdpa" on a CPU, for 32 or 64-bit floats and for dense rows, and for packs otherwise
+    "triton", or "varlen" where our kernel cannot run; probe_backends measures which is fastest.
     Raises ValueError for an unknown or unusable backend, or a pack of more than one row.
     """
     if packing is not None and q.size(0) != 1:
@@ -96,7 +96,9 @@ def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
         raise ValueError(f"attention backend {backend!r} is unknown: use one of {', '.join(ATTENTION_BACKENDS)}")
     is_half = q.dtype in (torch.bfloat16, torch.float16)
     if backend == "auto":
-        return "varlen" if is_packed and q.is_cuda and is_half else "sdpa"
+        if not (is_packed and q.is_cuda and is_half):
+            return "sdpa"
+        return "triton" if is_available("triton") and q.size(-1) in TRITON_HEAD_DIMS else "varlen"
     if backend not in ("sdpa", "flex") and not (q.is_cuda and is_half):
         raise ValueError(f"attention backend {backend!r} needs bfloat16 on CUDA, got {q.dtype} on {q.device}: use auto")
     return backend
@@ -105,11 +107,16 @@ def resolve_backend(backend: str, q: Tensor, *, is_packed: bool) -> str:
 def is_available(backend: str) -> bool:
     """Return whether the package behind a CUDA backend can be imported, and the device can run our own kernel."""
     if backend == "triton":
-        return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        return _runs_triton()
     if backend not in FLASH_MODULES:
         return backend in ATTENTION_BACKENDS
     package, _, _ = FLASH_MODULES[backend].partition(".")
     return all(importlib.util.find_spec(name) is not None for name in (package, FLASH_MODULES[backend]))
+
+
+@lru_cache(maxsize=1)
+def _runs_triton() -> bool:
+    return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 # ---- dense rows and buckets of padded segments ----------------------------------------------------------------------
@@ -242,6 +249,7 @@ def _first(y: Tensor | tuple[Tensor, ...]) -> Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
 FLASH_MODULES = {"fa2": "flash_attn.flash_attn_interface", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 VARLEN_KERNELS: dict[str, Callable[..., Tensor]] = {
     "varlen": _varlen,

@@ -8,6 +8,7 @@ in one autograd node that keeps neither the raw projections nor any copy of the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from model.data.packing import Packing
 from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, resolve_backend, segment_bounds, window_bounds
 from model.kernels.dispatch import uses_triton
-from model.kernels.row_attention import MIN_TOKENS, prefers_cudnn
+from model.kernels.row_attention import MIN_TOKENS, Kernel, prefers_cudnn
 from model.kernels.window_attention import window_attention
 from model.layers import exclude_own_value, normalize_and_rotate
 
@@ -83,7 +84,7 @@ def _fused(
     backend: str,
 ) -> Tensor:
     is_window = rows.left_padding is not None or shape.num_queries < shape.time
-    name = resolve_backend(backend, qkv, is_packed=True)
+    name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
     if is_window:
         name = "varlen" if name == "flex" else name  # a block mask knows only equal numbers of queries and keys
         bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
@@ -91,7 +92,7 @@ def _fused(
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
         if rows.packing is None and backend == "auto" and shape.time >= MIN_TOKENS:
             heads = (shape.num_heads, shape.head_dim, qkv.dtype, qkv.device)
-            name = "cudnn_rows" if prefers_cudnn(_varlen_rows, *heads) else name
+            name = "cudnn_rows" if prefers_cudnn(_row_kernel(name), *heads) else name
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
     is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
@@ -99,9 +100,14 @@ def _fused(
     return z.view(shape.batch, shape.num_queries, -1)
 
 
-def _varlen_rows(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> Tensor:
-    """Return what cudnn_rows returns, by the variable-length kernel."""
-    return VARLEN_KERNELS["varlen"](q, k, v, segment_bounds(None, num_rows, q.size(0) // num_rows, q.device))
+@lru_cache(maxsize=8)
+def _row_kernel(name: str) -> Kernel:
+    """Return a variable-length kernel as a function of whole rows, like cudnn_rows."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> Tensor:
+        return VARLEN_KERNELS[name](q, k, v, segment_bounds(None, num_rows, q.size(0) // num_rows, q.device))
+
+    return run
 
 
 class _SelfAttention(torch.autograd.Function):
