@@ -56,7 +56,7 @@ def time_ms(run: Callable[[], object], *, warm: int = 3, timed: int = 10) -> dic
 
 def backends() -> list[str]:
     """Return the fast attention backends worth a whole training run here."""
-    return [name for name in ("varlen", "fa2", "fa3", "fa4") if is_available(name)]
+    return [name for name in ("varlen", "triton", "fa2", "fa3", "fa4") if is_available(name)]
 
 
 def load_batches(pattern: str, count: int) -> list[Batch]:
