@@ -279,7 +279,9 @@ FAKE_TRITON = """
 import ast, inspect, textwrap
 __version__ = "0.0"
 NAMES = []
-def jit(function):
+def jit(function=None, **options):
+    if function is None:
+        return jit
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))  # what Triton does with a kernel
     NAMES.append(tree.body[0].name)
     return function
