@@ -270,15 +270,16 @@ define ends in its module's name here. The sections, in this order (search for t
 
 
 def _check(text: str) -> None:
-    """Raise ValueError if the file binds a name twice or holds a reference to the package."""
+    """Raise ValueError if the file binds a name to two things or holds a reference to the package."""
     tree = ast.parse(text)
-    seen: set[str] = set()
+    seen: dict[str, str] = {}  # a name -> the module it is imported from, or nothing
     statements = [inner for node in tree.body for inner in (node.body if isinstance(node, ast.If) else [node])]
     for node in statements:
+        source = node.module or "" if isinstance(node, ast.ImportFrom) else ""
         for name in _bound(node):
-            if name in seen:
+            if name in seen and not source == seen[name] != "":
                 raise ValueError(f"line {node.lineno} of the generated file binds {name} a second time")
-            seen.add(name)
+            seen[name] = source
     for inner in ast.walk(tree):
         if isinstance(inner, ast.ImportFrom) and (inner.module or "").split(".")[0] == PACKAGE:
             raise ValueError(f"line {inner.lineno} of the generated file still imports {inner.module}")
