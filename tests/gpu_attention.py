@@ -1,7 +1,7 @@
 """Is the Triton attention right and fast on a real pack? python -m tests.gpu_attention OUT.json --train GLOB.
 
-Forward alone for every tiling worth a look and for FlashAttention-2, on views of one buffer as the model has them and
-on tensors of their own; forward and backward of the backends; errors against float32. About half a minute.
+Forward, and both kernels of the backward, alone for every tiling worth a look, on views of one buffer as the model has
+them; forward and backward of the backends; errors against float32. About half a minute.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,26 +22,41 @@ import torch
 import triton
 from torch import Tensor
 
+from model.kernels import varlen_backward_triton
 from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, segment_bounds
-from model.kernels.varlen_triton import TILING, Tiling, attend, list_tiles
+from model.kernels.varlen_backward_triton import KEY_TILING, QUERY_TILING, attend_backward, grad_keys, grad_queries
+from model.kernels.varlen_tiles_triton import Tiling, list_key_tiles, list_query_tiles
+from model.kernels.varlen_triton import TILING, attend
 from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
 
 SLEEP_CYCLES = 2_000_000  # a millisecond: longer than the host takes to launch a pass
 STARTED = time.perf_counter()
 NUM_HEADS, HEAD_DIM = CONFIG.model.num_heads, CONFIG.model.model_dim // CONFIG.model.num_heads
-TILINGS = [
-    TILING,
-    Tiling(64, 64, 4, 3),
-    Tiling(64, 64, 4, 2, max_registers=128),
-    Tiling(64, 32, 4, 4, max_registers=128),
-    Tiling(128, 64, 8, 3, max_registers=128),
+TILINGS = [TILING, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2, 128), Tiling(128, 64, 8, 3, 128)]
+QUERY_TILINGS = [
+    QUERY_TILING,
+    Tiling(64, 64, 4, 2, 168),
+    Tiling(64, 64, 4, 2, 128),
+    Tiling(128, 64, 8, 2, 128),
+    Tiling(128, 64, 8, 3, 128),
+    Tiling(64, 128, 4, 2),
+    Tiling(128, 128, 8, 2),
+]
+KEY_TILINGS = [
+    KEY_TILING,
+    Tiling(64, 64, 4, 3, 168),
+    Tiling(64, 64, 4, 1, 168),
+    Tiling(32, 64, 4, 3, 128),
+    Tiling(32, 64, 4, 2),
+    Tiling(64, 128, 8, 2),
+    Tiling(32, 128, 8, 3, 128),
 ]
 
 
 def label(tiling: Tiling) -> str:
     """Return a short name: rows x keys, warps, stages, registers."""
-    size = f"{tiling.block_m}x{tiling.block_n}"
-    return f"{size} w{tiling.num_warps} s{tiling.num_stages} r{tiling.max_registers or 'any'}"
+    size = f"{tiling.block_m}x{tiling.block_n} w{tiling.num_warps} s{tiling.num_stages}"
+    return f"{size} r{tiling.max_registers or 'any'}"
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -64,16 +80,47 @@ def forward_backward(name: str, inputs: list[Tensor], grad: Tensor, bounds: Boun
     return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
 
 
-def compile_all(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> dict[str, Any]:
-    """Compile every tiling and return why those that cannot run cannot."""
-    refused = {}
-    for tiling in TILINGS:
+class Kernels:
+    """The kernels of one pack, each run alone with a tiling of its own."""
+
+    def __init__(self, inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> None:
+        self.inputs, self.grad, self.bounds = inputs, grad, bounds
+        self.out, self.lse = attend(*inputs, bounds)
+        self.sums = self.run_queries(QUERY_TILING)[1]
+
+    def run_forward(self, tiling: Tiling) -> tuple[Tensor, ...]:
+        """Return the output and its log-sums."""
+        return attend(*self.inputs, self.bounds, tiling)
+
+    def run_queries(self, tiling: Tiling) -> tuple[Tensor, ...]:
+        """Return the gradient of q, and the sums that the keys' kernel reads. The table of tiles is made again."""
+        tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
+        return grad_queries(self.grad, *self.inputs, self.out, self.lse, tiles, tiling)
+
+    def run_keys(self, tiling: Tiling) -> tuple[Tensor, ...]:
+        """Return the gradients of k and v."""
+        tiles = list_key_tiles(self.bounds, TOKENS, tiling.block_n)
+        return grad_keys(self.grad, *self.inputs, self.sums, tiles, tiling)
+
+    def run_backward(self) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k and v by the Triton kernels."""
+        return attend_backward(self.grad, *self.inputs, self.out, self.lse, *self.bounds)
+
+
+def compile_all(jobs: list[tuple[str, Callable[[Tiling], object], Tiling]]) -> dict[str, str]:
+    """Compile every tiling, many at a time, and return why those that cannot run cannot."""
+
+    def attempt(job: tuple[str, Callable[[Tiling], object], Tiling]) -> str:
         try:
-            attend(q, k, v, bounds, tiling)
-            torch.cuda.synchronize()
-        except (RuntimeError, triton.errors.TritonError) as reason:
-            refused[label(tiling)] = f"{type(reason).__name__}: {reason}"[:200]
-    return refused
+            job[1](job[2])
+        except Exception as reason:  # whatever the compiler or the driver has to say belongs in the table
+            return f"{type(reason).__name__}: {reason}"[:200]
+        return ""
+
+    with ThreadPoolExecutor(8) as pool:
+        reasons = list(pool.map(attempt, jobs))
+    torch.cuda.synchronize()
+    return {f"{name} {label(tiling)}": why for (name, _, tiling), why in zip(jobs, reasons, strict=True) if why}
 
 
 def measure(pattern: str) -> dict[str, Any]:
@@ -84,9 +131,17 @@ def measure(pattern: str) -> dict[str, Any]:
     generator = torch.Generator(DEVICE).manual_seed(0)
     buffer = torch.randn(TOKENS, 3 * NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
     grad = torch.randn(TOKENS, NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
-    views = buffer.chunk(3, dim=1)
+    views = list(buffer.chunk(3, dim=1))
     own = [x.contiguous() for x in views]
-    figures: dict[str, Any] = {"entries": bounds.queries.numel(), "refused": compile_all(*views, bounds)}
+    kernels = Kernels(views, grad, bounds)
+    report("ready", {"seconds": time.perf_counter() - STARTED})
+    runs: dict[str, tuple[Callable[[Tiling], tuple[Tensor, ...]], list[Tiling]]] = {
+        "forward": (kernels.run_forward, TILINGS),
+        "queries": (kernels.run_queries, QUERY_TILINGS),
+        "keys": (kernels.run_keys, KEY_TILINGS),
+    }
+    jobs = [(name, run, tiling) for name, (run, tilings) in runs.items() for tiling in dict.fromkeys(tilings)]
+    figures: dict[str, Any] = {"entries": bounds.queries.numel(), "refused": compile_all(jobs)}
     report("compiled", {"seconds": time.perf_counter() - STARTED})
 
     wide = [x.float().requires_grad_() for x in own]
@@ -97,35 +152,48 @@ def measure(pattern: str) -> dict[str, Any]:
     for name in ("varlen", "triton"):
         got = forward_backward(name, leaves, grad, bounds)
         figures[f"error_{name}"] = dict(zip(["y", "q", "k", "v"], map(error, got, wanted), strict=True))
-        report(f"error {name}", figures[f"error_{name}"])
-    figures["tilings"] = {}
-    for tiling in TILINGS:
-        if label(tiling) in figures["refused"]:
-            report(label(tiling), {"refused": figures["refused"][label(tiling)]})
+        again = forward_backward(name, leaves, grad, bounds)
+        same = {"same_bits": all(map(torch.equal, got, again))}
+        report(f"error {name}", figures[f"error_{name}"] | same)
+    figures["lse"] = float((kernels.lse - lse).abs().max())
+    references = {"forward": [wanted[0]], "queries": [wanted[1]], "keys": wanted[2:]}
+    figures["tilings"] = {name: {} for name in runs}
+    for name, run, tiling in jobs:
+        key = f"{name} {label(tiling)}"
+        if key in figures["refused"]:
+            report(key, {"refused": figures["refused"][key]})
             continue
-        got, got_lse = attend(*views, bounds, tiling)
-        found = {"error": error(got, wanted[0]), "lse": float((got_lse - lse).abs().max())}
-        found["views"] = median(partial(attend, *views, bounds, tiling))
-        found["own"] = median(partial(attend, *own, bounds, tiling))
-        figures["tilings"][label(tiling)] = found
-        report(label(tiling), found)
-    del wide, wanted, y, lse
-    grouped = [own[0], *(x[:, ::2].contiguous() for x in own[1:])]
-    figures["forward_ms"] = {
-        "table": median(partial(list_tiles, bounds, TOKENS, TILING.block_m)),
-        **{
-            f"{name} {kind}": median(partial(VARLEN_KERNELS[name], *tensors, bounds))
-            for name in ("varlen", "triton")
-            for kind, tensors in (("views", views), ("own", own), ("grouped", grouped))
-        },
+        found = {"error": max(map(error, run(tiling), references[name]))}
+        found["ms"] = median(partial(run, tiling))
+        figures["tilings"][name][label(tiling)] = found
+        report(key, found)
+    del wide, wanted, y, lse, references
+    figures["backward_ms"] = {
+        "query table": median(partial(list_query_tiles, bounds, TOKENS, QUERY_TILING.block_m)),
+        "key table": median(partial(list_key_tiles, bounds, TOKENS, KEY_TILING.block_n)),
+        "triton": median(kernels.run_backward),
     }
-    report("forward", figures["forward_ms"])
+    report("backward", figures["backward_ms"])
     figures["forward_backward_ms"] = {
         name: median(partial(forward_backward, name, leaves, grad, bounds)) for name in ("varlen", "triton")
     }
+    fastest = [fastest_tiling(figures["tilings"][name], runs[name][1]) for name in ("queries", "keys")]
+    figures["fastest"] = [label(tiling) for tiling in fastest]
+    varlen_backward_triton.tilings = lambda _head_dim: (fastest[0], fastest[1])
+    figures["backward_ms"]["triton, fastest"] = median(kernels.run_backward)
+    figures["forward_backward_ms"]["triton, fastest"] = median(
+        partial(forward_backward, "triton", leaves, grad, bounds)
+    )
     report("forward and backward", figures["forward_backward_ms"])
+    report("fastest: " + ", ".join(figures["fastest"]), {"backward": figures["backward_ms"]["triton, fastest"]})
     figures["seconds"] = time.perf_counter() - STARTED
+    report("done", {"seconds": figures["seconds"]})
     return figures
+
+
+def fastest_tiling(found: dict[str, dict[str, float]], tilings: list[Tiling]) -> Tiling:
+    """Return the tiling with the smallest time among those that ran."""
+    return min((tiling for tiling in tilings if label(tiling) in found), key=lambda tiling: found[label(tiling)]["ms"])
 
 
 def median(run: Callable[[], object]) -> float:
@@ -146,7 +214,7 @@ def median(run: Callable[[], object]) -> float:
 def report(name: str, found: dict[str, Any]) -> None:
     """Print one line of the table."""
     cells = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items())
-    print(f"{name:36s} {'  '.join(cells)}", flush=True)
+    print(f"{name:44s} {'  '.join(cells)}", flush=True)
 
 
 def main() -> int:

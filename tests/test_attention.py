@@ -234,43 +234,83 @@ def random_bounds(seed: int) -> Bounds:
     return Bounds(*starts, int(queries.max()), int(keys.max()) + seed)
 
 
+def random_inputs(bounds: Bounds, heads: tuple[int, int], head_dim: int, seed: int) -> list[Tensor]:
+    """Return bfloat16 q, k, v on the GPU, views of one buffer as in the model, and an output gradient."""
+    num_queries, num_keys = (int(x[-1]) for x in bounds[:2])
+    num_heads, num_kv_heads = heads
+    generator = torch.Generator().manual_seed(seed)
+    joined = torch.randn(num_keys, num_heads + 2 * num_kv_heads, head_dim, generator=generator).bfloat16().cuda()
+    q, k, v = joined.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    grad = torch.randn(num_queries, num_heads, head_dim, generator=generator).bfloat16().cuda()
+    return [x.detach().requires_grad_() for x in (q[:num_queries], k, v)] + [grad]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(1, 1), (8, 8), (8, 4), (6, 2)])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_triton_kernel_agrees_with_float64(heads: tuple[int, int], head_dim: int, seed: int) -> None:
+def test_the_triton_kernels_agree_with_float64(heads: tuple[int, int], head_dim: int, seed: int) -> None:
     if not is_available("triton"):
         pytest.skip("no Triton")
     bounds = random_bounds(seed)
-    num_queries, num_keys = (int(x[-1]) for x in bounds[:2])
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-    joined = torch.randn(num_keys, num_heads + 2 * num_kv_heads, head_dim, generator=generator).bfloat16().cuda()
-    q, k, v = joined.split([num_heads, num_kv_heads, num_kv_heads], dim=1)  # strided views, as in the model
-    q, grad = q[:num_queries], torch.randn(num_queries, num_heads, head_dim, generator=generator).bfloat16().cuda()
-    narrow = [x.detach().requires_grad_() for x in (q, k, v)] + [grad]
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)] + [grad.double()]
+    narrow = random_inputs(bounds, heads, head_dim, seed)
+    wide = [x.detach().double().requires_grad_() for x in narrow[:3]] + [narrow[3].double()]
     wanted = forward_backward(segment_by_segment, wide, bounds)
     for got, want in zip(forward_backward(VARLEN_KERNELS["triton"], narrow, bounds), wanted, strict=True):
         assert (got.double() - want).norm() <= 0.01 * want.norm() + 1e-4
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(4))
-def test_the_table_of_tiles_holds_every_query_once(seed: int) -> None:
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_the_triton_kernels_give_the_same_bits_every_time(heads: tuple[int, int]) -> None:
     if not is_available("triton"):
         pytest.skip("no Triton")
-    from model.kernels.varlen_triton import list_tiles
+    bounds = random_bounds(0)
+    inputs = random_inputs(bounds, heads, 64, seed=0)
+    first = forward_backward(VARLEN_KERNELS["triton"], inputs, bounds)
+    for _ in range(5):
+        for got, want in zip(forward_backward(VARLEN_KERNELS["triton"], inputs, bounds), first, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_keys_that_no_query_reads_get_gradients_of_zero() -> None:
+    if not is_available("triton"):
+        pytest.skip("no Triton")
+    queries, keys = [0, 0, 100, 100, 140], [0, 300, 400, 465, 565]
+    bounds = Bounds(*(torch.tensor(x, dtype=torch.int32, device="cuda") for x in (queries, keys)), 100, 300)
+    inputs = random_inputs(bounds, (4, 2), 64, seed=0)
+    torch.full((1 << 20,), float("nan"), device="cuda")  # what the gradients' memory holds before they are written
+    _, _, grad_k, grad_v = forward_backward(VARLEN_KERNELS["triton"], inputs, bounds)
+    is_read = torch.zeros(565, dtype=torch.bool, device="cuda")
+    is_read[300:400] = is_read[465:] = True
+    for grad in (grad_k, grad_v):
+        assert torch.equal(grad.abs().amax((1, 2)) > 0, is_read)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(4))
+def test_the_tables_of_tiles_hold_every_token_once(seed: int) -> None:
+    if not is_available("triton"):
+        pytest.skip("no Triton")
+    from model.kernels.varlen_tiles_triton import list_key_tiles, list_query_tiles
 
     bounds = random_bounds(seed)
-    num_queries = int(bounds.queries[-1])
-    table = list_tiles(bounds, num_queries, 64).tolist()
-    tiles = table[1 : 1 + table[0][0]]
-    rows = sorted(row for first, count, _, _ in tiles for row in range(first, first + count))
-    assert rows == list(range(num_queries))
-    ends = dict(pairwise(bounds.keys.unique().tolist()))
-    lengths = [ends[first_key] - first_key for _, _, first_key, _ in tiles]
-    assert lengths == sorted(lengths, reverse=True)
+    for list_tiles, own, other in (
+        (list_query_tiles, bounds.queries, bounds.keys),
+        (list_key_tiles, bounds.keys, bounds.queries),
+    ):
+        total = int(own[-1])
+        table = list_tiles(bounds, total, 64).tolist()
+        tiles = table[1 : 1 + table[0][0]]
+        rows = sorted(row for first, count, _, _ in tiles for row in range(first, first + min(count, 64)))
+        assert rows == list(range(total))
+        ends = own[1:].tolist()
+        assert all(first + count in ends for first, count, _, _ in tiles)
+        assert {first for _, _, first, _ in tiles} <= set(other.tolist())
+        lengths = [count + diagonal for _, count, _, diagonal in tiles]  # of the other kind, in the tile's segment
+        assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.gpu
@@ -279,10 +319,12 @@ def test_the_triton_kernel_feels_no_neighbor() -> None:
         pytest.skip("no Triton")
     starts = torch.tensor([0, 200, 333, 500], dtype=torch.int32, device="cuda")
     bounds = Bounds(starts, starts, 200, 200)
-    q, k, v = (torch.randn(500, 4, 64, device="cuda").bfloat16() for _ in range(3))
-    y = VARLEN_KERNELS["triton"](q, k, v, bounds)
-    spoiled = [x.clone() for x in (q, k, v)]
+    inputs = random_inputs(bounds, (4, 4), 64, seed=0)
+    wanted = forward_backward(VARLEN_KERNELS["triton"], inputs, bounds)
+    spoiled = [x.detach().clone() for x in inputs]
     for x in spoiled:
         x[:200] = float("nan")
         x[333:] = float("inf")
-    assert torch.equal(VARLEN_KERNELS["triton"](*spoiled, bounds)[200:333], y[200:333])
+    spoiled = [x.requires_grad_() for x in spoiled[:3]] + spoiled[3:]
+    for got, want in zip(forward_backward(VARLEN_KERNELS["triton"], spoiled, bounds), wanted, strict=True):
+        assert torch.equal(got[200:333], want[200:333])

@@ -116,7 +116,7 @@ def is_available(backend: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _runs_triton() -> bool:
-    return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 # ---- dense rows and buckets of padded segments ----------------------------------------------------------------------

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Causal attention inside the segments of a pack: a Triton forward, FlashAttention-2's backward.
+"""Causal attention inside the segments of a pack, forward, and the node that differentiates it.
 
 PyTorch's FlashAttention-2 launches a program for every block of the longest segment in every segment. Here a table made
 on the device lists only the query tiles that exist, tiles of long segments first.
@@ -10,7 +10,7 @@ on the device lists only the query tiles that exist, tiles of long segments firs
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -18,72 +18,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.varlen_backward_triton import attend_backward
+from model.kernels.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, list_query_tiles
+
 if TYPE_CHECKING:
     from model.kernels.attention import Bounds
 
-LOG2_E = math.log2(math.e)
-LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
-ENTRIES = 256  # segments that the table's kernel looks at together
-TILE_FIELDS: tl.constexpr = tl.constexpr(4)
-
-
-class Tiling(NamedTuple):
-    """Query rows and keys of a tile, and how a program runs it.
-
-    max_registers of a thread: fewer than the compiler would take, so that more programs share a processor.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-
 TILING = Tiling(64, 64, 4, 3, max_registers=128)  # measured on an H200, heads of 64
 WIDE_TILING = Tiling(128, 64, 8, 2)  # heads of 128
-
-
-@triton.jit
-def _length(starts_ptr, segment, inside):
-    start = tl.load(starts_ptr + segment, mask=inside, other=0)
-    return tl.load(starts_ptr + segment + 1, mask=inside, other=0) - start
-
-
-@triton.jit(do_not_specialize=["num_segments"])
-def _list_tiles(
-    tiles_ptr, queries_ptr, keys_ptr, num_segments, BLOCK_M: tl.constexpr, ENTRIES: tl.constexpr, BLOCKS: tl.constexpr
-):
-    """Write the tiles of one segment behind those of every longer one; program 0 also writes how many tiles exist."""
-    segment = tl.program_id(0)
-    query = tl.load(queries_ptr + segment)
-    num_queries = tl.load(queries_ptr + segment + 1) - query
-    key = tl.load(keys_ptr + segment)
-    num_keys = tl.load(keys_ptr + segment + 1) - key
-    before = 0
-    total = 0
-    for start in range(0, num_segments, ENTRIES):
-        other = start + tl.arange(0, ENTRIES)
-        inside = other < num_segments
-        count = _length(queries_ptr, other, inside)
-        length = _length(keys_ptr, other, inside)
-        num_blocks = (count + BLOCK_M - 1) // BLOCK_M
-        is_before = (length > num_keys) | ((length == num_keys) & (other < segment))
-        before += tl.sum(tl.where(is_before, num_blocks, 0))
-        total += tl.sum(num_blocks)
-    if segment == 0:
-        tl.store(tiles_ptr, total)
-    num_blocks = (num_queries + BLOCK_M - 1) // BLOCK_M
-    for start in range(0, num_blocks, BLOCKS):
-        block = start + tl.arange(0, BLOCKS)
-        inside = block < num_blocks
-        row = block * BLOCK_M
-        # The last block of a segment sees the most keys: it comes first.
-        at = tiles_ptr + TILE_FIELDS * (1 + before + num_blocks - 1 - block)
-        tl.store(at, query + row, mask=inside)
-        tl.store(at + 1, tl.minimum(num_queries - row, BLOCK_M), mask=inside)
-        tl.store(at + 2, tl.zeros_like(row) + key, mask=inside)
-        tl.store(at + 3, num_keys - num_queries + row, mask=inside)
 
 
 @triton.jit
@@ -93,7 +35,7 @@ def _attend_keys(
 ):  # fmt: skip
     """Go over keys first..last - 1, which every row sees unless IS_MASKED."""
     n = tl.arange(0, BLOCK_N)
-    ahead = n[None, :] - tl.arange(0, BLOCK_M)[:, None]
+    last_seen = tl.arange(0, BLOCK_M) + diagonal
     places = n[:, None] * kv_row + tl.arange(0, E)[None, :]
     for start in range(first, last, BLOCK_N):
         k_at = k_ptr + start * kv_row + places
@@ -107,7 +49,7 @@ def _attend_keys(
             v = tl.load(v_at)
         scores = tl.dot(q, k.T)  # (M, keys) float32
         if IS_MASKED:
-            scores = tl.where(ahead <= diagonal - start, scores, float("-inf"))
+            scores = tl.where((start + n)[None, :] <= last_seen[:, None], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
         weights = tl.exp2(scores * scale - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
@@ -128,7 +70,7 @@ def _attend(
         return
     at = tiles_ptr + TILE_FIELDS * (1 + tile)
     first_row = tl.load(at).to(tl.int64)
-    num_rows = tl.load(at + 1)
+    num_rows = tl.minimum(tl.load(at + 1), BLOCK_M)
     first_key = tl.load(at + 2).to(tl.int64)  # of the segment
     diagonal = tl.load(at + 3)  # the last key that row 0 sees, counted from first_key
     e = tl.arange(0, E)[None, :]
@@ -157,22 +99,6 @@ def _attend(
     tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first_row + m, lse, mask=is_row)
 
 
-def list_tiles(bounds: Bounds, num_tokens: int, block_m: int) -> Tensor:
-    """Return the query tiles of bounds, int32 (1 + slots, 4), without asking the device how many there are.
-
-    Row 0 begins with their number; each further row is a tile's first query token, its number of rows, the first key
-    of its segment, and the key (counted from that one) on which the diagonal meets its first row.
-    """
-    num_segments = bounds.queries.numel() - 1
-    blocks = triton.cdiv(bounds.max_queries, block_m)
-    slots = min(num_tokens // block_m + num_segments, num_segments * blocks)
-    tiles = torch.empty(1 + slots, TILE_FIELDS.value, dtype=torch.int32, device=bounds.queries.device)
-    _list_tiles[(num_segments,)](
-        tiles, bounds.queries, bounds.keys, num_segments, BLOCK_M=block_m, ENTRIES=ENTRIES, BLOCKS=32, num_warps=2
-    )
-    return tiles
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
     """Return causal attention (T, H, E) and the log of each query's summed weights (H, T) float32.
 
@@ -189,11 +115,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | Non
     q = q if q.stride(2) == 1 else q.contiguous()
     if k.stride() != v.stride() or k.stride(2) != 1:
         k, v = k.contiguous(), v.contiguous()
-    tiles = list_tiles(bounds, num_tokens, tiling.block_m)
+    tiles = list_query_tiles(bounds, num_tokens, tiling.block_m)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     _attend[((tiles.size(0) - 1) * num_heads,)](
-        q, k, v, out, lse, tiles, num_tokens, LOG2_E / math.sqrt(head_dim),
+        q, k, v, out, lse, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
@@ -202,7 +128,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | Non
 
 
 class _Attention(torch.autograd.Function):
-    """(q, k, v, bounds) -> attention, differentiated by FlashAttention-2's own kernel."""
+    """(q, k, v, bounds) -> attention."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
@@ -214,12 +140,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        unused = torch.empty(2, dtype=torch.uint64, device=grads[0].device)  # the random state of a dropout of 0
-        grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-            grads[0], *ctx.saved_tensors, *ctx.lengths, 0.0, True, unused, unused,
-            window_size_left=-1, window_size_right=0,
-        )  # fmt: skip
-        return grad_q, grad_k, grad_v, None
+        return *attend_backward(grads[0], *ctx.saved_tensors, *ctx.lengths), None
 
 
 def triton_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
