@@ -86,7 +86,10 @@ def _measure_steps(work: Workplace, loader: SpanLoader, backend: str, *, is_loop
     elapsed = result.steps["elapsed_s"]  # at the start of each step, at most RUN_AHEAD steps before the device
     step_s = np.diff(elapsed)[num_warm:]
     timed_from = started + float(elapsed[num_warm])
-    compiled = sum(s["end_s"] - s["start_s"] for s in ledger.spans if s["name"] == COMPILE and s["end_s"] > timed_from)
+    late = [span for span in ledger.spans if span["name"] == COMPILE and span["end_s"] > timed_from]
+    compiled = sum(span["end_s"] - span["start_s"] for span in late)
+    if late:
+        probe.note(f"{label}: compiled while timed: {', '.join(sorted(span['kernel'] for span in late))}")
     rates = config.batch_tokens / step_s
     probe.add(f"{label}: rate", "tokens/s", rates)
     probe.add(f"{label}: micro-batch", "ms", 1000 * step_s / per_step)

@@ -25,9 +25,9 @@ def noting_compilation(ledger: Ledger, device: torch.device) -> Iterator[None]:
         return
     from triton import knobs
 
-    def listen(*, times: Any, **_facts: Any) -> None:
+    def listen(*, times: Any, metadata: dict[str, Any], **_facts: Any) -> None:
         ended = time.monotonic()
-        ledger.add_span(COMPILE, ended - times.total / 1e6, ended)  # microseconds
+        ledger.add_span(COMPILE, ended - times.total / 1e6, ended, kernel=metadata.get("name", ""))  # microseconds
 
     before, knobs.compilation.listener = knobs.compilation.listener, listen
     try:

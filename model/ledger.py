@@ -43,10 +43,10 @@ class Ledger:
             self.add_span(name, started, time.monotonic())
             self.phase = outer
 
-    def add_span(self, name: str, started: float, ended: float) -> None:
-        """Note that something of this name lasted from started to ended, both on the monotonic clock."""
+    def add_span(self, name: str, started: float, ended: float, **facts: str) -> None:
+        """Note that something of this name lasted from started to ended, on the monotonic clock; facts about it."""
         span = {"name": name, "rank": self.rank, "start_s": started - self.origin, "end_s": ended - self.origin}
-        self.spans.append(span)
+        self.spans.append(span | facts)
 
     def opened(self, path: Path, *, is_declared: bool = True) -> None:
         """Note that a data file was opened in the present phase; a file opened again only counts up."""
