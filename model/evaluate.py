@@ -8,6 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,24 +71,37 @@ class DocumentScores:
         }
 
 
+def document_bounds(validation: ValidationSet, num_scored: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first target of each document and one past its last, (D,) int64 each, of the first num_scored targets.
+
+    A target belongs to the document of its input.
+    """
+    ranges = validation.document_ranges  # (D, 2)
+    return np.minimum(ranges[:, 0], num_scored), np.minimum(ranges[:, 1] - 1, num_scored)
+
+
+def document_bytes(validation: ValidationSet, table: ByteTable, *, num_scored: int) -> np.ndarray:
+    """Return the bytes (D,) int64 of each document's targets among the first num_scored."""
+    starts, ends = document_bounds(validation, num_scored)
+    total = np.concatenate(([0], np.cumsum(target_bytes(table, validation.tokens)[:num_scored], dtype=np.int64)))
+    return np.subtract(total[ends], total[starts])
+
+
+def document_nats(validation: ValidationSet, nll: np.ndarray, *, num_scored: int) -> np.ndarray:
+    """Return nll (N,) added up by document, (D,) float64, of the first num_scored targets.
+
+    Summed in stream order, so that it does not depend on how the targets were spread over rows or ranks.
+    """
+    return np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(*document_bounds(validation, num_scored))])
+
+
 def document_sums(
     validation: ValidationSet, table: ByteTable, nll: np.ndarray, *, num_scored: int, seconds: float
 ) -> DocumentScores:
-    """Add up per-target nll (N,) by document; a target belongs to the document of its input.
-
-    Only the first num_scored targets count. Sums are float64 in stream order, so that they do not depend on how
-    the targets were spread over rows or ranks.
-    """
-    ranges = validation.document_ranges  # (D, 2)
-    starts = np.minimum(ranges[:, 0], num_scored)
-    ends = np.minimum(ranges[:, 1] - 1, num_scored)
-
-    def sums(values: np.ndarray, dtype: type) -> np.ndarray:
-        total: np.ndarray = np.concatenate(([0], np.cumsum(values[:num_scored], dtype=dtype)))
-        return np.subtract(total[ends], total[starts])
-
-    nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
-    num_bytes = sums(target_bytes(table, validation.tokens), np.int64)
+    """Return targets, bytes and nats by document of per-target nll (N,); only the first num_scored targets count."""
+    num_bytes = document_bytes(validation, table, num_scored=num_scored)
+    nats = document_nats(validation, nll, num_scored=num_scored)
+    starts, ends = document_bounds(validation, num_scored)
     return DocumentScores(ends - starts, num_bytes, nats, seconds)
 
 
@@ -184,15 +198,21 @@ def evaluate_plain(
     scorer: RowScorer | None = None,
 ) -> DocumentScores:
     """Score the validation stream once and return the sums per document."""
-    started = time.monotonic()
-    nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
     bounds = row_bounds(validation.num_targets, config)
     if not bounds:
         raise ValueError(
             f"evaluation.tail='dropped' scores nothing: {validation.num_targets} targets are fewer than one row of "
             f"evaluation.row_tokens={config.row_tokens}"
         )
-    return document_sums(validation, table, nll, num_scored=bounds[-1][1], seconds=time.monotonic() - started)
+    num_scored = bounds[-1][1]
+    with ThreadPoolExecutor(max_workers=1) as pool:  # bytes are counted while the device scores
+        counting = pool.submit(document_bytes, validation, table, num_scored=num_scored)
+        started = time.monotonic()
+        nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
+        seconds = time.monotonic() - started
+        starts, ends = document_bounds(validation, num_scored)
+        nats = document_nats(validation, nll, num_scored=num_scored)
+        return DocumentScores(ends - starts, counting.result(), nats, seconds)
 
 
 def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:
