@@ -119,14 +119,15 @@ class RowScorer:
 
     def __init__(self, model: GPT, *, is_looped: bool = True) -> None:
         self.model, self.is_looped = model, is_looped
-        self.seen: set[tuple[int, int]] = set()
-        self.recorded: dict[tuple[int, int], Recording] = {}
+        self.seen: set[tuple[int, int, int]] = set()
+        self.recorded: dict[tuple[int, int, int], Recording] = {}
         self.recorder = Recorder()
 
     @torch.no_grad()
     def score(self, row: Batch, device: torch.device) -> Tensor:
         """Return the nll (T,) float32 of a row's targets, valid until the next call."""
-        key, longest = (row.inputs.size(1), row.packing.cu_seqlens.numel()), row.packing.max_seqlen
+        longest = row.packing.max_seqlen
+        key = (row.inputs.size(1), row.packing.cu_seqlens.numel(), longest)
 
         def forward(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
             packing = Packing(cu_seqlens, longest)
@@ -161,6 +162,8 @@ def score_rows(
     from its own start. scorer: one of this model and loop state, to use again what it has recorded.
     """
     scorer = scorer if scorer is not None else RowScorer(model, is_looped=is_looped)
+    assert scorer.model is model, "the scorer is another model's"
+    assert scorer.is_looped == is_looped, scorer.is_looped
     bounds = row_bounds(validation.num_targets, config)
     nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)
 

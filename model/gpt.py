@@ -144,7 +144,7 @@ class GPT(nn.Module):
         """Draw the initial weights: each tensor from its own generator, rounded to bf16 once.
 
         Embedding normal; queries, keys, values and MLP inputs orthogonal; output and MLP down projections zero.
-        Drawn on the CPU, by one thread: the same seed gives the same bits on every device and number of cores.
+        Drawn on the CPU, by one thread: the same seed gives the same bits for every device and number of threads.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the last bits of a QR decomposition depend on it; more than a few also slow it down

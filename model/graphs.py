@@ -53,8 +53,10 @@ class Recorder:
         # torch.cuda.graph() would also wait for the device and empty the caches, at every recording.
         with torch.cuda.stream(self.side), _no_collection():
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            result = call(*inputs)
-            graph.capture_end()
+            try:
+                result = call(*inputs)
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(self.side)
         return Recording(graph, inputs, result)
 

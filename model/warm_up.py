@@ -58,7 +58,7 @@ def warm_up(model: GPT, run: Run) -> None:
     tokens, packing = synthetic_row(run)
     packing = packing.to(run.dist.device)
     row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
-    inputs, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()  # aligned as in training: kernels tell it apart
+    inputs, targets = row[:, :-1].clone(), row[:, 1:].clone()  # aligned as in training: kernels tell it apart
     for is_looped in (False, True):
         run.report("warm_up", int(is_looped), 2, {})
         model(inputs, targets, is_looped=is_looped, packing=packing).backward()

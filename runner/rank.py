@@ -142,8 +142,15 @@ class Rank:
         finally:
             faulthandler.cancel_dump_traceback_later()
             if self.mirror is not None and puts_logs:
-                self.mirror.put_logs()
+                self.put_logs(self.mirror)
         return Outcome(kind="finished", at=time.time())
+
+    def put_logs(self, mirror: Mirror) -> None:
+        """Copy the logs to the object store; a store that refuses them must not hide how the rank ended."""
+        try:
+            mirror.put_logs()
+        except Exception:
+            logger.exception("rank %d could not store its logs", self.rank)
 
     def check_out(self) -> None:
         """Find the probe that the driver left. Raises OutNotShared if this node sees another folder."""

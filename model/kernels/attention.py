@@ -116,7 +116,9 @@ def is_available(backend: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _runs_triton() -> bool:
-    return has_triton() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    if torch.version.hip is not None or not (has_triton() and torch.cuda.is_available()):
+        return False
+    return torch.cuda.get_device_capability()[0] == 9  # Hopper, the only kind it was tested on
 
 
 # ---- dense rows and buckets of padded segments ----------------------------------------------------------------------

@@ -46,7 +46,7 @@ def self_attention(
     batch, time, width = qkv.shape
     num_heads = q_gain.numel()
     head_dim = width // (num_heads + 2 * num_kv_heads)
-    if uses_triton(qkv, head_dim, num_kv_heads, num_heads // num_kv_heads):
+    if backend != "sdpa" and uses_triton(qkv, head_dim, num_kv_heads, num_heads // num_kv_heads):
         shape = _Shape(batch, time, rows.num_queries or time, num_heads, num_kv_heads, head_dim)
         return _fused(qkv, cos, sin, q_gain, rows, shape, is_value_excluded, backend)
     n = rows.num_queries or time
