@@ -102,8 +102,8 @@ def test_a_failing_rank_costs_an_attempt_and_changes_no_figure(
 def test_a_seed_on_a_removed_node_goes_on_elsewhere_and_is_counted_once(cluster: Any, tmp_path: Path) -> None:
     node = cluster.add_node(**NODE, resources={"extra": 1})
     cluster.wait_for_nodes()
-    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 60})
-    driver = start_driver(tmp_path, cluster.address, gang={"gpus": 1, "cpus": 8})
+    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 600})
+    driver = start_driver(tmp_path, cluster.address, gang={"gpus": 1, "cpus": 8}, limits={"stall_s": 600.0})
     try:
         wait_until(lambda: at_step(tmp_path, 42) >= 6, 60, "seed 42 never trained")
         place = next(run for run in states(tmp_path) if run["seed"] == 42)
