@@ -63,7 +63,7 @@ def run_pipeline(rank: Rank) -> None:
             allow_code_change=job.allow_code_change, on_write=on_write,
         )  # fmt: skip
     dist.barrier()
-    # Not after an error: leaving an NCCL group may wait for ranks that never come, and the error would go unsaid.
+    # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
     # The gang's processes are ended then anyway.
     dist.close()
 
