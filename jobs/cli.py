@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 3
+EXIT_PIPE_CLOSED = 141  # 128 and the number of SIGPIPE
 
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -54,19 +57,34 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (0 done, 1 failed, 2 bad input, 3 interrupted and resumable).
 
-    A ValueError or OSError that reaches this point is a user's mistake or a full disk: one line, no traceback.
+    A ValueError or OSError that reaches this point is a user's mistake or a full disk: one line, no traceback. When
+    the reader of a pipe leaves (`| head`), the code is the one that a shell gives a program ended by that signal.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     try:
         parsed = build_parser(chosen).parse_args(arguments)
-        return int(parsed.execute(parsed))
+        code = int(parsed.execute(parsed))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("seedsweep: interrupted; run the same command again to continue", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and has_reader_left():
+            return EXIT_PIPE_CLOSED
         print(f"seedsweep: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def has_reader_left() -> bool:
+    """Return whether standard output is a pipe that nobody reads any more; what is left to say then goes nowhere."""
+    waiting = select.poll()
+    waiting.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(state & select.POLLERR for _, state in waiting.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,13 @@ def test_the_package_data_is_small_and_names_nobody() -> None:
     text = path.read_text()
     assert len(text) < 300_000
     assert not any(word in text for word in ('"author"', '"github_id"', '"name":'))
+
+
+def test_a_reader_of_the_output_may_leave_early() -> None:
+    done = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "published"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert done.stdout is not None
+    done.stdout.close()
+    _, said = done.communicate(timeout=60)
+    assert (done.returncode, said) == (141, "")
