@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model.config import EvalConfig
-from model.data.loader import Batch, prefetch_batches
+from model.data.loader import Batch, inputs_and_targets, prefetch_batches
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
@@ -87,21 +87,23 @@ def document_bytes(validation: ValidationSet, table: ByteTable, *, num_scored: i
     return np.subtract(total[ends], total[starts])
 
 
-def document_nats(validation: ValidationSet, nll: np.ndarray, *, num_scored: int) -> np.ndarray:
-    """Return nll (N,) added up by document, (D,) float64, of the first num_scored targets.
-
-    Summed in stream order, so that it does not depend on how the targets were spread over rows or ranks.
-    """
-    return np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(*document_bounds(validation, num_scored))])
-
-
 def document_sums(
     validation: ValidationSet, table: ByteTable, nll: np.ndarray, *, num_scored: int, seconds: float
 ) -> DocumentScores:
     """Return targets, bytes and nats by document of per-target nll (N,); only the first num_scored targets count."""
     num_bytes = document_bytes(validation, table, num_scored=num_scored)
-    nats = document_nats(validation, nll, num_scored=num_scored)
+    return sums_beside(num_bytes, validation, nll, num_scored=num_scored, seconds=seconds)
+
+
+def sums_beside(
+    num_bytes: np.ndarray, validation: ValidationSet, nll: np.ndarray, *, num_scored: int, seconds: float
+) -> DocumentScores:
+    """Return what document_sums returns, from the document_bytes (D,).
+
+    Nats are summed in stream order, so that they do not depend on how the targets were spread over rows or ranks.
+    """
     starts, ends = document_bounds(validation, num_scored)
+    nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
     return DocumentScores(ends - starts, num_bytes, nats, seconds)
 
 
@@ -169,8 +171,7 @@ def score_rows(
 
     def make_row(number: int) -> Batch:
         start, end = bounds[number]
-        row = torch.from_numpy(validation.tokens[start : end + 1].astype(np.int64)).unsqueeze(0)  # (1, T + 1)
-        inputs, targets = row[:, :-1].contiguous(), row[:, 1:].contiguous()
+        inputs, targets = inputs_and_targets(validation.tokens[start : end + 1])
         packing = pack_row(
             inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
         )
@@ -213,9 +214,7 @@ def evaluate_plain(
         started = time.monotonic()
         nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
         seconds = time.monotonic() - started
-        starts, ends = document_bounds(validation, num_scored)
-        nats = document_nats(validation, nll, num_scored=num_scored)
-        return DocumentScores(ends - starts, counting.result(), nats, seconds)
+        return sums_beside(counting.result(), validation, nll, num_scored=num_scored, seconds=seconds)
 
 
 def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from model.config import ATTENTION_BACKENDS
+from model.data.loader import inputs_and_targets
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID
 from model.gpt import GPT
@@ -57,8 +58,8 @@ def warm_up(model: GPT, run: Run) -> None:
         return
     tokens, packing = synthetic_row(run)
     packing = packing.to(run.dist.device)
-    row = torch.from_numpy(tokens).to(run.dist.device).unsqueeze(0)
-    inputs, targets = row[:, :-1].clone(), row[:, 1:].clone()  # aligned as in training: kernels tell it apart
+    # Two copies, aligned as in training: kernels tell it apart.
+    inputs, targets = (x.to(run.dist.device) for x in inputs_and_targets(tokens))
     for is_looped in (False, True):
         run.report("warm_up", int(is_looped), 2, {})
         model(inputs, targets, is_looped=is_looped, packing=packing).backward()

@@ -104,7 +104,7 @@ class Kernels:
 
     def run_backward(self) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v by the Triton kernels."""
-        return attend_backward(self.grad, *self.inputs, self.out, self.lse, *self.bounds)
+        return attend_backward(self.grad, *self.inputs, self.out, self.lse, self.bounds)
 
 
 def compile_all(jobs: list[tuple[str, Callable[[Tiling], object], Tiling]]) -> dict[str, str]:

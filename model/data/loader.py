@@ -124,8 +124,7 @@ class SpanLoader:
 
     def span(self, index: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of span index, each (1, T) int64, T = micro_batch_tokens."""
-        tokens = torch.from_numpy(self.tokens(index).astype(np.int64)).unsqueeze(0)  # (1, T + 1)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return inputs_and_targets(self.tokens(index))
 
     def batch(
         self, index: int, *, max_segment: int, max_seqlen: int | None = None, num_entries: int | None = None
@@ -136,6 +135,12 @@ class SpanLoader:
             inputs, bos_id=self.bos_id, max_segment=max_segment, max_seqlen=max_seqlen, num_entries=num_entries
         )
         return Batch(inputs, targets, packing)
+
+
+def inputs_and_targets(tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return tokens (T + 1,) as inputs and targets, (1, T) int64 each: views of one tensor, shifted by a token."""
+    row = torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)  # (1, T + 1)
+    return row[:, :-1], row[:, 1:]
 
 
 def prefetch_batches(

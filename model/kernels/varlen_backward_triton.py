@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from model.kernels.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, list_key_tiles, list_query_tiles
+from model.kernels.attention import Bounds
+from model.kernels.varlen_tiles_triton import (
+    LN_2,
+    LOG2_E,
+    TILE_FIELDS,
+    Tiling,
+    addressable,
+    list_key_tiles,
+    list_query_tiles,
+)  # fmt: skip
 
 QUERY_TILING = Tiling(64, 64, 4, 3, max_registers=168)  # measured on an H200, heads of 64
 KEY_TILING = Tiling(64, 64, 4, 2, max_registers=168)
@@ -230,20 +239,14 @@ def grad_keys(
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, queries: Tensor, keys: Tensor,
-    max_queries: int, max_keys: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Bounds
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, contiguous, from that of out (T, H, E).
 
-    q, k, v, lse as attend got and returned them; the rest are the fields of Bounds, which must cover every key and
-    query: gradients of others are left undefined. A key that no query sees has a gradient of zero.
+    q, k, v, bounds as attend got them, lse as it returned it. bounds must cover every key and query: gradients of
+    others are left undefined. A key that no query sees has a gradient of zero.
     """
-    from model.kernels.attention import Bounds
-
-    bounds = Bounds(queries, keys, max_queries, max_keys)
-    q = q if q.stride(2) == 1 else q.contiguous()
-    if k.stride() != v.stride() or k.stride(2) != 1:
-        k, v = k.contiguous(), v.contiguous()
+    q, k, v = addressable(q, k, v)
     query_tiling, key_tiling = tilings(q.size(2))
     grad = grad.contiguous()
     tiles = list_query_tiles(bounds, q.size(0), query_tiling.block_m)

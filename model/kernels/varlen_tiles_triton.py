@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.kernels.attention import Bounds
+from model.kernels.attention import Bounds
 
 ENTRIES = 256  # segments that the table's kernel looks at together
 TILE_FIELDS: tl.constexpr = tl.constexpr(4)
@@ -33,6 +32,14 @@ class Tiling(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+
+
+def addressable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v as the kernels address them, copied where needed: heads whole, k and v with the same strides."""
+    q = q if q.stride(2) == 1 else q.contiguous()
+    if k.stride() != v.stride() or k.stride(2) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    return q, k, v
 
 
 @triton.jit

@@ -10,7 +10,7 @@ on the device lists only the query tiles that exist, tiles of long segments firs
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -18,11 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels.attention import TRITON_HEAD_DIMS, Bounds
 from model.kernels.varlen_backward_triton import attend_backward
-from model.kernels.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, list_query_tiles
-
-if TYPE_CHECKING:
-    from model.kernels.attention import Bounds
+from model.kernels.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, addressable, list_query_tiles
 
 TILING = Tiling(64, 64, 4, 3, max_registers=128)  # measured on an H200, heads of 64
 WIDE_TILING = Tiling(128, 64, 8, 2)  # heads of 128
@@ -107,14 +105,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | Non
     Raises ValueError for shapes that the kernel cannot serve.
     """
     num_tokens, num_heads, head_dim = q.shape
-    if head_dim not in (16, 32, 64, 128):
-        raise ValueError(f"attention backend 'triton' got head_dim={head_dim}: it serves 16, 32, 64 and 128")
+    if head_dim not in TRITON_HEAD_DIMS:
+        served = ", ".join(map(str, TRITON_HEAD_DIMS))
+        raise ValueError(f"attention backend 'triton' got head_dim={head_dim}: it serves {served}")
     if num_heads % k.size(1) or k.shape != v.shape:
         raise ValueError(f"attention backend 'triton' got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
     tiling = tiling or (TILING if head_dim <= 64 else WIDE_TILING)
-    q = q if q.stride(2) == 1 else q.contiguous()
-    if k.stride() != v.stride() or k.stride(2) != 1:
-        k, v = k.contiguous(), v.contiguous()
+    q, k, v = addressable(q, k, v)
     tiles = list_query_tiles(bounds, num_tokens, tiling.block_m)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
@@ -133,14 +130,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
         out, lse = attend(q, k, v, bounds)
-        ctx.save_for_backward(q, k, v, out, lse, bounds.queries, bounds.keys)
-        ctx.lengths = bounds.max_queries, bounds.max_keys
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.bounds = bounds
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return *attend_backward(grads[0], *ctx.saved_tensors, *ctx.lengths), None
+        q, k, v, out, lse = ctx.saved_tensors
+        return *attend_backward(grads[0], q, k, v, out, lse, ctx.bounds), None
 
 
 def triton_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
