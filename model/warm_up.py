@@ -29,7 +29,7 @@ def synthetic_row(run: Run) -> tuple[np.ndarray, Packing]:
 
 
 def choose_attention(run: Run) -> Choice | None:
-    """Time every importable backend on this rank's real shapes; None on a CPU or where the configuration names one.
+    """Time every importable backend on what training hands it; None on a CPU or where the configuration names one.
 
     Rank 0's choice holds for all ranks. FlexAttention compiles for many seconds, so it is taken by name only.
     """
@@ -37,12 +37,10 @@ def choose_attention(run: Run) -> Choice | None:
         return None
     model = run.config.model
     _, packing = synthetic_row(run)
-    shape = (1, run.config.train.micro_batch_tokens)
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(*shape, heads, model.head_dim, generator=generator).to(run.dist.device, torch.bfloat16)
-        for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
-    )
+    shape = (1, run.config.train.micro_batch_tokens, 3 * model.num_heads, model.head_dim)
+    generator = torch.Generator(run.dist.device).manual_seed(0)
+    turned = torch.randn(shape, generator=generator, device=run.dist.device, dtype=torch.bfloat16)
+    q, k, v = turned.chunk(3, dim=2)  # views of one tensor, a copy of its key head for each query head
     candidates = [name for name in ATTENTION_BACKENDS if name not in ("auto", "sdpa", "flex") and is_available(name)]
     choice = probe_backends(q, k, v, packing.to(run.dist.device), candidates=candidates)
     agreed = run.dist.broadcast_floats([float(ATTENTION_BACKENDS.index(choice.name))])

@@ -15,7 +15,6 @@ from model.distributed import Dist
 from model.evaluate import RowScorer, row_bounds, score_rows
 from model.gpt import GPT
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
-from model.kernels.row_attention import cudnn_rows
 from model.ttt import make_slots
 from model.ttt_adapter import Adapter
 from model.ttt_graphs import GraphAdapter, StepRecorder
@@ -122,19 +121,8 @@ def test_bf16_graphs_agree_with_float32_steps() -> None:
     assert max(gaps) < 0.02
 
 
-@pytest.mark.parametrize("time", [64, 1024, 2048])
-def test_cudnn_rows_agree_with_float64(time: int) -> None:
-    torch.manual_seed(1)
-    turned = torch.randn(2 * time, 24, 64, device=CUDA).bfloat16()
-    q, k, v = (x.detach().requires_grad_() for x in turned.chunk(3, dim=1))
-    y = cudnn_rows(q, k, v, 2)
-    grad = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, (q, k, v), grad)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    heads = [x.view(2, time, 8, 64).transpose(1, 2) for x in wide]
-    scores = heads[0] @ heads[1].mT / 8
-    hidden = torch.ones(time, time, device=CUDA, dtype=torch.bool).triu(1)
-    expected = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ heads[2]).transpose(1, 2).reshape(2 * time, 8, 64)
-    wanted = torch.autograd.grad(expected, wide, grad.double())
-    for mine, theirs in zip((y, *gradients), (expected, *wanted), strict=True):
-        assert float((mine.detach().double() - theirs.detach()).norm() / theirs.detach().norm()) < 0.01
+def test_two_passes_agree_to_the_bit() -> None:
+    model, validation = full_model(torch.bfloat16), documents(400, 90, 2300, 2900, 641, 5, 2300)
+    first, second = (adapt(GraphAdapter, model, validation) for _ in range(2))
+    assert np.array_equal(first, second)
+    assert first.std() > 0.01

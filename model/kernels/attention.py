@@ -10,18 +10,16 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from model.config import ATTENTION_BACKENDS
 from model.kernels.dispatch import has_triton
-from model.kernels.row_attention import cudnn_rows
 
 if TYPE_CHECKING:
     from model.data.packing import Packing
@@ -209,13 +207,19 @@ def _bucketed(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
 
 # ---- variable-length kernels: q (tokens, H, E), k and v (tokens, K, E), and the bounds of their segments -------------
 
-# Grouped heads need this argument from torch 2.12 on; 2.11 takes them without and does not know it.
-GQA_OPTION: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+@lru_cache(maxsize=1)
+def _varlen_attn() -> Callable[..., Any]:
+    """Return PyTorch's kernel; imported when it is first used, since it brings PyTorch's whole compiler with it."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Grouped heads need this argument from torch 2.12 on; 2.11 takes them without and does not know it.
+    options: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **options)  # left -1 and right 0: causal
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
-    # A left window of -1 and a right one of 0 is causal attention.
-    return _first(varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **GQA_OPTION))
+    return _first(_varlen_attn()(q, k, v, *bounds))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
@@ -228,11 +232,6 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     from model.kernels.varlen_triton import triton_varlen
 
     return triton_varlen(q, k, v, bounds)
-
-
-def _cudnn_rows(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
-    # Chosen for whole rows only (see self_attention), never by name.
-    return cudnn_rows(q, k, v, bounds.keys.numel() - 1)
 
 
 def _flash(module: str) -> Callable[..., Tensor]:
@@ -257,6 +256,5 @@ VARLEN_KERNELS: dict[str, Callable[..., Tensor]] = {
     "varlen": _varlen,
     "flex": _flex,
     "triton": _triton,
-    "cudnn_rows": _cudnn_rows,
     **{name: _flash(module) for name, module in FLASH_MODULES.items()},
 }

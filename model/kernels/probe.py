@@ -48,7 +48,7 @@ def probe_backends(
     if candidates is None:
         is_half_on_cuda = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
         candidates = [name for name in ATTENTION_BACKENDS[1:] if is_available(name)] if is_half_on_cuda else ["sdpa"]
-    inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]  # strided as they come
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(0)).to(q)
     wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
     wanted = _forward_backward(wide, grad.float(), packing, "sdpa")

@@ -8,7 +8,6 @@ in one autograd node that keeps neither the raw projections nor any copy of the 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from model.data.packing import Packing
 from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, resolve_backend, segment_bounds, window_bounds
 from model.kernels.dispatch import uses_triton
-from model.kernels.row_attention import MIN_TOKENS, Kernel, prefers_cudnn
 from model.kernels.window_attention import window_attention
 from model.layers import exclude_own_value, normalize_and_rotate
 
@@ -90,24 +88,11 @@ def _fused(
         bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
     else:
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
-        if rows.packing is None and backend == "auto" and shape.time >= MIN_TOKENS:
-            heads = (shape.num_heads, shape.head_dim, qkv.dtype, qkv.device)
-            name = "cudnn_rows" if prefers_cudnn(_row_kernel(name), *heads) else name
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
     is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
     z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name, is_recording)
     return z.view(shape.batch, shape.num_queries, -1)
-
-
-@lru_cache(maxsize=8)
-def _row_kernel(name: str) -> Kernel:
-    """Return a variable-length kernel as a function of whole rows, like cudnn_rows."""
-
-    def run(q: Tensor, k: Tensor, v: Tensor, num_rows: int) -> Tensor:
-        return VARLEN_KERNELS[name](q, k, v, segment_bounds(None, num_rows, q.size(0) // num_rows, q.device))
-
-    return run
 
 
 class _SelfAttention(torch.autograd.Function):
@@ -121,8 +106,7 @@ class _SelfAttention(torch.autograd.Function):
         from model.kernels.heads_triton import exclude, rotate
 
         # Copies of key and value heads make attention's backward faster, and its forward a little slower.
-        needs_copies = is_recording or backend == "cudnn_rows"
-        num_copies = shape.num_heads // shape.num_kv_heads if needs_copies else 1
+        num_copies = shape.num_heads // shape.num_kv_heads if is_recording else 1
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
         if is_recording:
