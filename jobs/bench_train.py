@@ -11,6 +11,7 @@ import torch
 
 from jobs.bench_figures import Probe
 from jobs.bench_inputs import Workplace, build_bench_model, note_compilation, open_workplace, synchronize
+from model.compile_ahead import compile_kernels
 from model.compile_clock import COMPILE
 from model.data.loader import SpanLoader
 from model.gpt import GPT, visit_plan
@@ -45,6 +46,7 @@ def measure_train(request: dict[str, Any], probe: Probe) -> None:
 
 def prepare_kernels(work: Workplace) -> str:
     """Choose the attention backend and run every kernel once, as training does; return the backend's name."""
+    compile_kernels(work.run, work.ledger)
     choice = choose_attention(work.run)
     model = _initial_model(work, choice.name if choice is not None else work.config.runtime.attention)
     warm_up(model, work.run)
@@ -138,8 +140,7 @@ def measure_cold(request: dict[str, Any], probe: Probe) -> None:
     work = open_workplace(request, probe)
     loader = open_training(work.run, work.ledger)
     reached["data open"] = time.time()
-    ledger = Ledger("cold")
-    with note_compilation(work, ledger):
+    with note_compilation(work, work.ledger):
         backend = prepare_kernels(work)
         synchronize(work.device)
         reached["attention chosen, kernels warm"] = time.time()
@@ -149,4 +150,4 @@ def measure_cold(request: dict[str, Any], probe: Probe) -> None:
         reached["first step"] = time.time()
     for name, at in reached.items():
         probe.add(f"{name} at", "s", [at - request["spawned_at"]])
-    probe.add("compilation in it", "s", [ledger.seconds(COMPILE)])
+    probe.add("compilation in it", "s", [work.ledger.seconds(COMPILE)])

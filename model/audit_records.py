@@ -17,6 +17,7 @@ from model.config import TTTConfig
 from model.data.files import file_sha256
 from model.data.shards import BOS_ID, find_documents, open_shard
 from model.data.validation import ValidationSet
+from model.ledger import covered_s
 from model.own_code import PACKED_NAME, READABLE_NAME
 from model.score_ledger import SCORE, Events, broken_chains, times_scored
 
@@ -259,7 +260,9 @@ def inside(name: str, files: RunFiles) -> float:
     for stage in stages:
         spans = [span for span in files.ledgers[stage]["spans"] if span.get("rank", 0) == 0]
         warm = [(span["start_s"], span["end_s"]) for span in spans if span["name"] == "warm_up"]
-        for span in spans:
-            if span["name"] == "compile" and not any(a <= span["start_s"] and span["end_s"] <= b for a, b in warm):
-                total += span["end_s"] - span["start_s"]
+        total += covered_s(
+            span
+            for span in spans
+            if span["name"] == "compile" and not any(a <= span["start_s"] and span["end_s"] <= b for a, b in warm)
+        )
     return total

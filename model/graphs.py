@@ -45,7 +45,7 @@ class Recorder:
         self.side: Any = None  # one stream for all recordings: memory is reused on its own stream only
 
     def record(self, call: Callable[..., Tensor], *inputs: Tensor) -> Recording:
-        """Record call(*inputs), which must have run once with these sizes; recording runs nothing."""
+        """Record call(*inputs), whose libraries and kernels must have been used before; recording runs nothing."""
         graph = torch.cuda.CUDAGraph()
         if self.side is None:
             self.pool, self.side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()

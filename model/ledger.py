@@ -8,10 +8,11 @@ Python opens for reading, so that a read which nobody declared is in the ledger 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,21 @@ class Ledger:
             _listeners.remove(self)
 
     def seconds(self, name: str) -> float:
-        """Return the total length of the spans of this name."""
-        return float(sum(span["end_s"] - span["start_s"] for span in self.spans if span["name"] == name))
+        """Return how long anything of this name lasted; spans that overlap, as of threads, count once."""
+        return covered_s(span for span in self.spans if span["name"] == name)
 
     def as_json(self) -> dict[str, Any]:
         """Return the ledger as plain values."""
         return {"stage": self.stage, "spans": self.spans, "reads": self.reads}
+
+
+def covered_s(spans: Iterable[Mapping[str, Any]]) -> float:
+    """Return the seconds that lie in one span or more."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted((float(span["start_s"]), float(span["end_s"])) for span in spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def join_ledgers(parts: list[dict[str, Any]], sha256: Mapping[str, str]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from model.artifact import load_artifact, save_artifact
 from model.calibrate import collect_hessians
 from model.checkpoint import CheckpointStore
 from model.codesize import code_program
+from model.compile_ahead import compile_kernels
 from model.config import ModelConfig
 from model.data.loader import SpanLoader
 from model.data.shards import list_shards
 from model.data.tokenizer import Tokenizer, load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
-from model.evaluate import DocumentScores, evaluate_plain, order0_bpb
+from model.evaluate import DocumentScores, RowScorer, evaluate_plain, order0_bpb
 from model.gpt import GPT
 from model.gptq import fit_to_limit, quantize_state
 from model.kernels.attention import resolve_backend
@@ -93,6 +94,7 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         )
         model.init_weights(config.seed)
     with ledger.span("warm_up"):
+        compile_kernels(run, ledger)
         choice = choose_attention(run)
         if choice is not None:
             model.attention_backend = choice.name
@@ -158,10 +160,10 @@ def load_weights(run: Run, ledger: Ledger, kind: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v.to(run.dist.device) for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def load_model(run: Run, weights: dict[str, Tensor], *, config: ModelConfig | None = None) -> GPT:
+def load_model(run: Run, weights: dict[str, Tensor]) -> GPT:
     """Return a frozen model that holds weights, on the rank's device; the embedding in its training type."""
     model = build_model(
-        config or run.config.model,
+        run.config.model,
         run.dist,
         embedding_dtype=run.config.train.embedding_dtype,
         attention=run.config.runtime.attention,
@@ -182,6 +184,8 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         weights = load_weights(run, ledger, "ema")
         model = load_model(run, weights)
         loader = open_training(run, ledger)
+    with ledger.span("warm_up"):
+        compile_kernels(run, ledger, "quantize")
     with ledger.span("hessians"):
         hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
     metrics: dict[str, Any] = {}
@@ -252,12 +256,14 @@ def artifact_meta(run: Run) -> dict[str, Any]:
     }
 
 
-def load_quantized(run: Run, ledger: Ledger) -> GPT:
-    """Return the model that the artifact holds, on the rank's device."""
+def load_quantized(run: Run, ledger: Ledger) -> dict[str, Tensor]:
+    """Return the weights that the artifact holds. Raises ValueError if it is another model's."""
     path = run.workdir / ARTIFACT
     ledger.opened(path)
     config, state = load_artifact(path)
-    return load_model(run, dequantize(state), config=config)
+    if config != run.config.model:
+        raise ValueError(f"artifact {path} holds a model of another shape than the configuration's; quantize again")
+    return dequantize(state)
 
 
 def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
@@ -265,17 +271,24 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
     config, dist = run.config, run.dist
     with ledger.span("load"):
         tokenizer, validation = open_validation(run, ledger)
+    with ledger.span("warm_up"):
+        compile_kernels(run, ledger, "evaluate")
     metrics: dict[str, Any] = {}
     scores: DocumentScores | None = None
+    scorer: RowScorer | None = None  # one for all three: what it records reads the weights where they are
     for prefix in ("live", "post_ema", "pre_ttt"):
         with ledger.span("load"):
             if prefix == "pre_ttt":
-                model = load_quantized(run, ledger)
+                weights = load_quantized(run, ledger)
             else:
-                model = load_model(run, load_weights(run, ledger, "live" if prefix == "live" else "ema"))
+                weights = load_weights(run, ledger, "live" if prefix == "live" else "ema")
+            if scorer is None:
+                scorer = RowScorer(load_model(run, weights))
+            else:
+                scorer.model.load_state_dict(weights)
         with ledger.span(prefix):
             scores = evaluate_plain(
-                model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, label="evaluate"
+                scorer.model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, scorer=scorer
             )
         metrics |= scores.metrics(prefix)
         run.report("evaluate", 0, None, {f"{prefix}_bpb": scores.bpb})
@@ -322,7 +335,9 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     config, dist = run.config, run.dist
     with ledger.span("load"):
         tokenizer, validation = open_validation(run, ledger)
-        model = load_quantized(run, ledger)
+        model = load_model(run, load_quantized(run, ledger))
+    with ledger.span("warm_up"):
+        compile_kernels(run, ledger, "ttt")
     results = {}
     for prefix in ("ttt_lr0", "post_ttt"):
         with ledger.span(prefix):

@@ -21,6 +21,7 @@ from model.ttt_adapter import Adapter
 from model.ttt_schedule import Batch, Limits
 from model.ttt_slots import Slots
 
+SHORT_ROWS = 4  # times batch_documents: to launch a batch of short windows takes longer than to compute it
 ROUND_ROWS = 4  # beyond 16 rows; below, 2, and up to 4 rows every number
 LAST_STEP_CHUNKS = 4  # windows that learn nothing are padded to multiples of this many chunks
 ACTIVATIONS_FRAC, SLOTS_FRAC = 0.25, 0.3  # of the device's memory
@@ -44,12 +45,11 @@ def rounded_rows(count: int) -> int:
 
 
 class StepRecorder:
-    """Scores and learns from whole chunks: the first batch of a size runs as it is, the second is recorded."""
+    """Scores and learns from whole chunks; on a GPU each size of batch is recorded when it is first met."""
 
     def __init__(self, model: GPT, tokens: np.ndarray, config: TTTConfig, slots: Slots, *, is_looped: bool) -> None:
         self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
         self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
-        self.seen: set[tuple[int, int]] = set()
         self.recorded: dict[tuple[int, int], Recording] = {}
         self.recorder = Recorder()
 
@@ -62,12 +62,9 @@ class StepRecorder:
         key = (table.size(0), length)
         if device.type != "cuda":
             return self.step(table, length)
-        if key not in self.recorded and key in self.seen:
+        if key not in self.recorded:
             static = torch.zeros(table.shape, dtype=torch.int64, device=device)
             self.recorded[key] = self.recorder.record(lambda static: self.step(static, length), static)
-        if key not in self.recorded:
-            self.seen.add(key)
-            return self.step(table.to(device, non_blocking=True), length)
         return self.recorded[key].replay(table)
 
     def step(self, table: Tensor, length: int) -> Tensor:
@@ -92,9 +89,12 @@ class StepRecorder:
         return losses.detach()
 
     def prepare(self, rows: int, length: int) -> None:
-        """Run and record the largest batch first, on the spare slot: later ones fit into the memory it leaves."""
+        """Run and record the largest batch first, on the spare slot: later ones fit into the memory it leaves.
+
+        It runs once as it is, for libraries must not be set up inside a recording.
+        """
         table = torch.tensor([[length, self.slots.num_slots]] * rows)
-        self.run(table, length)
+        self.step(table.to(self.stream.device), length)
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -108,7 +108,7 @@ class GraphAdapter(Adapter):
 
     @property
     def limits(self) -> Limits:
-        """Twice the configured rows of short windows, as many tokens as the memory holds."""
+        """Four times the configured rows of short windows, as many tokens as the memory holds."""
         config = self.config
         tokens = config.batch_documents * config.window_tokens
         if self.device.type == "cuda":
@@ -117,7 +117,7 @@ class GraphAdapter(Adapter):
             token_bytes = ACTIVATION_WIDTHS * visits * self.model.config.model_dim * 2
             tokens = min(tokens, max(config.window_tokens, int(ACTIVATIONS_FRAC * total) // token_bytes))
         return Limits(
-            rows=2 * config.batch_documents,
+            rows=SHORT_ROWS * config.batch_documents,
             tokens=tokens,
             last_step=LAST_STEP_CHUNKS * config.chunk_tokens,
             round_rows=ROUND_ROWS,

@@ -87,7 +87,7 @@ def measure(validation: ValidationSet, write: Any) -> None:
     write("all_cold", cold | {"num_slots": slots.num_slots, "num_graphs": len(work.recorder.recorded)})
     first = work.nll.clone()
     sample = [d for d in sorted(random.Random(42).sample(range(499), 192)) if d < len(lengths) and lengths[d] > 0]
-    for name in ("sample_first", "sample_second", "sample_warm"):  # a size is recorded when it is met again
+    for name in ("sample_first", "sample_second", "sample_warm"):  # a size is recorded when it is first met
         write(name, timed_pass(work, sample, slots))
     gaps = (work.nll - first)[work.nll != 0].abs()
     write("rerun_noise_nats", {"mean": float(gaps.mean()), "max": float(gaps.max())})

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import launch
+
 BLOCK = 4096  # numbers a program: 32 a thread
 
 
@@ -45,7 +47,10 @@ def launch_gather(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows index (B,) int64 of values (S, P) float32 in dtype."""
     size = values.size(1)
     out = torch.empty(index.numel(), size, dtype=dtype, device=values.device)
-    _gather[(triton.cdiv(size, BLOCK), index.numel())](values, index.contiguous(), out, size, BLOCK=BLOCK, num_warps=4)
+    launch(
+        _gather, (triton.cdiv(size, BLOCK), index.numel()),
+        values, index.contiguous(), out, size, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -57,7 +62,8 @@ def launch_adam(
     size = values.size(1)
     assert gradients.is_contiguous(), gradients.stride()
     assert moments.is_contiguous(), moments.stride()
-    _adam[(triton.cdiv(size, BLOCK), index.numel())](
+    launch(
+        _adam, (triton.cdiv(size, BLOCK), index.numel()),
         values, moments, index.contiguous(), gradients, correction.float(), size,
         lr, 1 - lr * weight_decay, beta2, 1 - beta2, eps, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import launch
+
 SCALING_PROGRAMS = 132 * 8
 
 
@@ -62,7 +64,8 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
     """Return the nll (N,) float32 of logits (N, V); with grad_scale the logits become grad_scale * d nll / d logits."""
     num_rows, vocab = logits.shape
     nll = torch.empty(num_rows, device=logits.device, dtype=torch.float32)
-    _cross_entropy[(num_rows,)](
+    launch(
+        _cross_entropy, (num_rows,),
         logits, targets, nll, logits.stride(0), cap, 1.0 if grad_scale is None else grad_scale,
         V=vocab, COLS=triton.next_power_of_2(vocab), HAS_GRAD=grad_scale is not None, num_warps=16,
     )  # fmt: skip
@@ -87,7 +90,8 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         num_rows, vocab = grad.shape
         factor = grads[0].contiguous()
         # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
-        _scale_rows[(min(num_rows, SCALING_PROGRAMS),)](
+        launch(
+            _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
             grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
             V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
         )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import launch
+
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 TINY: tl.constexpr = tl.constexpr(1e-12)
 ROWS = 4  # tokens of one tile
@@ -166,7 +168,8 @@ def rotate(
         qkv.size(0), num_heads + 2 * num_kv_heads * num_copies, head_dim, device=qkv.device, dtype=qkv.dtype
     )
     inverse = torch.empty(qkv.size(0), num_heads + num_kv_heads, device=qkv.device, dtype=torch.float32)
-    _rotate[(triton.cdiv(qkv.size(0), ROWS),)](
+    launch(
+        _rotate, (triton.cdiv(qkv.size(0), ROWS),),
         qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads, G=num_copies,
         E=head_dim, HALF=cos.size(1),
         HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
@@ -189,7 +192,8 @@ def rotate_backward(
     grad_x = torch.empty(num_rows, width, device=y.device, dtype=y.dtype)
     programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
     partial = torch.empty(programs, num_heads, device=y.device, dtype=torch.float32)
-    _rotate_backward[(programs,)](
+    launch(
+        _rotate_backward, (programs,),
         grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
         H=num_heads, K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
         HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_OWN=grad_own is not None,
@@ -202,7 +206,8 @@ def exclude(y: Tensor, v: Tensor) -> Tensor:
     """Return y (N, H, E) without its component along v (N, K, E), whose rows and heads may be strided."""
     num_rows, num_heads, head_dim = y.shape
     z = torch.empty_like(y)
-    _exclude[(triton.cdiv(num_rows, ROWS),)](
+    launch(
+        _exclude, (triton.cdiv(num_rows, ROWS),),
         y, v, z, num_rows, v.stride(0), V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim,
         ROWS=ROWS, num_warps=4,
     )  # fmt: skip
@@ -214,7 +219,8 @@ def exclude_backward(grad_z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tens
     num_rows, num_heads, head_dim = y.shape
     grad_y = torch.empty_like(y)
     grad_v = torch.empty(num_rows, v.size(1), head_dim, device=y.device, dtype=y.dtype)
-    _exclude_backward[(triton.cdiv(num_rows, ROWS),)](
+    launch(
+        _exclude_backward, (triton.cdiv(num_rows, ROWS),),
         grad_z, y, v, grad_y, grad_v, num_rows, v.stride(0),
         V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4,
     )  # fmt: skip

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from model.kernels.launch import launch
+
 BLOCK = 4096  # numbers a program
 
 
@@ -45,7 +47,7 @@ def activate(x: Tensor) -> Tensor:
     """Return leaky_relu(x, 0.5)^2."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _activate[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK, num_warps=8)
+    launch(_activate, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK, num_warps=8)
     return y
 
 
@@ -54,7 +56,10 @@ def activate_backward_(grad: Tensor, x: Tensor, *, needs_y: bool) -> Tensor | No
     assert grad.is_contiguous(), grad.stride()
     assert x.is_contiguous(), x.stride()
     y = torch.empty_like(x) if needs_y else None
-    _activate_backward[(triton.cdiv(x.numel(), BLOCK),)](grad, x, y, x.numel(), HAS_Y=needs_y, BLOCK=BLOCK, num_warps=8)
+    launch(
+        _activate_backward, (triton.cdiv(x.numel(), BLOCK),),
+        grad, x, y, x.numel(), HAS_Y=needs_y, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
     return y
 
 
@@ -167,7 +172,8 @@ def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool) -> tuple[T
     y = torch.empty(x.size(0), weight.size(0), device=x.device, dtype=x.dtype)
     hidden = torch.empty_like(y) if needs_hidden else None
     out = _descriptor(y, t.m, t.n // 2)
-    _up[_grid(y, t)](
+    launch(
+        _up, _grid(y, t),
         _descriptor(x, t.m, t.k), _descriptor(weight, t.n, t.k),
         out if hidden is None else _descriptor(hidden, t.m, t.n // 2), out, *y.shape, x.size(1),
         M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_HIDDEN=needs_hidden, num_stages=t.stages, num_warps=t.warps,
@@ -181,7 +187,8 @@ def down_backward(grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool
     grad_hidden = torch.empty_like(hidden)
     y = torch.empty_like(hidden) if needs_y else None
     out = _descriptor(grad_hidden, t.m, t.n // 2)
-    _down_backward[_grid(hidden, t)](
+    launch(
+        _down_backward, _grid(hidden, t),
         _descriptor(grad, t.m, t.k), _descriptor(weight, t.k, t.n),
         _descriptor(hidden, t.m, t.n // 2), out, out if y is None else _descriptor(y, t.m, t.n // 2),
         *hidden.shape, grad.size(1),

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernels.launch import launch
+
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
 BACKWARD_PROGRAMS = 132 * 16  # each adds up the column sums of its rows; the host adds the programs
@@ -118,7 +120,8 @@ def launch_forward(
     total = torch.empty_like(x) if has_sum else x
     mixed = torch.empty_like(x) if mix is not None else total
     normed = torch.empty_like(x)
-    _forward[(triton.cdiv(num_rows, ROWS),)](
+    launch(
+        _forward, (triton.cdiv(num_rows, ROWS),),
         x, delta, skip, first, mix, weight, gate, total, mixed, normed, num_rows, scale,
         D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
         HAS_DELTA=delta is not None, HAS_SKIP=skip is not None, HAS_MIX=mix is not None, num_warps=4,
@@ -156,7 +159,8 @@ class MixNorm(torch.autograd.Function):
         programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
         has_sums = has_mix or has_skip
         partial = torch.empty(programs, 4, width, device=total.device, dtype=torch.float32) if has_sums else None
-        _backward[(programs,)](
+        launch(
+            _backward, (programs,),
             *grads, total, mixed if has_mix else total, skip, first, mix, weight, gate,
             grad_x, grad_skip, grad_first, partial, num_rows, ctx.scale,
             D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
@@ -222,7 +226,8 @@ class MergeNorm(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, delta_a: Tensor, b: Tensor, delta_b: Tensor, share: Tensor) -> Tensor:
         num_rows, width = a.shape
         y = torch.empty_like(a)
-        _merge[(triton.cdiv(num_rows, ROWS),)](
+        launch(
+            _merge, (triton.cdiv(num_rows, ROWS),),
             a, delta_a, b, delta_b, share, y, num_rows,
             D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
@@ -236,7 +241,8 @@ class MergeNorm(torch.autograd.Function):
         grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
         programs = triton.cdiv(num_rows, ROWS)
         partial = torch.empty(programs, device=a.device, dtype=torch.float32)
-        _merge_backward[(programs,)](
+        launch(
+            _merge_backward, (programs,),
             grads[0].contiguous(), a, delta_a, b, delta_b, share, grad_a, grad_b, partial, num_rows,
             D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
         )  # fmt: skip

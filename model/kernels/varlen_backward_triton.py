@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.attention import Bounds
+from model.kernels.launch import launch
 from model.kernels.varlen_tiles_triton import (
     LN_2,
     LOG2_E,
@@ -213,7 +214,8 @@ def grad_queries(
     num_tokens, num_heads, head_dim = q.shape
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sums = torch.empty(num_heads, num_tokens, 2, dtype=torch.float32, device=q.device)
-    _grad_queries[((tiles.size(0) - 1) * num_heads,)](
+    launch(
+        _grad_queries, ((tiles.size(0) - 1) * num_heads,),
         grad, q, k, v, *_boxes(k, v, tiling.block_n), out, lse, sums, grad_q, tiles, num_tokens,
         LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1), k.stride(1), KV_ROW=k.stride(0),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
@@ -229,7 +231,8 @@ def grad_keys(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.size(1)
     grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    _grad_keys[((tiles.size(0) - 1) * num_kv_heads,)](
+    launch(
+        _grad_keys, ((tiles.size(0) - 1) * num_kv_heads,),
         grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, grad_k, grad_v, tiles, num_tokens,
         LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1), Q_ROW=q.stride(0),
         K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,

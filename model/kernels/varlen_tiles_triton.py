@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.attention import Bounds
+from model.kernels.launch import launch
 
 ENTRIES = 256  # segments that the table's kernel looks at together
 TILE_FIELDS: tl.constexpr = tl.constexpr(4)
@@ -88,9 +89,10 @@ def _list(rows: Tensor, others: Tensor, longest: int, num_tokens: int, block: in
     num_segments = rows.numel() - 1
     slots = min(num_tokens // block + num_segments, num_segments * triton.cdiv(longest, block))
     tiles = torch.empty(1 + slots, TILE_FIELDS.value, dtype=torch.int32, device=rows.device)
-    _list_tiles[(num_segments,)](
-        tiles, rows, others, num_segments, LAST_FIRST=last_first, BLOCK=block, ENTRIES=ENTRIES, BLOCKS=32, num_warps=2
-    )
+    launch(
+        _list_tiles, (num_segments,), tiles, rows, others, num_segments,
+        LAST_FIRST=last_first, BLOCK=block, ENTRIES=ENTRIES, BLOCKS=32, num_warps=2,
+    )  # fmt: skip
     return tiles
 
 

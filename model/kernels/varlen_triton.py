@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.kernels.attention import TRITON_HEAD_DIMS, Bounds
+from model.kernels.launch import launch
 from model.kernels.varlen_backward_triton import attend_backward
 from model.kernels.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, addressable, list_query_tiles
 
@@ -115,7 +116,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | Non
     tiles = list_query_tiles(bounds, num_tokens, tiling.block_m)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
-    _attend[((tiles.size(0) - 1) * num_heads,)](
+    launch(
+        _attend, ((tiles.size(0) - 1) * num_heads,),
         q, k, v, out, lse, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,

@@ -1,0 +1,153 @@
+"""Launching Triton kernels; inside compiling_ahead() they are not launched but compiled, several processes at once.
+
+Triton compiles a kernel where it is first launched, one after the other. A rehearsal, the same calls on small tensors
+inside compiling_ahead(), names them all beforehand. Threads would wait for each other: half of a compilation is Python.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+HANG_S = 180.0  # after this the helpers are ended, and what they have not compiled is compiled here
+LOADERS = 8  # threads; more of them wait for Python's lock
+MARK = "all"  # a file in Triton's cache, under a hash of the calls: all their kernels are there
+Key = tuple[Any, ...]
+
+
+class Call(NamedTuple):
+    """A launch that a rehearsal has heard of."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> Key:
+        """What the compiler sees of the call, or more than that; the same in every process."""
+        return self.kernel.cache_key, *map(_kind, self.args), *self.options.items()
+
+    def compile(self) -> Any:
+        """Return the compiled kernel, from Triton's cache on disk if it is there."""
+        return self.kernel.warmup(*self.args, grid=self.grid, **self.options)
+
+    def load(self) -> None:
+        """Compile, make the launcher and load the code, so that a launch finds everything."""
+        self.compile()[self.grid]
+
+
+# What the rehearsal going on has heard of. Every thread sees it, for a backward pass launches from one of its own.
+_rehearsals: list[dict[Key, Call]] = []
+_inherited: list[Call] = []  # what forked processes are to compile
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) -> None:
+    """Run kernel[grid](*args, **options), or only name it inside compiling_ahead(). Constants come by name."""
+    if _rehearsals:
+        call = Call(kernel, grid, args, options)
+        _rehearsals[-1].setdefault(call.key, call)
+    else:
+        kernel[grid](*args, **options)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value.bit_length() > 31
+    base = getattr(value, "base", None)  # a tensor descriptor's
+    return type(value) if base is None else (base.dtype, *value.block_shape)
+
+
+@contextmanager
+def compiling_ahead(device: torch.device, num_processes: int) -> Iterator[None]:
+    """Launch nothing inside the block; it ends when everything that would have been launched can be.
+
+    What kernels would have written stays undefined inside the block. Raises what a compilation raises.
+    """
+    clock = [time.monotonic()]
+    _rehearsals.append({})
+    try:
+        yield
+        calls = _rehearsals[-1]
+    finally:
+        _rehearsals.pop()
+    if not calls:
+        return
+    clock.append(time.monotonic())
+    _compile_apart(calls, num_processes)
+    clock.append(time.monotonic())
+    with ThreadPoolExecutor(min(LOADERS, num_processes), "load", torch.cuda.set_device, (device,)) as pool:
+        for done in [pool.submit(call.load) for call in calls.values()]:
+            done.result()
+    clock.append(time.monotonic())
+    logger.info("compiled=%d rehearsal_s=%.2f compile_s=%.2f load_s=%.2f", len(calls), *np.diff(clock))
+
+
+class _TargetOnly:
+    """What compiling needs of Triton's driver, for a forked process: it must not touch CUDA."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        """Return what the code is for."""
+        return self.target
+
+    def get_current_device(self) -> int:
+        """Return a number by which Triton keeps kernels apart."""
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        """Return a stream that nothing is launched on."""
+        return 0
+
+
+def _begin_helper(target: Any) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_TargetOnly(target))
+
+
+def _compile_one(number: int) -> None:
+    _inherited[number].compile()
+
+
+def _compile_apart(calls: dict[Key, Call], num_processes: int) -> None:
+    """Fill Triton's cache on disk from forked processes. What fails there is done, and fails, in this one again."""
+    from triton import __version__
+    from triton.runtime import driver
+    from triton.runtime.cache import get_cache_manager
+
+    target = driver.active.get_current_target()
+    names = repr((__version__, target, sorted(map(repr, calls))))
+    cache = get_cache_manager(hashlib.sha256(names.encode()).hexdigest())
+    if cache.get_file(MARK) is not None:
+        return
+    _inherited[:] = calls.values()
+    try:
+        context = multiprocessing.get_context("fork")
+        with context.Pool(min(num_processes, len(calls)), _begin_helper, (target,)) as pool:
+            done = pool.map_async(_compile_one, range(len(calls)), chunksize=1)
+            done.wait(HANG_S)
+            if not done.ready():
+                logger.warning("compiling ahead took over %.0f s in %d processes: ended", HANG_S, num_processes)
+            elif not done.successful():
+                logger.warning("compiling ahead failed in a process of its own; the kernel is compiled here")
+            else:
+                cache.put(b"", MARK)
+    finally:
+        _inherited.clear()
