@@ -200,7 +200,7 @@ def test_spans_that_overlap_count_once() -> None:
 @pytest.mark.gpu
 def test_the_stages_launch_nothing_else(tmp_path: Path) -> None:
     config = bench_500()
-    run = Run(config, Dist.single("cuda"), tmp_path, ignore)
+    run = Run(config, Dist.single("cuda:0"), tmp_path, ignore)
     compile_kernels(run, Ledger("ahead"))
     assert compile_ahead._compiled
     model = GPT(config.model, compute_dtype=torch.bfloat16).cuda()
