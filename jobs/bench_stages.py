@@ -47,8 +47,7 @@ from model.ttt import TTTResult, score_documents
 NUM_GPTQ_PASSES = 2
 NUM_EVAL_PASSES = 5  # after the first
 NUM_STEP_SAMPLES = 3
-# chunks behind the first full window in the shorter and the longer of two timed passes; on a GPU the shorter one
-# already has enough full windows to be recorded as a graph
+# chunks behind the first full window in the shorter and the longer of two timed passes
 STEP_CHUNKS = {"cuda": (9, 25), "cpu": (1, 3)}
 SAMPLE_SEED = 42
 

@@ -219,7 +219,7 @@ def probe_timing(files: RunFiles) -> Result:
     score = {"ttt": ("load", "post_ttt")}
     totals = {"training": longest(files, train), "evaluation": longest(files, score)}
     warm_up = {
-        "training": longest(files, {"train": ("warm_up",)}),
+        "training": longest(files, {"train": ("warm_up",), "quantize": ("warm_up",)}),
         "evaluation": longest(files, {"ttt": ("warm_up",)}),
     }
     detail = "; ".join(

@@ -29,7 +29,7 @@ from model.ttt_graphs import StepRecorder
 from model.ttt_slots import Slots
 
 ROW_TOKENS = 2048
-WINDOW_CHUNKS = 4  # of a rehearsed window: too short for the probe of whole rows' attention
+WINDOW_CHUNKS = 4  # of a rehearsed window
 _compiled: set[tuple[RunConfig, torch.device, str]] = set()
 
 
@@ -56,8 +56,7 @@ def _rehearse(run: Run, stages: list[str]) -> None:
         model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, config.train.embedding_dtype))
     # A backward pass runs in a thread of its own, where cuBLAS wants to find that CUDA has been used.
     torch.ones(1, device=device, requires_grad=True).exp().sum().backward()
-    ranks_here = min(run.dist.world_size, torch.cuda.device_count())
-    with compiling_ahead(device, max(1, len(os.sched_getaffinity(0)) // ranks_here)):
+    with compiling_ahead(device, len(os.sched_getaffinity(0))):
         for name in stages:
             model.requires_grad_(name == "train")
             REHEARSALS[name](model, config)
@@ -84,7 +83,7 @@ def _train(model: GPT, config: RunConfig) -> None:
 
 @torch.no_grad()
 def _quantize(model: GPT, config: RunConfig) -> None:
-    """Forward over calibration windows, packed and as whole rows."""
+    """Forward over calibration windows, packed or as whole rows."""
     device = model.qo_bank.device
     windows = torch.from_numpy(_documents(config, ROW_TOKENS)).to(device)
     if config.quant.calibration_documents == "masked":

@@ -196,7 +196,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         "hessian_s": ledger.seconds("hessians"),
         "solve_s": rounding_s - compress_s,
         "compress_s": compress_s,
-        "quantize_s": rounding_s + sum(ledger.seconds(name) for name in ("load", "hessians", "reload")),
+        "quantize_s": rounding_s + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "reload")),
     }
     return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
 
@@ -293,7 +293,7 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
         metrics |= scores.metrics(prefix)
         run.report("evaluate", 0, None, {f"{prefix}_bpb": scores.bpb})
     assert scores is not None
-    metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "live", "post_ema", "pre_ttt"))
+    metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "live", "post_ema", "pre_ttt"))
     if dist.is_main:
         with ledger.span("identify"):
             metrics |= describe_validation(tokenizer, validation)
@@ -354,7 +354,7 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
         run.report("ttt", 0, None, {f"{prefix}_bpb": results[prefix].scores.bpb})
     plain, adapted = results["ttt_lr0"], results["post_ttt"]
     metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
-    metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "ttt_lr0", "post_ttt"))
+    metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "ttt_lr0", "post_ttt"))
     events = gather_events(adapted.events, dist)
     if dist.is_main:
         counts = times_scored(events, validation.document_starts, validation.num_targets)

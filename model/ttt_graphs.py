@@ -91,10 +91,11 @@ class StepRecorder:
     def prepare(self, rows: int, length: int) -> None:
         """Run and record the largest batch first, on the spare slot: later ones fit into the memory it leaves.
 
-        It runs once as it is, for libraries must not be set up inside a recording.
+        It runs once as it is, and so does the smallest, for nothing must be set up or loaded inside a recording.
         """
         table = torch.tensor([[length, self.slots.num_slots]] * rows)
-        self.step(table.to(self.stream.device), length)
+        for batch, time in ((table, length), (table[:1], self.config.chunk_tokens)):
+            self.step(batch.to(self.stream.device), time)
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -135,7 +135,11 @@ RUN_COLUMNS = (
     Column("train_tokens", "int64", "tokens trained on"),
     Column("tokens_per_s", "float64", "training throughput"),
     Column("train_loss_last", "float64", "training loss of the last step, nats per token"),
-    Column("warmup_s", "float64", "compile warm-up before the training clock"),
+    Column(
+        "warmup_s",
+        "float64",
+        "before the training clock: kernels compiled, attention probed, both loop states run",
+    ),
     Column("train_s", "float64", "training"),
     Column("quantize_s", "float64", "calibration, rounding and compression"),
     Column("hessian_s", "float64", "calibration Hessians (reads training data)"),

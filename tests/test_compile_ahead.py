@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,10 @@ class FakeKernel:
         if not path.exists():
             if options.get("BLOCK") == "broken":
                 raise RuntimeError("no such instruction")
+            if options.get("BLOCK") == "dying" and os.getpid() != self.parent:
+                os.kill(os.getpid(), signal.SIGKILL)
             if options.get("BLOCK") == "hanging" and os.getpid() != self.parent:
+                (self.folder / "hanging").write_text(str(os.getpid()))
                 time.sleep(60)
             path.write_text(str(os.getpid()))
         return {grid: None}
@@ -99,7 +104,9 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKern
 
 def compiled_by(kernel: FakeKernel) -> dict[str, int]:
     """Return the process that compiled each kind."""
-    return {path.name: int(path.read_text()) for path in kernel.folder.iterdir() if path.is_file()}
+    found = {path.name: int(path.read_text()) for path in kernel.folder.iterdir() if path.is_file()}
+    found.pop("hanging", None)
+    return found
 
 
 def test_a_launch_is_a_launch(kernel: FakeKernel) -> None:
@@ -169,6 +176,70 @@ def test_a_helper_that_hangs_is_ended(kernel: FakeKernel, monkeypatch: pytest.Mo
         launch(kernel, (3,), 16, BLOCK="hanging")
     assert time.monotonic() - started < 30
     assert compiled_by(kernel) == {"16-hanging": os.getpid()}
+
+
+def test_a_helper_that_dies_costs_no_time(kernel: FakeKernel) -> None:
+    started = time.monotonic()
+    for _ in range(2):  # no mark was left
+        with compiling_ahead(CPU, 2):
+            launch(kernel, (3,), 16, BLOCK="dying")
+            launch(kernel, (3,), 16, BLOCK=64)
+    assert time.monotonic() - started < 30
+    assert compiled_by(kernel)["16-dying"] == os.getpid() != compiled_by(kernel)["16-64"]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_cache: FakeCache, _data: bytes, _name: str) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(FakeCache, "put", refuse)
+    with compiling_ahead(CPU, 2):
+        launch(kernel, (3,), 16, BLOCK=64)
+    assert list(compiled_by(kernel)) == ["16-64"]
+
+
+def test_helpers_end_whatever_the_parent_does_with_signals(kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "HANG_S", 0.5)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with compiling_ahead(CPU, 2):
+            launch(kernel, (3,), 16, BLOCK="hanging")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert compiled_by(kernel) == {"16-hanging": os.getpid()}
+
+
+def test_helpers_do_not_outlive_a_killed_parent(kernel: FakeKernel) -> None:
+    parent = os.fork()
+    if parent == 0:
+        try:
+            FakeKernel.parent = os.getpid()
+            with compiling_ahead(CPU, 2):
+                launch(kernel, (3,), 16, BLOCK="hanging")
+        finally:
+            os._exit(1)
+    helper = int(wait_for(lambda: (kernel.folder / "hanging").read_text()))
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    wait_for(lambda: has_ended(helper))
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone, or waits only for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(find: Callable[[], Any]) -> Any:
+    """Return the first result that counts as true, of at most twenty seconds."""
+    for _ in range(200):
+        with contextlib.suppress(FileNotFoundError):
+            if found := find():
+                return found
+        time.sleep(0.1)
+    raise TimeoutError("nothing came")
 
 
 def test_an_error_in_the_rehearsal_compiles_nothing(kernel: FakeKernel) -> None:

@@ -91,7 +91,7 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
     (single, values, counts), (recorded, recorded_values, recorded_counts) = found
     assert counts == recorded_counts == [3, 3, 3]
     assert torch.isfinite(recorded).all()
-    assert float((single - recorded).abs().max()) < 0.02  # atomic sums in attention's backward
+    assert float((single - recorded).abs().max()) < 0.02  # other backends' backward adds in any order
     assert float((values - recorded_values).norm()) < 0.1 * float((values - start).norm())
 
 

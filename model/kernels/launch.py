@@ -6,13 +6,19 @@ inside compiling_ahead(), names them all beforehand. Threads would wait for each
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import multiprocessing
+import os
+import signal
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +27,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-HANG_S = 180.0  # after this the helpers are ended, and what they have not compiled is compiled here
+HANG_S = 180.0  # after this helpers are ended, and what they have not compiled is compiled here
 LOADERS = 8  # threads; more of them wait for Python's lock
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MARK = "all"  # a file in Triton's cache, under a hash of the calls: all their kernels are there
 Key = tuple[Any, ...]
 
@@ -116,38 +123,79 @@ class _TargetOnly:
         return 0
 
 
-def _begin_helper(target: Any) -> None:
+def _compile_share(first: int, count: int, target: Any, parent: int) -> None:
+    """Compile every count-th inherited call; end with the parent, for a process left over would hold its GPU."""
     from triton.runtime import driver
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # the parent's thread that forked waits for the helpers, so both end together
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before it could be asked
+        os.kill(os.getpid(), signal.SIGKILL)
     driver.set_active(_TargetOnly(target))
-
-
-def _compile_one(number: int) -> None:
-    _inherited[number].compile()
+    for call in _inherited[first::count]:
+        try:
+            call.compile()
+        except Exception as error:
+            name = getattr(call.kernel, "__name__", "a kernel")
+            sys.exit(f"compiling {name} ahead: {type(error).__name__}: {error}".splitlines()[0][:300])
 
 
 def _compile_apart(calls: dict[Key, Call], num_processes: int) -> None:
     """Fill Triton's cache on disk from forked processes. What fails there is done, and fails, in this one again."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return
     from triton import __version__
     from triton.runtime import driver
     from triton.runtime.cache import get_cache_manager
 
     target = driver.active.get_current_target()
     names = repr((__version__, target, sorted(map(repr, calls))))
-    cache = get_cache_manager(hashlib.sha256(names.encode()).hexdigest())
-    if cache.get_file(MARK) is not None:
-        return
-    _inherited[:] = calls.values()
+    digest = hashlib.sha256(names.encode()).hexdigest()
     try:
-        context = multiprocessing.get_context("fork")
-        with context.Pool(min(num_processes, len(calls)), _begin_helper, (target,)) as pool:
-            done = pool.map_async(_compile_one, range(len(calls)), chunksize=1)
-            done.wait(HANG_S)
-            if not done.ready():
-                logger.warning("compiling ahead took over %.0f s in %d processes: ended", HANG_S, num_processes)
-            elif not done.successful():
-                logger.warning("compiling ahead failed in a process of its own; the kernel is compiled here")
-            else:
+        cache = get_cache_manager(digest)
+        with _alone(digest):
+            if cache.get_file(MARK) is None and _run_helpers(list(calls.values()), num_processes, target):
                 cache.put(b"", MARK)
+    except OSError as error:
+        logger.warning("kernels are compiled one after the other: Triton's cache cannot be used: %s", error)
+
+
+@contextmanager
+def _alone(digest: str) -> Iterator[None]:
+    """Let one process of this machine and user through at a time: the others find its work done."""
+    import fcntl
+
+    path = Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}-compile-{digest[:16]}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a process that dies
+        yield
+
+
+def _run_helpers(calls: list[Call], num_processes: int, target: Any) -> bool:
+    """Return whether forked processes compiled all calls."""
+    count = min(num_processes, len(calls))
+    context, deadline = multiprocessing.get_context("fork"), time.monotonic() + HANG_S
+    _inherited[:] = calls
+    helpers = [
+        context.Process(target=_compile_share, args=(first, count, target, os.getpid()), daemon=True)
+        for first in range(count)
+    ]
+    try:
+        for helper in helpers:
+            helper.start()
+        for helper in helpers:
+            helper.join(max(0.0, deadline - time.monotonic()))
+        codes = [helper.exitcode for helper in helpers]
     finally:
         _inherited.clear()
+        for helper in helpers:
+            if helper.is_alive():
+                helper.kill()
+                helper.join()
+    if None in codes:
+        logger.warning("compiling ahead took over %.0f s: %d of %d processes ended", HANG_S, codes.count(None), count)
+    elif any(codes):
+        logger.warning("compiling ahead failed in a process of its own (exit codes %s): it goes on here", codes)
+    return not any(code != 0 for code in codes)

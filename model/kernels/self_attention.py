@@ -81,10 +81,10 @@ def _fused(
     is_value_excluded: bool,
     backend: str,
 ) -> Tensor:
-    is_window = rows.left_padding is not None or shape.num_queries < shape.time
     name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
-    if is_window:
-        name = "varlen" if name == "flex" else name  # a block mask knows only equal numbers of queries and keys
+    if name == "flex" and rows.packing is None:
+        name = "varlen"  # FlexAttention compiles for every shape, and a block mask has as many queries as keys
+    if rows.left_padding is not None or shape.num_queries < shape.time:
         bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
     else:
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
