@@ -32,9 +32,9 @@ TIMES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "hessian_s": ("quantize", ("hessians",), ()),
     "compress_s": ("quantize", ("compress",), ()),
     "solve_s": ("quantize", ("round",), ("compress",)),
-    "quantize_s": ("quantize", ("round", "load", "hessians", "reload"), ()),
-    "evaluate_s": ("evaluate", ("load", "live", "post_ema", "pre_ttt"), ()),
-    "ttt_s": ("ttt", ("load", "ttt_lr0", "post_ttt"), ()),
+    "quantize_s": ("quantize", ("round", "load", "warm_up", "hessians", "reload"), ()),
+    "evaluate_s": ("evaluate", ("load", "warm_up", "live", "post_ema", "pre_ttt"), ()),
+    "ttt_s": ("ttt", ("load", "warm_up", "ttt_lr0", "post_ttt"), ()),
 }
 TIME_TOLERANCE_S = 1e-6  # sums of the same spans in another order
 OWN_DIGEST_BYTES = 32
