@@ -6,6 +6,7 @@ environment variables.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -206,3 +207,4 @@ class Dist:
         """Leave the group."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # what cycles still hold of the group must end before the interpreter: gloo's threads abort it
