@@ -16,7 +16,7 @@ import torch
 
 from model.compile_clock import COMPILE
 from model.config import RunConfig
-from model.data.loader import inputs_and_targets
+from model.data.loader import Batch, inputs_and_targets
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID
 from model.gpt import GPT, visit_plan
@@ -70,14 +70,18 @@ def _documents(config: RunConfig, num_tokens: int) -> np.ndarray:
     return tokens
 
 
+def _packed_row(config: RunConfig, num_tokens: int, seq_len: int) -> Batch:
+    """Return a row of num_tokens inputs, packed as in training and evaluation, on the CPU."""
+    inputs, targets = inputs_and_targets(_documents(config, num_tokens + 1))
+    packing = pack_row(inputs, bos_id=BOS_ID, max_segment=seq_len, max_seqlen=seq_len)
+    return Batch(inputs, targets, packing)
+
+
 def _train(model: GPT, config: RunConfig) -> None:
     """Forward and backward over a packed row, in both loop states."""
-    tokens, seq_len = _documents(config, ROW_TOKENS + 1), config.train.seq_len
-    packing = pack_row(tokens[:-1], bos_id=BOS_ID, max_segment=seq_len, max_seqlen=seq_len)
-    device = model.qo_bank.device
-    inputs, targets = (x.to(device) for x in inputs_and_targets(tokens))
+    row = _packed_row(config, ROW_TOKENS, config.train.seq_len).to(model.qo_bank.device)
     for is_looped in (False, True):
-        model(inputs, targets, is_looped=is_looped, packing=packing.to(device)).backward()
+        model(row.inputs, row.targets, is_looped=is_looped, packing=row.packing).backward()
         model.zero_grad(set_to_none=True)
 
 
@@ -96,12 +100,9 @@ def _quantize(model: GPT, config: RunConfig) -> None:
 @torch.no_grad()
 def _evaluate(model: GPT, config: RunConfig) -> None:
     """Forward over packed rows: a whole one, and a last one of odd length."""
-    device, seq_len = model.qo_bank.device, config.evaluation.seq_len
     for length in (ROW_TOKENS, ROW_TOKENS - 1):
-        tokens = _documents(config, length + 1)
-        packing = pack_row(tokens[:-1], bos_id=BOS_ID, max_segment=seq_len, max_seqlen=seq_len).to(device)
-        inputs, targets = (x.to(device) for x in inputs_and_targets(tokens))
-        model(inputs, targets, is_looped=True, packing=packing, reduction="none")
+        row = _packed_row(config, length, config.evaluation.seq_len).to(model.qo_bank.device)
+        model(row.inputs, row.targets, is_looped=True, packing=row.packing, reduction="none")
 
 
 def _adapt(model: GPT, config: RunConfig) -> None:
