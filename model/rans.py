@@ -106,8 +106,13 @@ def _normalize(count: NDArray[np.int64]) -> Table:
     """Return frequencies (A,) that sum to TOTAL, at least 1 for every symbol that occurs, none of them TOTAL."""
     num_symbols = max(int(count.sum()), 1)
     frequency = np.maximum((count * TOTAL + num_symbols // 2) // num_symbols, count > 0)
+    left = TOTAL - int(frequency.sum())  # what rounding left over, or spent if negative
     largest = int(frequency.argmax())
-    frequency[largest] += TOTAL - int(frequency.sum())  # takes what rounding left over or spent
+    if frequency[largest] + left >= 1:
+        frequency[largest] += left
+    else:  # flat: no entry can pay for all, but 256 of at least 1 are far below TOTAL, so together they can
+        for _ in range(-left):
+            frequency[frequency.argmax()] -= 1
     if frequency[largest] == TOTAL:  # a lone symbol: its frequency would not fit 16 bits
         frequency[largest] -= 1
         frequency[largest - 1] += 1
