@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from model.config import tiny
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
+from model.kernels import cross_entropy
 from model.kernels.attention import attention, window_bounds
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.mlp import mlp, project_and_activate
@@ -26,6 +28,7 @@ from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
 from model.kernels.self_attention import Rows, self_attention
 from model.kernels.window_attention import window_attention
 from model.layers import rotary_tables
+from tests.fake_triton import load_kernels
 
 TOLERANCE = 0.01  # relative, of whole tensors: bf16 rounds each number by up to 0.004
 SHAPES = [(1, 1, 64), (1, 13, 512), (2, 100, 512), (3, 7, 48), (1, 5000, 512)]
@@ -120,6 +123,37 @@ def test_cross_entropy_kernel(vocab: int, reduction: str) -> None:
         got = softcap_cross_entropy(logits, targets, 30.0, reduction=reduction)
         assert torch.equal(logits, before)
         assert relative_error(got, softcap_cross_entropy(logits.double(), targets, 30.0, reduction=reduction)) < 1e-5
+
+
+@pytest.mark.parametrize("vocab", [64, 50])
+@pytest.mark.parametrize("cap", [30.0, 80.0, 88.0, 200.0, 5000.0])
+def test_the_cross_entropy_kernel_is_finite_and_right_under_any_cap(
+    cap: float, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = load_kernels(Path(cross_entropy.__file__).with_name("cross_entropy_triton.py"), monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    middles = torch.tensor([0.0, 0.0, -60.0, 60.0, -3 * cap, 3 * cap]).unsqueeze(1)
+    logits = middles + torch.randn(6, vocab, generator=generator)
+    logits[1] *= 20
+    targets = torch.randint(vocab, (6,), generator=generator)
+    exact = logits.double().requires_grad_()
+    wanted = softcap_cross_entropy(exact.unsqueeze(0), targets.unsqueeze(0), cap, reduction="none")[0]
+    (grad,) = torch.autograd.grad(wanted.sum(), exact)
+    assert relative_error(kernels.row_nll(logits.clone(), targets, cap), wanted) < 1e-5
+    overwritten = logits.clone()
+    nll = kernels.row_nll(overwritten, targets, cap, 1.0)
+    assert torch.isfinite(nll).all()
+    assert torch.isfinite(overwritten).all()
+    assert float((overwritten - grad).abs().max()) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cap", [30.0, 80.0, 88.0, 1000.0])
+def test_cross_entropy_kernel_under_any_cap(cap: float) -> None:
+    targets = torch.randint(1000, (2, 150), device="cuda")
+    for middle in (0.0, -60.0, 60.0):
+        logits = draw(2, 150, 1000, scale=5.0) + middle
+        check(lambda x: softcap_cross_entropy(x * 1, targets, cap), [logits])  # noqa: B023
 
 
 @pytest.mark.gpu

@@ -15,30 +15,43 @@ from torch import Tensor
 from model.kernels.launch import launch
 
 SCALING_PROGRAMS = 132 * 8
+LARGEST_SHIFT = 40.0  # exp(-2 * 40) is a normal float32, with room for the sum; exp(-88) is not
 
 
 @triton.jit
 def _cross_entropy(
     logits_ptr, targets_ptr, nll_ptr, stride, cap, grad_scale,
-    V: tl.constexpr, COLS: tl.constexpr, HAS_GRAD: tl.constexpr,
+    V: tl.constexpr, COLS: tl.constexpr, HAS_GRAD: tl.constexpr, IS_CAP_LARGE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, COLS)
     place = logits_ptr + row * stride + cols
     at_target = logits_ptr + row * stride + tl.load(targets_ptr + row)
-    target_unit = _tanh(tl.load(at_target).to(tl.float32) / cap)
-    unit = _tanh(tl.load(place, mask=cols < V, other=0.0).to(tl.float32) * (1.0 / cap))
-    # No logit exceeds cap, so cap is subtracted before the exponential where softmax usually takes the maximum.
-    weight = tl.exp(cap * unit - cap)
+    target_logit = tl.load(at_target).to(tl.float32)
+    logit = tl.load(place, mask=cols < V, other=0.0).to(tl.float32)
+    if IS_CAP_LARGE:
+        # All logits may lie so far below cap that their exponentials vanish, and cap times tanh's error is felt.
+        target_unit = _exact_tanh(target_logit / cap)
+        unit = _exact_tanh(logit / cap)
+        most = cap * tl.max(tl.where(cols < V, unit, -1.0), axis=0)
+    else:
+        # No logit exceeds cap, so cap is subtracted before the exponential where softmax usually takes the maximum.
+        target_unit = _tanh(target_logit / cap)
+        unit = _tanh(logit * (1.0 / cap))
+        most = cap
+    weight = tl.exp(cap * unit - most)
     if V < COLS:
         weight = tl.where(cols < V, weight, 0.0)
     total = tl.sum(weight, axis=0)
-    tl.store(nll_ptr + row, tl.log(total) + cap * (1 - target_unit))
+    if IS_CAP_LARGE:
+        tl.store(nll_ptr + row, tl.log(total) + (most - cap * target_unit))
+    else:
+        tl.store(nll_ptr + row, tl.log(total) + cap * (1 - target_unit))
     if HAS_GRAD:
         factor = grad_scale / total
         grad = weight * factor * (1 - unit * unit)
         tl.store(place, grad.to(logits_ptr.dtype.element_ty), mask=cols < V)
-        target_grad = (tl.exp(cap * target_unit - cap) * factor - grad_scale) * (1 - target_unit * target_unit)
+        target_grad = (tl.exp(cap * target_unit - most) * factor - grad_scale) * (1 - target_unit * target_unit)
         tl.debug_barrier()  # the whole row is written before its target is corrected
         tl.store(at_target, target_grad.to(logits_ptr.dtype.element_ty))
 
@@ -46,6 +59,14 @@ def _cross_entropy(
 @triton.jit
 def _tanh(x):
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _exact_tanh(x):
+    # Below 0.1 the difference of two numbers near 1 would leave few digits: the series, to 2e-10 of itself.
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    return tl.where(tl.abs(x) < 0.1, series, _tanh(x))
 
 
 @triton.jit
@@ -67,7 +88,8 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
     launch(
         _cross_entropy, (num_rows,),
         logits, targets, nll, logits.stride(0), cap, 1.0 if grad_scale is None else grad_scale,
-        V=vocab, COLS=triton.next_power_of_2(vocab), HAS_GRAD=grad_scale is not None, num_warps=16,
+        V=vocab, COLS=triton.next_power_of_2(vocab), HAS_GRAD=grad_scale is not None,
+        IS_CAP_LARGE=cap > LARGEST_SHIFT, num_warps=16,
     )  # fmt: skip
     return nll
 
