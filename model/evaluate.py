@@ -24,7 +24,7 @@ from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT
-from model.graphs import Recorder, Recording, fits_graphs
+from model.graphs import Recorder, fits_row_graphs
 
 ROW_ENTRIES = 128  # segment bounds of a row are padded to multiples of this: few sizes, each recorded once
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
@@ -119,11 +119,12 @@ class RowScorer:
     A scorer may serve several passes as long as the model's weights stay in the same memory.
     """
 
-    def __init__(self, model: GPT, *, is_looped: bool = True) -> None:
+    def __init__(self, model: GPT, *, is_looped: bool = True, recorder: Recorder | None = None) -> None:
         self.model, self.is_looped = model, is_looped
         self.seen: set[tuple[int, int, int]] = set()
-        self.recorded: dict[tuple[int, int, int], Recording] = {}
-        self.recorder = Recorder()
+        self.is_recording = recorder is not None  # else where the device can
+        self.recorder = recorder if recorder is not None else Recorder()
+        self.recorded = self.recorder.recorded
 
     @torch.no_grad()
     def score(self, row: Batch, device: torch.device) -> Tensor:
@@ -137,11 +138,8 @@ class RowScorer:
             return nll.squeeze(0)
 
         tensors = (row.inputs, row.targets, row.packing.cu_seqlens)
-        if device.type == "cuda" and key in self.seen and key not in self.recorded and fits_graphs(self.model):
-            static = (x.to(device) for x in tensors)
-            self.recorded[key] = self.recorder.record(forward, *static)
-        if key in self.recorded:
-            return self.recorded[key].replay(*tensors)
+        if key in self.seen and (self.is_recording or (device.type == "cuda" and fits_row_graphs(self.model))):
+            return self.recorder.run(key, forward, *tensors, device=device)
         self.seen.add(key)
         return forward(*(x.to(device, non_blocking=True) for x in tensors))
 

@@ -1,7 +1,7 @@
 """Adaptation on a GPU: batches of fixed sizes, each size recorded once as a CUDA graph and then replayed.
 
 A step reads a small table from the host and everything else from device memory: the token stream, the adapters by slot.
-Nothing waits for the device. Batches are rounded up to few numbers of rows; the rows too many adapt a spare slot.
+Nothing waits for the device. Batches have few numbers of rows; the rows too many adapt a spare slot.
 """
 
 # B rows of a batch, T tokens of a window, C chunk_tokens, N tokens of the stream, P numbers of one document
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from model.config import TTTConfig
 from model.gpt import GPT, visit_plan
-from model.graphs import Recorder, Recording
+from model.graphs import Recorder
 from model.ttt_adapter import Adapter
 from model.ttt_schedule import Batch, Limits
 from model.ttt_slots import Slots
 
 SHORT_ROWS = 4  # times batch_documents: to launch a batch of short windows takes longer than to compute it
-ROUND_ROWS = 4  # beyond 16 rows; below, 2, and up to 4 rows every number
+ROUND_ROWS = 4  # the most rows of a length are a multiple of it
+PADDING_TOKENS = 12_000  # of rows too many: about what a batch costs, whatever its size
 LAST_STEP_CHUNKS = 4  # windows that learn nothing are padded to multiples of this many chunks
 ACTIVATIONS_FRAC, SLOTS_FRAC = 0.25, 0.3  # of the device's memory
 ACTIVATION_WIDTHS = 16  # numbers kept per token and visit, in model_dim: measured 260 kB a token at full size
@@ -38,34 +39,34 @@ def memory_rows(model: GPT, config: TTTConfig, num_documents: int, num_parameter
     return max(1, min(num_documents, max(config.batch_documents, affordable)))
 
 
-def rounded_rows(count: int) -> int:
-    """Return the number of rows of the batch that holds count windows."""
-    step = 1 if count <= 4 else 2 if count <= 16 else ROUND_ROWS
-    return -(-count // step) * step
-
-
 class StepRecorder:
     """Scores and learns from whole chunks; on a GPU each size of batch is recorded when it is first met."""
 
-    def __init__(self, model: GPT, tokens: np.ndarray, config: TTTConfig, slots: Slots, *, is_looped: bool) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        tokens: np.ndarray,
+        config: TTTConfig,
+        slots: Slots,
+        *,
+        is_looped: bool,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
         self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
-        self.recorded: dict[tuple[int, int], Recording] = {}
-        self.recorder = Recorder()
+        self.is_recording = recorder is not None or self.stream.device.type == "cuda"
+        self.recorder = recorder if recorder is not None else Recorder()
+        self.recorded = self.recorder.recorded
 
     def run(self, table: Tensor, length: int) -> Tensor:
         """Return the losses (B, C) of the windows' last chunks, then learn from them; valid until the next run.
 
         table (B, 2) int64, on the host or the device: place in the stream after a window's last input, slot.
         """
-        device = self.stream.device
-        key = (table.size(0), length)
-        if device.type != "cuda":
+        if not self.is_recording:
             return self.step(table, length)
-        if key not in self.recorded:
-            static = torch.zeros(table.shape, dtype=torch.int64, device=device)
-            self.recorded[key] = self.recorder.record(lambda static: self.step(static, length), static)
-        return self.recorded[key].replay(table)
+        key = (table.size(0), length)
+        return self.recorder.run(key, lambda static: self.step(static, length), table, device=self.stream.device)
 
     def step(self, table: Tensor, length: int) -> Tensor:
         """Score and learn, operation by operation."""
@@ -122,6 +123,7 @@ class GraphAdapter(Adapter):
             tokens=tokens,
             last_step=LAST_STEP_CHUNKS * config.chunk_tokens,
             round_rows=ROUND_ROWS,
+            padding_tokens=PADDING_TOKENS,
         )
 
     def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
@@ -134,8 +136,8 @@ class GraphAdapter(Adapter):
             longest = max((self.num_predictions(document) for document in documents), default=0)
             length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
             if length:
-                rows = min(self.limits.max_rows(length), rounded_rows(len(documents)))
-                self.recorder.prepare(rows, length)
+                most = self.limits.max_rows(length)
+                self.recorder.prepare(self.limits.padded_rows(min(len(documents), most), length), length)
         super().run_adapted(documents, slots)
 
     def _advance(self, slots: Slots, batch: Batch) -> None:
@@ -147,7 +149,8 @@ class GraphAdapter(Adapter):
                 self._forward(windows, slots.gather(index))
             return
         assert self.recorder is not None
-        table = np.tile(np.array([batch.length, slots.num_slots]), (rounded_rows(len(windows)), 1))
+        num_rows = self.limits.padded_rows(len(windows), batch.length)
+        table = np.tile(np.array([batch.length, slots.num_slots]), (num_rows, 1))
         for row, (slot, window) in enumerate(batch.tasks):
             table[row] = int(self.ranges[window.document][0]) + window.end, slot
         pinned = torch.from_numpy(table)

@@ -8,6 +8,7 @@ score depends on its own document alone.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,19 +16,42 @@ from typing import NamedTuple
 from model.config import TTTConfig
 from model.ttt_windows import Window, chunk_window
 
+LADDER = (1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of the most rows of a length: with those, five numbers of rows a length
+
 
 class Limits(NamedTuple):
-    """How large a batch may be; rows must be whole numbers of round_rows where more than that many are there."""
+    """How large a batch may be.
+
+    The most rows of a length are whole numbers of round_rows where more than that many are there. Where padding_tokens
+    is given, few sizes are wanted: a batch of learning windows has as many rows as a step of LADDER or the most, the
+    missing ones made up for, unless that takes more than padding_tokens; then some windows are left for later.
+    """
 
     rows: int
     tokens: int  # of all windows, padding included
     last_step: int  # windows that learn nothing are padded to multiples of this many tokens
     round_rows: int = 1
+    padding_tokens: int | None = None
 
     def max_rows(self, length: int) -> int:
         """Return how many windows of this length fit."""
         count = max(1, min(self.rows, self.tokens // length))
         return count if count < self.round_rows else count // self.round_rows * self.round_rows
+
+    def padded_rows(self, count: int, length: int) -> int:
+        """Return the rows of the batch that holds count windows of this length that learn."""
+        return count if self.padding_tokens is None else min(n for n in self._row_counts(length) if n >= count)
+
+    def take_rows(self, num_ready: int, length: int) -> int:
+        """Return how many of the windows of this length that are ready to learn the next batch takes."""
+        count = min(num_ready, self.max_rows(length))
+        if self.padding_tokens is None or (self.padded_rows(count, length) - count) * length <= self.padding_tokens:
+            return count
+        return max((n for n in self._row_counts(length) if n <= count), default=count)
+
+    def _row_counts(self, length: int) -> list[int]:
+        most = self.max_rows(length)
+        return [*(math.ceil(share * most) for share in LADDER), most]
 
 
 class Task(NamedTuple):
@@ -71,7 +95,9 @@ class Schedule:
             return None
         key = self._choose()
         queue = self.ready[key]
-        tasks = [queue.popleft() for _ in range(min(len(queue), self.limits.max_rows(key[0])))]
+        length, is_last = key
+        count = min(len(queue), self.limits.max_rows(length)) if is_last else self.limits.take_rows(len(queue), length)
+        tasks = [queue.popleft() for _ in range(count)]
         if not queue:
             del self.ready[key]
         return Batch(*key, tasks)

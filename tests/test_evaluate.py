@@ -11,6 +11,7 @@ from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.evaluate import (
+    RowScorer,
     bits_per_byte,
     document_sums,
     evaluate_plain,
@@ -19,6 +20,7 @@ from model.evaluate import (
     score_rows,
     target_bytes,
 )
+from tests.fake_recorder import FakeRecorder
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_validation, random_model
 
 ROWS = EvalConfig(row_tokens=64, seq_len=16)
@@ -139,3 +141,17 @@ def test_each_row_is_scored_by_one_rank() -> None:
         dist = LoneRank(rank=rank, world_size=3)
         score_rows(Table(), validation, ROWS, dist, lambda _p, row, _t, _m: heard.append(row))  # type: ignore[arg-type]
     assert sorted(heard) == [1, 2, 3]
+
+
+def test_rows_that_cannot_be_recorded_score_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    validation, model = micro_validation(*LENGTHS), random_model(dtype=torch.float64)
+    expected = score_rows(model, validation, ROWS, Dist.single(), ignore)
+    for is_broken in (False, True):
+        recorder = FakeRecorder(lambda inputs, *_: (inputs.size(1),), lambda *_inputs, broken=is_broken: broken)
+        scorer = RowScorer(model, recorder=recorder)
+        for _ in range(2):
+            scored = score_rows(model, validation, ROWS, Dist.single(), ignore, scorer=scorer)
+            assert np.array_equal(scored, expected)
+        assert bool(recorder.num_made) != is_broken
+        assert bool(recorder.failed) == is_broken
+    assert "runs operation by operation: it could not be recorded" in caplog.text

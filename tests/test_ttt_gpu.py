@@ -14,6 +14,7 @@ from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.evaluate import RowScorer, row_bounds, score_rows
 from model.gpt import GPT
+from model.graphs import Recorder
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.ttt import make_slots
 from model.ttt_adapter import Adapter
@@ -109,6 +110,41 @@ def test_recorded_rows_score_what_single_passes_do() -> None:
         assert np.isfinite(scored).all()
         assert np.abs(scored - np.concatenate(alone)).max() < 1e-3
         assert scored.std() > 0.01
+
+
+def test_sdpa_scores_rows_without_recording_them() -> None:
+    validation, config = documents(*(300 + 7 * n for n in range(9))), EvalConfig(row_tokens=1024, seq_len=256)
+    found = []
+    for backend in ("auto", "sdpa"):
+        model = full_model(torch.bfloat16)
+        model.attention_backend = backend
+        scorer = RowScorer(model)
+        found.append(score_rows(model, validation, config, Dist.single(CUDA), ignore, scorer=scorer))
+        assert bool(scorer.recorded) == (backend == "auto")
+        assert not scorer.recorder.failed
+    assert np.isfinite(found[1]).all()
+    assert abs(float((found[0] - found[1]).mean())) < 0.01
+
+
+def test_work_that_waits_for_the_host_runs_unrecorded_and_leaves_the_gpu_sane() -> None:
+    recorder, x = Recorder(), torch.ones(1 << 20, device=CUDA)
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return (x + 1) * float(x[:4].sum().item())
+
+    waits(x)
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    for _ in range(2):
+        assert torch.equal(recorder.run("bad", waits, x, device=CUDA), 8 * x)
+    assert recorder.failed == {"bad"}
+    assert not torch.cuda.is_current_stream_capturing()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved + (4 << 20)
+    for number in (1, 2, 3):  # recording still works, and so do random numbers
+        assert torch.equal(recorder.run("good", lambda x: 2 * x, number * x, device=CUDA), 2 * number * x)
+    assert set(recorder.recorded) == {"good"}
+    assert torch.isfinite(torch.rand(4, device=CUDA)).all()
 
 
 def test_bf16_graphs_agree_with_float32_steps() -> None:
