@@ -8,6 +8,7 @@ TRAP: "o" reads the block's normed input, not the attention output.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,12 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ADAPTER_KINDS, ModelConfig
 from model.kernels.adapters import GradientBuffers, LowRank
 
 ATTENTION_KINDS = ("q", "k", "v", "o")  # they read the same input
 VISIT_KINDS = (*ATTENTION_KINDS, "mlp")
 HEAD = "head"
+GOLDEN = 0x9E3779B97F4A7C15  # odd, nearest to 2^64 over the golden ratio
 
 
 def adapter_widths(config: ModelConfig, kind: str) -> tuple[int, int]:
@@ -44,21 +46,71 @@ def initial_a(
     kinds: Iterable[str],
     seed: int,
     document: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Draw the starting A of every kind: (N, R, D) float32, uniform in +-1/sqrt(D); the head's N is 1.
+    """Draw the starting A of every kind: (N, R, D) float32 on device, uniform in +-1/sqrt(D); the head's N is 1.
 
-    A value depends on (seed, kind, visit), and on the document's index where one is given: never on a batch or a rank.
+    A value depends on (seed, kind, visit), and on the document's index where one is given: never on a batch, a rank or
+    the device. A document's are counted, not drawn in a row, so that a GPU makes them where they are needed.
     """
+    shapes = {kind: (1 if kind == HEAD else num_visits, lora_rank, config.model_dim) for kind in kinds}
     bound = config.model_dim**-0.5
+    if document is not None:
+        return _counted_a(shapes, bound, _key(f"adapter/{seed}/document/{document}", 8), torch.device(device))
     drawn = {}
-    for kind in kinds:
+    for kind, (visits, rank, dim) in shapes.items():
         rows = []
-        for visit in range(1 if kind == HEAD else num_visits):
-            key = f"adapter/{seed}/{kind}/{visit}/{'' if document is None else document}"
-            generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-            rows.append(torch.rand(lora_rank, config.model_dim, generator=generator) * (2 * bound) - bound)
-        drawn[kind] = torch.stack(rows)
+        for visit in range(visits):
+            generator = torch.Generator().manual_seed(_key(f"adapter/{seed}/{kind}/{visit}/", 7))
+            rows.append(torch.rand(rank, dim, generator=generator) * (2 * bound) - bound)
+        drawn[kind] = torch.stack(rows).to(device)
     return drawn
+
+
+def _key(name: str, num_bytes: int) -> int:
+    """Return the first bytes of the name's sha256 as a number."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:num_bytes], "big")
+
+
+def _counted_a(
+    shapes: Mapping[str, tuple[int, int, int]], bound: float, key: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return A by kind, shaped as shapes say: 24 bits of a hash of the key and each number's place."""
+    bits = mix_(_places(tuple(shapes.items()), device) + _signed(key))
+    values = (bits >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2 * bound / (1 << 24)).sub_(bound)
+    parts = values.split([math.prod(shape) for shape in shapes.values()])
+    return {kind: part.view(shape) for (kind, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+@functools.lru_cache(maxsize=2)
+def _places(shapes: tuple[tuple[str, tuple[int, int, int]], ...], device: torch.device) -> Tensor:
+    """Return what SplitMix64 adds to its key for each number of A, all kinds laid end to end, int64.
+
+    A number counts on from 2^32 times the place of its kind among ADAPTER_KINDS plus 2^48 times its visit, so that
+    it does not depend on what other kinds or visits there are.
+    """
+    parts = []
+    for kind, (visits, rank, dim) in shapes:
+        blocks = (torch.arange(visits, device=device) << 48) + (ADAPTER_KINDS.index(kind) << 32)
+        parts.append((blocks.unsqueeze(1) + torch.arange(1, rank * dim + 1, device=device)).flatten())
+    return torch.cat(parts).mul_(_signed(GOLDEN))
+
+
+def mix_(x: Tensor) -> Tensor:
+    """Return the output function of SplitMix64 over x (any shape) int64, in place; the sums and products wrap round.
+
+    Source: Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014. With the key plus i times
+    GOLDEN as x it gives the i-th number of that key's sequence. Integers only: the same on every device.
+    """
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # >> repeats the sign, the mask takes it away
+        x *= _signed(factor)
+    return x
+
+
+def _signed(x: int) -> int:
+    """Return the int64 that has the bits of a number below 2^64."""
+    return x - (1 << 64) if x >> 63 else x
 
 
 class Visit(NamedTuple):

@@ -47,34 +47,43 @@ class Slots:
         )
         self.adapters, self.second_moments = self.layout.view(self.values), self.layout.view(self.moments)
         self.num_updates = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        is_common = self.initial is not None or self.config.adapter_key == "seed"
-        self.start = self._starting_row(None) if is_common else None
+        self.start = None
+        if self.initial is not None or self.config.adapter_key == "seed":
+            self.start = torch.empty_like(self.values[0])
+            self._fill(self.start, None)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the adapters."""
         return torch.float64 if self.model.compute_dtype == torch.float64 else torch.float32
 
-    def _starting_row(self, document: int | None) -> Tensor:
-        """Return a document's numbers (P,) before its first update: A drawn or given, B zero."""
-        drawn = self.initial
-        if drawn is None:
-            drawn = initial_a(
-                self.model.config,
-                num_visits=self.layout.num_visits,
-                lora_rank=self.config.lora_rank,
-                kinds=self.config.adapter_kinds,
-                seed=self.seed,
-                document=document,
-            )
-        row = torch.zeros(1, self.layout.num_parameters, dtype=self.dtype)
-        for kind, value in self.layout.view(row).a.items():
+    def _draw(self, document: int | None) -> Mapping[str, Tensor]:
+        """Return A by kind before a document's first update, given or drawn on the slots' device."""
+        if self.initial is not None:
+            return self.initial
+        return initial_a(
+            self.model.config,
+            num_visits=self.layout.num_visits,
+            lora_rank=self.config.lora_rank,
+            kinds=self.config.adapter_kinds,
+            seed=self.seed,
+            document=document,
+            device=self.values.device,
+        )
+
+    def _fill(self, row: Tensor, document: int | None) -> None:
+        """Write a document's numbers before its first update into row (P,): A drawn or given, B zero."""
+        drawn = self._draw(document)
+        row.zero_()
+        for kind, value in self.layout.view(row.unsqueeze(0)).a.items():
             value[0].copy_(drawn[kind])
-        return row[0].to(self.values.device)
 
     def reset(self, slot: int, document: int) -> None:
         """Give a slot to a document: A at its start, B and the optimizer state at zero."""
-        self.values[slot].copy_(self.start if self.start is not None else self._starting_row(document))
+        if self.start is not None:
+            self.values[slot].copy_(self.start)
+        else:
+            self._fill(self.values[slot], document)
         self.moments[slot].zero_()
         self.num_updates[slot].zero_()
 

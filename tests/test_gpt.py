@@ -1,5 +1,6 @@
 """model/gpt.py: one forward for packs, windows and adapters, and what the initial weights are."""
 
+import hashlib
 from collections.abc import Iterable
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from model.config import published
 from model.data.packing import Packing, pack_row
 from model.gpt import GPT, num_skips, visit_plan
-from model.lora import Adapters, adapter_widths, initial_a
+from model.lora import GOLDEN, Adapters, adapter_widths, initial_a, mix_
 from tests.micro_model import VOCAB_SIZE, micro_model, random_model
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")
@@ -282,6 +283,68 @@ def test_starting_adapters_depend_on_seed_kind_visit_and_document_only() -> None
         assert not any(torch.equal(value, other[kind]) for kind, value in base.items())
     assert not torch.equal(base["q"][0], base["q"][1])
     assert max(float(value.abs().max()) for value in base.values()) <= config.model_dim**-0.5
+
+
+def test_a_document_s_adapters_are_uniform_and_have_nothing_in_common() -> None:
+    config = micro_model()
+
+    def draw(document: int, seed: int = 1) -> Tensor:
+        drawn = initial_a(config, num_visits=7, lora_rank=96, kinds=ADAPTED, seed=seed, document=document)
+        return torch.cat([value.flatten() for value in drawn.values()]) * config.model_dim**0.5
+
+    first = draw(0)
+    assert float(first.mean()) == pytest.approx(0, abs=0.01)
+    assert float(first.std()) == pytest.approx(3**-0.5, abs=0.01)
+    assert float(first.abs().max()) <= 1
+    assert first.unique().numel() > 0.99 * first.numel()
+    for other in (draw(1), draw(2), draw(0, seed=2), first.roll(1), first.roll(96 * config.model_dim)):
+        assert abs(float((first * other).mean())) < 0.01
+        assert not (first == other).float().mean() > 0.001
+    assert torch.equal(first, draw(0))
+
+
+def test_a_document_s_numbers_are_those_of_splitmix64() -> None:
+    key = 1234567  # the generator's published test sequence
+    wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    states = torch.tensor([(key + i * GOLDEN) % (1 << 64) - (1 << 64) * ((key + i * GOLDEN) >> 63 & 1)
+                           for i in range(1, 6)])  # fmt: skip
+    assert [int(x) % (1 << 64) for x in mix_(states)] == wanted
+    config, key = micro_model(), int.from_bytes(hashlib.sha256(b"adapter/1/document/5").digest()[:8], "big")
+    drawn = initial_a(config, num_visits=7, lora_rank=2, kinds=("v", "q"), seed=1, document=5)
+    for kind, place in (("q", 0), ("v", 2)):
+        for visit, index in ((0, 0), (6, 63)):
+            state = key + ((visit << 48) + (place << 32) + index + 1) * GOLDEN
+            bits = int(mix_(torch.tensor([state % (1 << 64) - (1 << 64) * (state >> 63 & 1)]))[0]) % (1 << 64) >> 40
+            value = (2 * bits / (1 << 24) - 1) * config.model_dim**-0.5
+            assert float(drawn[kind][visit].flatten()[index]) == pytest.approx(value, abs=1e-7)
+
+
+def test_adapters_of_the_seed_are_drawn_as_ever() -> None:
+    drawn = initial_a(micro_model(), num_visits=7, lora_rank=2, kinds=("q", "head"), seed=1)
+    name = b"adapter/1/q/3/"
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
+    bound = 32**-0.5
+    assert torch.equal(drawn["q"][3], torch.rand(2, 32, generator=generator) * (2 * bound) - bound)
+    assert drawn["head"].shape == (1, 2, 32)
+
+
+def test_a_document_s_adapters_are_made_on_their_device_without_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("drawn one after the other on the CPU")
+
+    monkeypatch.setattr(torch, "rand", refuse)
+    drawn = initial_a(
+        micro_model(), num_visits=7, lora_rank=2, kinds=ADAPTED, seed=1, document=5, device="meta"
+    )  # a tensor that came from elsewhere could not be used there
+    assert {value.device.type for value in drawn.values()} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_a_document_s_adapters_are_the_same_bits_on_a_gpu() -> None:
+    options = {"num_visits": 17, "lora_rank": 96, "kinds": ADAPTED, "seed": 1, "document": 7}
+    config = published().model
+    for kind, value in initial_a(config, **options, device="cuda").items():
+        assert torch.equal(value.cpu(), initial_a(config, **options)[kind])
 
 
 def test_adapters_have_the_widths_of_their_projections() -> None:
