@@ -18,16 +18,19 @@ from typing import Any
 import torch
 
 from model.artifact import load_artifact, read_artifact_info
+from model.compile_ahead import compile_kernels
 from model.config import RunConfig, config_from_plain, config_hash
 from model.data.shards import list_shards
 from model.data.tokenizer import load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
 from model.evaluate import DocumentScores, evaluate_plain
+from model.ledger import Ledger
 from model.own_code import own_source
 from model.pipeline import run_seed
 from model.quantized import dequantize
-from model.stages import build_model
+from model.run import Run
+from model.stages import load_model
 from model.ttt import score_documents
 
 PROGRESS_EVERY_S = 10.0
@@ -104,10 +107,10 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
     try:
         tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size)
         validation = read_validation(config, args.val)
-        model = build_model(config.model, dist, embedding_dtype=config.train.embedding_dtype)
-        model.load_state_dict(dequantize(state))
-        model.requires_grad_(False)
         report, table = Progress(), tokenizer.byte_table
+        run = Run(attend_here(config, dist), dist, args.eval.parent, report)
+        model = load_model(run, dequantize(state))
+        compile_kernels(run, Ledger("eval"), *(("evaluate",) if args.plain_only else ("evaluate", "ttt")))
         scores: dict[str, DocumentScores] = {
             "pre_ttt": evaluate_plain(model, validation, table, config.evaluation, dist, report)
         }
@@ -124,6 +127,15 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
             metrics |= found.metrics(prefix)
         show_scores(metrics, args.json)
     return 0
+
+
+def attend_here(config: RunConfig, dist: Dist) -> RunConfig:
+    """Return config; where it names an attention backend of GPUs and there is none, with "auto", and say so."""
+    name = config.runtime.attention
+    if dist.device.type == "cuda" or name in ("auto", "sdpa", "flex"):
+        return config
+    print(f"runtime.attention={name} needs a GPU: scoring with auto on {dist.device}", file=sys.stderr)
+    return replace(config, runtime=replace(config.runtime, attention="auto"))
 
 
 def check_recipe(config: RunConfig, meta: dict[str, Any], path: Path) -> None:

@@ -7,13 +7,15 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs.cli import main
 from model.bundle import make_program, read_package
-from model.config import tiny
+from model.config import EvalConfig, tiny
 from model.own_code import PACKED_NAME, READABLE_NAME
 from tests.small_run import TOKENIZER, seed_directory, small_sweep, validation_glob
 
@@ -244,6 +246,57 @@ def test_settings_of_another_recipe_are_refused(
     arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
     assert program(arguments, json.dumps(settings)) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_plain_only", [False, True])
+def test_an_artifact_is_scored_as_the_pipeline_does(
+    is_plain_only: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model import standalone
+
+    monkeypatch.chdir(bundle)
+    order: list[str] = []
+    plain = standalone.evaluate_plain
+
+    def compiles(run: Any, _ledger: Any, *stages: str) -> None:
+        assert run.config.runtime.attention == "sdpa"
+        order.append(" ".join(("compile", *stages)))
+
+    def scores(model: Any, *args: Any, **options: Any) -> Any:
+        assert model.attention_backend == "sdpa"
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        order.append("score")
+        return plain(model, *args[:4], standalone.Progress())
+
+    def adapts(model: Any, *args: Any, is_adapting: bool, **_options: Any) -> Any:
+        order.append(f"adapt {is_adapting}")
+        return types.SimpleNamespace(scores=plain(model, *args[:2], EvalConfig(), args[3], standalone.Progress()))
+
+    monkeypatch.setattr(standalone, "compile_kernels", compiles)
+    monkeypatch.setattr(standalone, "evaluate_plain", scores)
+    monkeypatch.setattr(standalone, "score_documents", adapts)
+    settings = json.loads((bundle / READABLE_NAME).read_text().partition('SETTINGS = """')[2].partition('"""')[0])
+    settings["runtime"]["attention"] = "sdpa"
+    arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
+    assert standalone.main(arguments + ["--plain-only"] * is_plain_only, json.dumps(settings)) == 0
+    all_stages = ["compile evaluate ttt", "score", "adapt False", "adapt True"]
+    assert order == (["compile evaluate", "score"] if is_plain_only else all_stages)
+
+
+def test_an_artifact_of_a_gpu_backend_is_scored_on_a_cpu_too(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model.standalone import main as program
+
+    monkeypatch.chdir(bundle)
+    settings = json.loads((bundle / READABLE_NAME).read_text().partition('SETTINGS = """')[2].partition('"""')[0])
+    settings["runtime"]["attention"] = "triton"
+    arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
+    assert program([*arguments, "--plain-only"], json.dumps(settings)) == 0
+    shown = capsys.readouterr()
+    assert "runtime.attention=triton needs a GPU: scoring with auto on cpu" in shown.err
+    wanted = json.loads((bundle / "scores.json").read_text())["scores"]["pre_ttt_bpb"]
+    assert json.loads(shown.out.splitlines()[-1])["pre_ttt_bpb"] == wanted
 
 
 def test_a_damaged_run_is_not_bundled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
