@@ -37,7 +37,8 @@ SETTING_LINE = re.compile(r"^\s{2,4}([A-Za-z]\w*): (.*)$")
 SETTING = re.compile(r"(?:^|(?<=[\s,(]))([A-Za-z][\w.]*)[:=]([^\s:=,()]+)(?=$|[\s,)])")
 SEED_LINE = re.compile(r"^\s*(?:random_?)?seed\s*[:=]\s*(\d{1,18})\s*$", re.IGNORECASE)
 SEED_INSIDE = re.compile(
-    r"(?:^|[\s,({\['\"]|--)(?:(?:random|train|global|training)[_ ])?seed['\"]?\s*(?:[:=]\s*|\s)(\d{1,18})(?=$|[\s,;)}\]=|.'\"])",
+    r"(?:^|[\s,({\['\"]|--)(?:(?:random|train|global|training)[_ ])?seed['\"]?\s*(?:[:=]\s*|\s)(\d{1,18})"
+    r"(?=$|[\s,;)}\]=|.'\"])",
     re.IGNORECASE,
 )
 
@@ -82,7 +83,7 @@ class Score(NamedTuple):
 
 
 class Meaning(NamedTuple):
-    """The stage that a label names, None for an unknown one, and whether extra words make it a variant of that stage."""
+    """The stage that a label names, None for an unknown one, and whether extra words make it a variant of it."""
 
     stage: str | None
     is_variant: bool = False
@@ -106,7 +107,7 @@ def read_score(line: str) -> Score | None:
         if part and part.lower() not in label.lower():  # some repeat the label before each figure
             label = f"{label} {part}".strip()
     if loss is None and (
-        NOT_A_SCORE.search(label.replace("_", " ")) or PROGRESS.search(label) and not STEP.match(label)
+        NOT_A_SCORE.search(label.replace("_", " ")) or (PROGRESS.search(label) and not STEP.match(label))
     ):
         return None
     rest = line[last.end() :]
@@ -154,8 +155,7 @@ def is_plain_variant(label: str, stage: str) -> bool:
     """Return whether a variant's extra words are only a stride or a temperature, not another way to predict."""
     words = re.sub(r"[^a-z0-9.]+", " ", label.lower()).split()
     stage_words = TTT_WORDS if stage == "post_ttt" else re.compile("sliding|slide|post")
-    return all(form.fullmatch(word) for word in words if not PLAIN_WORDS.fullmatch(word) and not stage_words.fullmatch(word)
-               for form in (STRIDE_WORDS,))  # fmt: skip
+    return all(any(form.fullmatch(word) for form in (PLAIN_WORDS, STRIDE_WORDS, stage_words)) for word in words)
 
 
 def seconds_of(number: str, unit: str | None) -> float | None:

@@ -16,13 +16,14 @@ COMPRESSOR = re.compile(
     re.IGNORECASE,
 )
 MODEL = re.compile(
-    rf"\b((?:serialized|compressed|quantized|packed|final)[ _](?:\w+[ _])?model(?:[ _](?:size|bytes))?|model[ _](?:bytes|size)|"
-    rf"bytes_model)([^:=]{{0,60}}){BYTES}",
+    r"\b((?:serialized|compressed|quantized|packed|final)[ _](?:\w+[ _])?model(?:[ _](?:size|bytes))?|"
+    rf"model[ _](?:bytes|size)|bytes_model)([^:=]{{0,60}}){BYTES}",
     re.IGNORECASE,
 )
 CODE = re.compile(rf"\b(code(?:[ _](?:size|bytes))?(?:\s*\(\w+\))?|bytes_code){BYTES}", re.IGNORECASE)
 TOTAL = re.compile(
-    r"\b(total[ _](?:submission|artifact|compressed|packed)(?:[ _](?:size|bytes))*|(?:submission|artifact)[ _](?:size|bytes)|"
+    r"\b(total[ _](?:submission|artifact|compressed|packed)(?:[ _](?:size|bytes))*|"
+    r"(?:submission|artifact)[ _](?:size|bytes)|"
     rf"total[ _](?:size|bytes)|bytes_total|total|artifact|submission)([^:=\d]{{0,4}}[^:=]{{0,56}}?){BYTES}",
     re.IGNORECASE,
 )

@@ -1,4 +1,4 @@
-"""Text files of unknown origin: bytes to text by what they hold, and log lines without what a launcher put before them."""
+"""Text files of unknown origin: bytes to text by what they hold, and log lines without what launchers put before."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ PREFIX = re.compile(
     r"""^(?:
      \s*\((?:[\w.+:<>-]+(?:\([^)]*\))?\s+)?pid=\d+[^)]*\)                                # (RayTask pid=12, ip=..)
     |\s*[\[(]?\b(?:local[_ ])?(?:rank|gpu|node|default|worker)[\s_=:-]?\d+[\])]?\s?[:|>-]?(?=\s)     # rank 0:
+    |\s*\[(?:local[_ ])?(?:rank|gpu|node|default|worker)[\s_=:-]?\d+\]:?
     |\s*\[\d+,\d+\]<std(?:out|err)>:?                                                   # mpirun --tag-output
     |\s*[\[(<]?\d{4}[-/.]\d{2}[-/.]\d{2}(?:[T_\s,]+\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?
         (?:\s?Z|\s?[+-]\d{2}:?\d{2}|\s?UTC)?)?[\])>]?\s?[:|,-]?(?=\s)                   # [2026-03-20 12:34:56,789]
