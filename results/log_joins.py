@@ -149,7 +149,8 @@ def _training_of(log: Log, logs: list[Log]) -> Log | None:
             return None
     shared = [other for other in trained if set(_scores(other)) & set(_scores(log))]
     unscored = [other for other in trained if not other.has_scores]
-    return (shared or unscored or trained or [None])[-1]
+    choices = shared or unscored or trained
+    return choices[-1] if choices else None
 
 
 def _join(base: Log, log: Log, said: list[Any], notes: list[str]) -> None:

@@ -95,7 +95,7 @@ def submitted_seeds(record: Record) -> dict[int, dict[str, Any]]:
 
 
 def one_run_a_seed(record: Record) -> list[Run]:
-    """Return one run for each seed: of several logs the one chosen at import or reported by the authors, else the first.
+    """Return one run for each seed: of several logs the one chosen at import or reported, else the first.
 
     Logs that name no seed are one row, with seed None, and only where no log names one.
     """

@@ -177,21 +177,19 @@ def _mark_chosen(record: Record, runs: list[Run], stage: str, notes: list[str]) 
     """Mark one log a seed: the one whose figures submission.json reports, else the one that gives its headline."""
     headline = headline_of(record.get("submission_json") or {})
     by_seed = _by_seed(runs, stage)
-    from_headline = _combination_of(headline, by_seed, stage)
+    fitting = _combination_of(headline, by_seed, stage) or ()
     settings = _settings_of_most(by_seed)
-    for place, (seed, choices) in enumerate(by_seed.items()):
-        said = submitted_seeds(record).get(seed, {}) if seed is not None else {}
+    is_said = printed_number(headline)[0] is not None
 
-        def rank(run: Run) -> tuple[int, ...]:
-            is_in_mean = from_headline is not None and run is from_headline[place]
-            is_headline = (
-                headline is not None and printed_number(headline)[0] is not None and agrees(headline, _bpb(run, stage))
-            )
-            return (
-                _num_agreeing(run, said, stage), int(is_in_mean), int(is_headline), int(_settings(run) == settings),
-                int(run["steps"] is not None), _place_in_file(run),
-            )  # fmt: skip
+    def rank(run: Run) -> tuple[int, ...]:
+        said = submitted_seeds(record).get(run["seed"], {}) if run["seed"] is not None else {}
+        return (
+            _num_agreeing(run, said, stage), int(any(run is other for other in fitting)),
+            int(is_said and agrees(headline, _bpb(run, stage))), int(_settings(run) == settings),
+            int(run["steps"] is not None), _place_in_file(run),
+        )  # fmt: skip
 
+    for seed, choices in by_seed.items():
         chosen = max(choices, key=rank)
         for run in choices:
             run["is_chosen"] = run is chosen

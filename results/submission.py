@@ -172,9 +172,9 @@ def _known_seeds(submission: dict[str, Any] | None, tables: list[dict[str, Any]]
     submission = submission or {}
     seeds = set(submitted_seeds({"submission_json": submission}))
     listed = submission.get("seeds", submission.get("seed"))
-    for entry in listed if isinstance(listed, list) else [listed]:
-        if re.fullmatch(r"[0-9]{1,18}", str(entry).strip()):
-            seeds.add(int(entry))
+    for text in map(str, listed if isinstance(listed, list) else [listed]):
+        if re.fullmatch(r"[0-9]{1,18}", text):
+            seeds.add(int(text))
     if not seeds:
         cells = [str(next(iter(row.values()), "")) for table in tables for row in table["rows"]]
         seeds = {int(match.group(1)) for cell in cells if (match := re.fullmatch(r"\W*([0-9]{1,9})\W*", cell))}
@@ -231,7 +231,8 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
     """Return the runs row of one imported seed, with the file and label each figure was read from."""
     hparams = run["hparams"]
     row: dict[str, Any] = {
-        "seed": UNKNOWN_SEED if run["seed"] is None else run["seed"], "repeat": 0, "attempt": 1, "config_hash": f"imported:{record['folder']}",
+        "seed": UNKNOWN_SEED if run["seed"] is None else run["seed"], "repeat": 0, "attempt": 1,
+        "config_hash": f"imported:{record['folder']}",
         "state": "DONE" if run["final_bpb"] is not None else "FAILED", "sweep": record["folder"],
         "error": None if run["final_bpb"] is not None else f"{run['log_file']} shows no final score",
         "source": f"imported from {record['folder']}", "config_json": hparams, "steps": run["steps"],
@@ -242,8 +243,9 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
         "code_bytes": run.get("code_bytes_implied"), "code_bytes_convention": "as the log counted it",
         "num_params": run["model_params"], "size_limit_bytes": 16_000_000, "attempts": 1,
         "peak_memory_bytes": None if run["peak_mem_mib"] is None else run["peak_mem_mib"] * 2**20,
-            "world_size": _integer(run["settings"].get("world_size")),
-        "vocab_size": _integer(run["settings"].get("vocab_size")), "val_documents_hash": run["val_documents_hash"], "provenance_json": log.provenance,
+        "world_size": _integer(run["settings"].get("world_size")),
+        "vocab_size": _integer(run["settings"].get("vocab_size")),
+        "val_documents_hash": run["val_documents_hash"], "provenance_json": log.provenance,
     }  # fmt: skip
     if run["total_bytes"] is not None:
         row["within_limit"] = run["total_bytes"] <= row["size_limit_bytes"]

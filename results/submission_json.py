@@ -1,4 +1,4 @@
-"""submission.json in the shapes that authors give it, brought to one: names dropped, empty entries dropped, means found."""
+"""submission.json in the shapes that authors give it, brought to one: names and empty entries dropped, means found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from results.text_files import read_text
 
 NAMES_DROPPED = ("author", "github_id", "name", "blurb", "authors", "co_authors")
 HEADLINES = (
-    "val_bpb", "mean_val_bpb", "val_bpb_mean", "mean_bpb", "final_val_bpb", "final_bpb", "val_bpb_exact", "bpb", "score",
-    "bpb_mean", "avg_val_bpb", "val_bpb_avg",
+    "val_bpb", "mean_val_bpb", "val_bpb_mean", "mean_bpb", "final_val_bpb", "final_bpb", "val_bpb_exact", "bpb",
+    "score", "bpb_mean", "avg_val_bpb", "val_bpb_avg",
 )  # fmt: skip
 
 

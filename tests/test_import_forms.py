@@ -20,6 +20,7 @@ from tests.made_folders import (
     write_folder,
 )
 
+STAGES = ("post_ema", "post_quant", "sliding", "post_ttt")
 RUNS = (Made(seed=42, ttt=1.1110), Made(seed=1337, ttt=1.1121, steps=4010, model_bytes=15_900_321, live=1.1207))
 SUBMISSION = {
     "val_bpb": 1.11155,
@@ -47,7 +48,7 @@ def shown(submission: Submission) -> dict[int, tuple[Any, ...]]:
     return {
         run["seed"]: (
             run["steps"], run["train_ms"], run["live_weights_bpb_at_stop"],
-            *(run[stage]["val_bpb"] if run[stage] else None for stage in ("post_ema", "post_quant", "sliding", "post_ttt")),
+            *(run[stage]["val_bpb"] if run[stage] else None for stage in STAGES),
             run["model_bytes"], run["total_bytes"], run["final_bpb"], run["val_tokens"],
         )
         for run in submission.record["runs"]
