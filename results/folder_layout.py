@@ -21,7 +21,7 @@ RESULT_FILES = re.compile(r"[\w.-]*(?:result|metric|eval|log|seed|summary|score|
 # logs that their names set apart from the runs of a submission
 ASIDE = re.compile(
     r"(?:^|[_\-./])(?:ablations?|abl|old|failed|smoke|debug|sanity|dry_?run|archive|previous|aborted|crash(?:ed)?|baselines?|"
-    r"partial|exploration|scratch|discarded|superseded|warmup)(?=[_\-./]|$)", re.IGNORECASE,
+    r"scratch|discarded|superseded)(?=[_\-./]|$)", re.IGNORECASE,
 )  # fmt: skip
 
 

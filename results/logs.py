@@ -16,9 +16,11 @@ from results.log_lines import (
     RATE,
     SEED_INSIDE,
     SEED_LINE,
+    SEPARATORS,
     SETTING,
     SETTING_LINE,
     STAGE_TIME,
+    STEP,
     STEP_AVERAGE,
     STOP,
     STOP_REASON,
@@ -181,7 +183,11 @@ class _LogReader:
         if score is None and loss is None:
             return
         elapsed_s = seconds_of(*time.groups()) if time else None
-        if score is not None and math.isfinite(score.bpb):
+        words = STEP.sub("", score.label).strip(SEPARATORS) if score is not None else ""
+        if score is not None and (meaning := meaning_of(words)).stage is not None:
+            if not meaning.is_variant:
+                self.scores.at_steps[meaning.stage] = score._replace(label=words)  # not of the live weights
+        elif score is not None and math.isfinite(score.bpb):
             self._take_live(score, step, total, elapsed_s)
         elif loss is not None and score is None:
             rate = RATE.search(line)

@@ -106,7 +106,7 @@ def _runs_to_commit(record: Record) -> list[Run]:
     chosen = {run["seed"]: run for run in one_run_a_seed(record)}
     is_known = any(run["seed"] is not None for run in record["runs"])
     for run in record["runs"]:
-        if run["seed"] is not None or not is_known:
+        if run.get("is_chosen") is not False and (run["seed"] is not None or not is_known):
             chosen.setdefault(run["seed"], run)
     return list(chosen.values())
 

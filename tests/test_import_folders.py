@@ -394,6 +394,17 @@ def test_a_log_set_apart_counts_where_it_is_reported_or_alone(tmp_path: Path, na
     assert finals(read_submission(write_folder(tmp_path / "both", both, submission=said))) == {42: 1.115}
 
 
+def test_seeds_that_the_submission_does_not_list_are_named_and_not_in_its_mean(tmp_path: Path) -> None:
+    scores = {42: 1.115, 7: 1.116, 3: 1.13}
+    logs: dict[str, str | bytes] = {f"seed{seed}.log": made_log(seed=seed, sliding=bpb) for seed, bpb in scores.items()}
+    said: dict[str, Any] = {"val_bpb": 1.1155, "seeds": [42, 7]}
+    submission = read_submission(write_folder(tmp_path / "listed", logs, submission=said))
+    assert finals(submission) == {42: 1.115, 7: 1.116}
+    assert "seed 3: has a log but is not among the seeds of submission.json: not in the mean" in submission.notes
+    other = read_submission(write_folder(tmp_path / "other", logs, submission={**said, "val_bpb": 1.1203}))
+    assert finals(other) == scores  # the headline is the mean over all of them
+
+
 def test_a_crashed_log_beside_a_finished_one_is_only_a_note(tmp_path: Path) -> None:
     logs: dict[str, str | bytes] = {"a_seed42.log": made_log(quantized=None, sliding=None), "b_seed42.log": made_log()}
     submission = read_submission(write_folder(tmp_path / "r", logs, submission={"val_bpb": 1.115}))
