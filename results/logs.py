@@ -263,11 +263,12 @@ class _LogReader:
         run["train_losses"] = [[point["step"], _finite(point["loss"])] for point in log.steps]
         run["clock"] = self.clock
         run["settings"] |= run["hparams"]
-        if run["seed_in_log"] is None and len(set(self.seeds_inside)) == 1:
-            run["seed_in_log"] = self.seeds_inside[0]
+        named = seed_in_name(self.file_name)
+        if run["seed_in_log"] is None and len(set(self.seeds_inside)) == 1 and named in (None, self.seeds_inside[0]):
+            run["seed_in_log"] = self.seeds_inside[0]  # a word in passing does not stand against the file's name
         if run["seed_in_log"] is not None:
             log.provenance["seed"] = f"{run['log_file']}: seed"
-        run["seed_in_filename"] = seed_in_name(self.file_name)
+        run["seed_in_filename"] = named
         run["seed"] = run["seed_in_log"] if run["seed_in_log"] is not None else run["seed_in_filename"]
         run["files"] = {self.file_name: sorted(log.provenance)}
         for name, form in EXPECTED.items():

@@ -278,6 +278,17 @@ def test_seeds_are_found_in_every_form(line: str) -> None:
     assert parse_log(made_log(seed=None, swap={"seed": line}), "train.log").run["seed"] == 42
 
 
+def test_a_seed_in_passing_does_not_stand_against_the_file_name() -> None:
+    run = parse_log(made_log(seed=None, more="calibration seed: 0 for 64 batches"), "train_seed42.log").run
+    assert (run["seed"], run["seed_in_log"]) == (42, None)
+
+
+@pytest.mark.parametrize("label", ["final_batched_ttt", "ttt_chunked_exact", "quantized_ttt_partially_tied"])
+def test_a_label_with_the_letters_of_a_progress_word_is_a_score(label: str) -> None:
+    text = made_log(more=score_line(label, 1.1))
+    assert 1.1 in [*scores(text).values(), *(bpb for _, bpb in others(text))]
+
+
 def test_several_numbers_called_seed_name_none() -> None:
     text = made_log(seed=None, more="seed 42 done\nseed 1337 done")
     assert parse_log(text, "train.log").run["seed"] is None
