@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from results.log_labels import base_label, meaning_of
@@ -73,6 +74,11 @@ class ScoreBoard:
 
     def _take_stage(self, stage: str, score: Score) -> None:
         known = self.stages.get(stage)
+        if known is not None and stage == "post_ema" and _is_raw(known) != _is_raw(score):
+            averaged, raw = (score, known) if _is_raw(known) else (known, score)
+            self.stages[stage] = averaged  # the averaged weights are those that are quantized
+            self._take_other(raw, stage)
+            return
         if known is not None and _is_exact(known) and not _is_exact(score):
             return
         if known is not None and known.bpb != score.bpb and not _are_equal(known, score):
@@ -122,6 +128,10 @@ def entry_of(score: Score) -> dict[str, Any]:
 
 def _base(label: str) -> str:
     return base_label(label.lower().strip())
+
+
+def _is_raw(score: Score) -> bool:
+    return re.search(r"(?<![a-z])raw(?![a-z])", score.label.lower()) is not None
 
 
 def _is_exact(score: Score) -> bool:

@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from results.published import one_run_a_seed, recompute
+from results.submission import Submission, findings_of
+
 BYTES_PER_TOKEN = 3.7266252  # times VAL_TOKENS: the challenge's 151.08 MB of validation text
 VAL_TOKENS = 40_540_160
 
@@ -189,3 +192,19 @@ def split_evaluation(made: Made) -> tuple[str, str]:
         "\n".join(line for part in log.values() for line in part) for log in (train, evaluation)
     )
     return train_text + "\n", evaluation_text + "\n"
+
+
+def fields(submission: Submission) -> list[str]:
+    """Return what the findings of a folder are about."""
+    return [finding.field for finding in findings_of(submission.record)]
+
+
+def finals(submission: Submission) -> dict[int | None, float]:
+    """Return the final score of each seed."""
+    return {run["seed"]: run["final_bpb"] for run in one_run_a_seed(submission.record)}
+
+
+def stage(submission: Submission) -> str | None:
+    """Return the stage that a folder is scored on."""
+    mine = recompute(submission.record)
+    return None if mine is None else mine.stage

@@ -79,6 +79,14 @@ def test_weights_before_quantization_are_one_stage(label: str) -> None:
     assert stage_of(label) == "post_ema"
 
 
+def test_raw_weights_do_not_replace_averaged_ones() -> None:
+    lines = [score_line("raw", 1.121), score_line("post_ema", 1.119)]
+    for order in (lines, lines[::-1]):
+        text = made_log(swap={"post_ema": order})
+        assert scores(text)["post_ema"] == 1.119
+        assert others(text) == [("raw", 1.121)]
+
+
 @pytest.mark.parametrize("label", [
     "final_slot_exact", "final_slot", "ngram_mixed", "final_ppm_exact", "knn_lm", "final", "final_exact", "baseline",
     "hedge_mixer", "final_cache_exact", "etlb",
