@@ -7,6 +7,7 @@ tokenizer lost, tokens that no text gives, and shards that another tokenizer mad
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,7 +33,13 @@ def check_text(data: DataConfig, hashes: DataHashes, *, vocab_size: int) -> None
     40 million tokens take about 5 s, once on a node for the same shards, tokenizer and limits.
     Raises ValueError with what text_fault finds, or as load_tokenizer and load_validation do.
     """
-    facts = (list(hashes.val.values()), hashes.tokenizer, data.val_documents, data.val_tokens, sentencepiece.__version__)
+    facts = (
+        list(hashes.val.values()),
+        hashes.tokenizer,
+        data.val_documents,
+        data.val_tokens,
+        sentencepiece.__version__,
+    )
     name = hashlib.sha256(repr(("text", *facts)).encode()).hexdigest()
     shards = list_shards(data.val, field="data.val")
     place = remembered.place_named(name) if is_large(shards) else None
@@ -85,8 +92,8 @@ def unknown_fault(tokenizer: Tokenizer, validation: ValidationSet) -> str:
     index = int(np.searchsorted(validation.document_starts, place, side="right")) - 1
     text = tokenizer.decode(validation.document(index))
     return (
-        f"{num_unknown} of {validation.tokens.size} tokens are unknown to tokenizer {tokenizer.path}, first in document "
-        f"{index} ({snippet(text)}): their text is lost, so bits per byte cannot be told; {REMEDY}"
+        f"{num_unknown} of {validation.tokens.size} tokens are unknown to tokenizer {tokenizer.path}, first in "
+        f"document {index} ({snippet(text)}): their text is lost, so bits per byte cannot be told; {REMEDY}"
     )
 
 
@@ -102,10 +109,10 @@ def count_unknown(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def batches(validation: ValidationSet) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Yield the number of a first document and the own tokens (BOS first) of it and those after it, in reading order."""
+    """Yield the number of a document, and the own tokens (BOS first) of it and of those after it, a batch at a time."""
     bounds = [*validation.document_starts.tolist(), validation.tokens.size]
     first, waiting, size = 0, [], 0
-    for index, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
         waiting.append(np.asarray(validation.tokens[start:end]))
         size += end - start
         if size >= BATCH_TOKENS or index == validation.num_documents - 1:
