@@ -107,14 +107,14 @@ def warn_of_text(corpus: Corpus, progress: ProgressLine) -> None:
 
 
 def print_corpus(corpus: Corpus) -> None:
-    """Print documents, tokens and bytes of each split."""
+    """Print documents, tokens and bytes of each split, and first what a score over them would not say by itself."""
+    for line in describe_faithfulness(corpus):
+        print(line)
     print(f"{corpus.folder}: corpus {corpus.name}, tokenizer {corpus.tokenizer.name} of {corpus.vocab_size} pieces")
     print(f"{'split':<6}{'documents':>12}{'tokens':>16}{'bytes':>16}")
     for split, counts in corpus.splits.items():
         text_bytes = "-" if counts.tokens and not counts.text_bytes else str(counts.text_bytes)
         print(f"{split:<6}{counts.documents:>12}{counts.tokens:>16}{text_bytes:>16}")
-    for line in describe_faithfulness(corpus):
-        print(line)
 
 
 def describe_faithfulness(corpus: Corpus) -> list[str]:

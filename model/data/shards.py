@@ -36,7 +36,7 @@ def list_shards(pattern: str, *, field: str = "shards") -> list[Path]:
         raise ValueError(f"{field} is empty; give a glob of shards such as corpus/*_train_*.bin")
     whole = Path(os.path.expanduser(pattern))
     literal = next((path for path in (whole, *whole.parents) if os.path.lexists(path)), Path())
-    found = glob.glob(os.path.join(glob.escape(str(literal)), whole.relative_to(literal)))
+    found = glob.glob(str(Path(glob.escape(str(literal)), whole.relative_to(literal))))
     paths = sorted(map(Path, found), key=lambda path: (path.name, str(path)))
     if not paths:
         raise FileNotFoundError(f"{field}={pattern}: no such shard; make some with `seedsweep data builtin --out DIR`")
