@@ -71,8 +71,7 @@ def _count_bytes(probe: Probe) -> None:
     import numpy as np
 
     from jobs.bench_inputs import made_up_tokens
-    from model.data.tokenizer import ByteTable
-    from model.evaluate import target_bytes
+    from model.data.tokenizer import ByteTable, target_bytes
 
     generator = np.random.Generator(np.random.PCG64(0))
     base = generator.integers(0, 12, size=8192).astype(np.int16)

@@ -14,7 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from model import audit_causality, audit_distribution, audit_records, audit_updates
+from model import (
+    audit_causality,
+    audit_dependence,
+    audit_distribution,
+    audit_forward,
+    audit_records,
+    audit_updates,
+)
 from model.artifact import load_artifact
 from model.audit_bytes import probe_bytes
 from model.audit_files import probe_records
@@ -108,8 +115,20 @@ PROBES: Mapping[str, tuple[str, Callable[[Audit], Result | list[Result]]]] = {
     "ttt_causality": ("later tokens changed, adapting", lambda a: audit_causality.probe_ttt_causality(a.system)),
     "across_documents": ("other documents changed", lambda a: audit_causality.probe_across_documents(a.system)),
     "independence": ("the document before replaced", lambda a: audit_causality.probe_independence(a.system)),
+    "dependencies": (
+        "the graph of documents: which moves which other one's score",
+        lambda a: audit_dependence.probe_dependencies(a.system),
+    ),
     "normalization": ("probabilities added up", lambda a: audit_distribution.probe_normalization(a.system)),
     "gold_swap": ("the realized token swapped", lambda a: audit_distribution.probe_gold_swap(a.system)),
+    "target_gate": (
+        "tokens that a gate would look at swapped in, scored as the run scores",
+        lambda a: audit_forward.probe_target_gate(a.system),
+    ),
+    "two_forwards": (
+        "learning rate 0 from zero adapters against plain evaluation",
+        lambda a: audit_forward.probe_two_forwards(a.system),
+    ),
     "score_ledger": ("the chain of scores and updates", lambda a: audit_records.probe_score_ledger(a.files)),
     "adapter_states": ("hashes of what each score read", lambda a: audit_updates.probe_adapter_states(a.system)),
     "poisoned_update": ("update k spoiled", lambda a: audit_updates.probe_poisoned_update(a.system)),

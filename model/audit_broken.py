@@ -22,8 +22,12 @@ from model.audit_causality import (
     probe_ttt_causality,
 )
 from model.audit_controls import (
+    Gated,
+    GatelessGPT,
     GoldPeekingGPT,
+    HintedLongestFirst,
     HonestUpdateFirst,
+    LongestFirst,
     NeighborGPT,
     Rescoring,
     Skipping,
@@ -38,8 +42,10 @@ from model.audit_controls import (
     rebuilt,
     spaces_counted_twice,
 )
+from model.audit_dependence import probe_dependencies
 from model.audit_distribution import probe_gold_swap, probe_normalization
 from model.audit_files import probe_records
+from model.audit_forward import probe_target_gate, probe_two_forwards
 from model.audit_records import (
     SIZE_LIMIT_BYTES,
     TIMED_GPUS,
@@ -145,6 +151,26 @@ def stale_adapters(audit: Audit) -> Iterator[Result]:
     yield probe_independence(system)
     yield probe_adapter_states(altered(system, sample=6))
     yield probe_order(system, audit.files.events, audit.files.nll)
+
+
+def shared_longest_first(audit: Audit) -> Iterator[Result]:
+    """Documents are adapted longest first in a state that they share."""
+    yield probe_dependencies(altered(audit.system, adapter_type=LongestFirst, slots_type=StaleSlots))
+
+
+def hints_against_order(audit: Audit) -> Iterator[Result]:
+    """Hints come from the stream's prefix, updates from the longest documents first."""
+    yield probe_dependencies(altered(audit.system, adapter_type=HintedLongestFirst, slots_type=StaleSlots))
+
+
+def gate_on_target(audit: Audit) -> Iterator[Result]:
+    """A score is mixed with another one where the realized token has been seen."""
+    yield probe_target_gate(altered(audit.system, adapter_type=Gated))
+
+
+def second_forward(audit: Audit) -> Iterator[Result]:
+    """The forward for adaptation lacks a gate."""
+    yield probe_two_forwards(rebuilt(audit.system, GatelessGPT))
 
 
 def double_counted_space(audit: Audit) -> Iterator[Result]:
@@ -285,6 +311,10 @@ CONTROLS: Sequence[Control] = (
     Control("skipped_document", "one document is never scored", skipped_document),
     Control("altered_ledger", "one loss of the ledger is made 0.1 % smaller afterwards", altered_ledger),
     Control("stale_adapters", "a document starts with the adapters of the one before", stale_adapters),
+    Control("shared_longest_first", "documents adapt one state, the longest first", shared_longest_first),
+    Control("hints_against_order", "that, with hints from the documents before in the stream", hints_against_order),
+    Control("gate_on_target", "mixed with a second score where the realized token was seen before", gate_on_target),
+    Control("second_forward", "adaptation's forward lacks the gates of the skip connections", second_forward),
     Control("double_counted_space", "a leading space is counted twice", double_counted_space),
     Control("fallback_as_three", "a byte piece counts as 3 bytes", fallback_as_three),
     Control("validation_in_warm_up", "warm-up reads a validation shard undeclared", validation_in_warm_up),

@@ -9,9 +9,8 @@ import sentencepiece as spm
 
 from model.audit_records import own_ranges
 from model.audit_results import FAIL, PASS, Result
-from model.data.tokenizer import ByteTable, Tokenizer
+from model.data.tokenizer import ByteTable, Tokenizer, target_bytes
 from model.data.validation import ValidationSet
-from model.evaluate import target_bytes
 
 NO_BYTES = 0
 # each lead byte of UTF-8 that can occur in text, with continuation bytes that make one valid character of it

@@ -26,6 +26,7 @@ from model.ttt_schedule import Batch
 from model.ttt_slots import Slots
 
 LEAK = 0.2  # share of a neighbor's hidden state
+HINT = 0.01  # share of its loss that a hint may take off a token
 BONUS = 0.05  # probability that an un-normalized head adds to its favorite
 
 
@@ -159,6 +160,55 @@ class StaleSlots(Slots):
         else:
             super().reset(slot, document)
         used.add(slot)
+
+
+class LongestFirst(Adapter):
+    """Adapts documents one after another, the longest first (with StaleSlots: in one state that they share)."""
+
+    def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
+        """Score and adapt the documents one by one."""
+        for document in sorted(documents, key=self.num_predictions, reverse=True):
+            super().run_adapted([document], slots)
+
+
+class HintedLongestFirst(LongestFirst):
+    """Learns from the longest documents first, and takes hints from all that stand before a document in the stream."""
+
+    def _note(self, windows: Any, losses: Tensor) -> None:
+        starts = [int(self.ranges[window.document][0]) for window in windows]
+        hints = [float(self.validation.tokens[:start].sum(dtype=np.int64) % 97) / 97 for start in starts]
+        super()._note(windows, losses * (1 - HINT * torch.tensor(hints).unsqueeze(1)))
+
+
+class Gated(Adapter):
+    """Mixes the model with the tokens seen so far where the realized token is one of them: a gate that looks at it."""
+
+    def _note(self, windows: Any, losses: Tensor) -> None:
+        mixed = losses.clone()
+        for row, window in enumerate(windows):
+            document = self.validation.document(window.document)
+            for place in range(window.end - window.num_scored, window.end):
+                seen, column = set(document[: place + 1].tolist()), losses.size(1) - (window.end - place)
+                if int(document[place + 1]) in seen:
+                    share = (1 - BONUS) * torch.exp(-losses[row, column]) + BONUS / len(seen)
+                    mixed[row, column] = -torch.log(share)
+        super()._note(windows, mixed)
+
+
+class GatelessGPT(GPT):
+    """Its forward for adaptation was written a second time, and the gates of the skip connections were forgotten."""
+
+    def _hidden(
+        self, tokens: Tensor, is_looped: bool, packing: Any, left_padding: Any, adapters: Any, n: Any
+    ) -> Tensor:
+        if adapters is None:
+            return super()._hidden(tokens, is_looped, packing, left_padding, adapters, n)
+        kept = self.skip_gates.data
+        self.skip_gates.data = torch.full_like(kept, -math.inf)  # sigmoid 0: the skip connection takes all
+        try:
+            return super()._hidden(tokens, is_looped, packing, left_padding, adapters, n)
+        finally:
+            self.skip_gates.data = kept
 
 
 def events_of(system: System, adapter_type: type[Adapter]) -> tuple[Events, np.ndarray]:

@@ -26,7 +26,7 @@ TIME_LIMIT_S = 600.0
 TIMED_GPUS = 8
 SUM_TOLERANCE = 1e-6  # relative; sums of the same float32 losses in another order
 READS_TRAINING = ("train", "quantize")
-HASH_PHASE = "hash"  # of stage prepare: files are read whole to name them, nothing else sees their content
+HASH_PHASE = "hash"  # of stage prepare: files are read whole to name and check them, nothing else sees their content
 
 
 def probe_score_ledger(files: RunFiles) -> Result:

@@ -1,4 +1,4 @@
-"""Plain evaluation, byte counting and nats to bits per byte; both conversions live here only."""
+"""Plain evaluation, bytes by document (of the tokenizer's table) and nats to bits per byte, which live here only."""
 
 # N targets, D documents, T tokens of a row
 
@@ -20,7 +20,7 @@ from model.config import EvalConfig
 from model.data.loader import Batch, inputs_and_targets, prefetch_batches
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID
-from model.data.tokenizer import ByteTable
+from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT
@@ -28,15 +28,6 @@ from model.graphs import Recorder, fits_row_graphs
 
 ROW_ENTRIES = 128  # segment bounds of a row are padded to multiples of this: few sizes, each recorded once
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
-
-
-def target_bytes(table: ByteTable, tokens: np.ndarray) -> np.ndarray:
-    """Return the bytes (N,) int16 that each token of a stream (N + 1,) but the first stands for.
-
-    A piece's leading space counts one byte unless the token before is a control, unknown or unused piece.
-    """
-    spaces: np.ndarray = table.has_leading_space[tokens[1:]] & ~table.is_boundary[tokens[:-1]]
-    return np.add(table.base_bytes[tokens[1:]], spaces, dtype=np.int16)
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:

@@ -25,6 +25,7 @@ from model.compile_clock import COMPILE, noting_compilation
 from model.config import RunConfig, config_hash
 from model.data.files import file_sha256
 from model.data.manifest import hash_data
+from model.data.text_check import check_text
 from model.distributed import Dist
 from model.ledger import Ledger, join_ledgers
 from model.run import Run
@@ -107,6 +108,7 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
         ledger = Ledger("prepare")
         with ledger.listening(), ledger.span("hash"):
             data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
+            check_text(run.config.data, data, vocab_size=run.config.model.vocab_size)
         named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
         run.file_hashes = {os.path.abspath(os.path.expanduser(path)): sha256 for path, sha256 in named.items()}
         run.hashes = {

@@ -21,6 +21,7 @@ from model.artifact import load_artifact, read_artifact_info
 from model.compile_ahead import compile_kernels
 from model.config import RunConfig, config_from_plain, config_hash
 from model.data.shards import list_shards
+from model.data.text_check import text_fault
 from model.data.tokenizer import load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
@@ -107,6 +108,9 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
     try:
         tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size)
         validation = read_validation(config, args.val)
+        fault = text_fault(tokenizer, validation)
+        if fault:
+            raise ValueError(f"--val {args.val[0]}: {fault}")
         report, table = Progress(), tokenizer.byte_table
         run = Run(attend_here(config, dist), dist, args.eval.parent, report)
         model = load_model(run, dequantize(state))

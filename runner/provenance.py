@@ -109,11 +109,15 @@ def code_hash() -> str:
 def data_hash(data: DataConfig, *, vocab_size: int) -> str:
     """Return the sha256 over the contents of shards and tokenizer.
 
-    Raises ValueError or FileNotFoundError, naming the field, where files are missing or damaged.
+    Raises ValueError or FileNotFoundError, naming the field, where files are missing or damaged, or the tokenizer
+    cannot count the bytes of the validation text.
     """
     from model.data.manifest import hash_data
+    from model.data.text_check import check_text
 
-    return hash_data(data, vocab_size=vocab_size).data_hash
+    hashes = hash_data(data, vocab_size=vocab_size)
+    check_text(data, hashes, vocab_size=vocab_size)
+    return hashes.data_hash
 
 
 def data_problems(data: DataConfig) -> list[str]:

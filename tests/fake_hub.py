@@ -18,7 +18,7 @@ class FakeHub(ThreadingHTTPServer):
     """Serves files (by path in the repository) of one dataset; large ones are listed with their sha256.
 
     cut_after: the next transfer of each of these paths ends after so many bytes. corrupt: paths that arrive with one
-    byte changed. requests: every "METHOD path" answered.
+    byte changed. requests: every "METHOD path" answered. refusal: paths with this in them get this status and headers.
     """
 
     daemon_threads = True
@@ -29,6 +29,7 @@ class FakeHub(ThreadingHTTPServer):
         self.cut_after: dict[str, int] = {}
         self.corrupt: set[str] = set()
         self.requests: list[str] = []
+        self.refusal: tuple[str, int, dict[str, str]] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -71,6 +72,9 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer(self, *, has_body: bool) -> None:
         path = self.path.split("?")[0]
         self.server.requests.append(f"{self.command} {path}")
+        if self.server.refusal is not None and self.server.refusal[0] in path:
+            self.refuse(*self.server.refusal[1:])
+            return
         resolve = re.fullmatch(rf"/datasets/{REPO}/resolve/{COMMIT}/(.+)", path)
         if path == f"/api/datasets/{REPO}/revision/main":
             self.send_json({"_id": "0", "id": REPO, "sha": COMMIT, "siblings": [], "private": False, "tags": []})
@@ -80,6 +84,12 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_file(resolve[1], has_body=has_body)
         else:
             self.send_json({"error": "Repository not found"}, status=404, code="RepoNotFound")
+
+    def refuse(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def entry(self, name: str) -> dict[str, object]:
         content = self.server.files[name]

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from model.compression import byte_shuffle, compress
 from model.config import QuantConfig, TrainConfig
 from model.data.packing import cu_seqlens_from_bos
-from model.data.tokenizer import load_tokenizer
+from model.data.tokenizer import load_tokenizer, target_bytes
 from model.distributed import Dist
-from model.evaluate import target_bytes
 from model.gptq import quantize_weight, round_to_nearest
 from model.optim import Muon, muon_scale, muon_update, newton_schulz
 from model.quantized import QuantizedWeight

@@ -17,10 +17,10 @@ from model.config import ADAPTER_KINDS, EvalConfig, TrainConfig, TTTConfig
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID, find_documents, write_shard
-from model.data.tokenizer import ByteTable
+from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.evaluate import DocumentScores, bits_per_byte, document_sums, row_bounds, score_rows, target_bytes
+from model.evaluate import DocumentScores, bits_per_byte, document_sums, row_bounds, score_rows
 from model.gpt import visit_plan
 from model.train import Trainer, TrainResult
 from model.ttt import TTTResult, score_documents

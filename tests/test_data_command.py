@@ -68,3 +68,18 @@ def test_progress_is_a_line_per_phase_in_a_log() -> None:
     progress("check", 1, None, {})
     progress.close()
     assert stream.getvalue().splitlines() == ["encode: 0/100 (0%) split=train", "check: 1"]
+
+
+def test_what_a_score_would_not_say_is_printed(tmp_path: Path, lines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text  number 0")
+    (folder / "b.md").write_text("not read")
+    arguments = ["data", "text", str(folder), str(lines), "--out", str(tmp_path / "out"), "--val-documents", "1"]
+    assert main([*arguments, "--tokenizer", str(SP8192)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert f"note: 1 files of other kinds are left out (1 .md, such as {folder / 'b.md'})" in printed
+    assert printed[1].startswith("warning: 1 of 1 validation documents are training documents too")
+    assert printed[2] == (
+        "note: bits per byte count the 13 bytes that the tokenizer gives back of the 14 bytes of validation text"
+    )

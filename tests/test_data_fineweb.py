@@ -162,6 +162,43 @@ def test_what_the_hub_does_not_have_is_named(
     assert "\n" not in str(error.value)
 
 
+GATED = "Access to dataset someone/golf is restricted. You must have access to it and be authenticated to access it."
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "token", "expected"),
+    [
+        (401, {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED}, None, (GATED, "no HF_TOKEN is set")),
+        (
+            403,
+            {"X-Error-Code": "GatedRepo", "X-Error-Message": GATED},
+            "hf_x",
+            (GATED, "HF_TOKEN is set and was refused"),
+        ),
+        (401, {"X-Error-Message": 'User Access Token "ci" is expired'}, "hf_x", ('"ci" is expired', "was refused")),
+        (404, {"X-Error-Code": "RepoNotFound"}, "hf_x", ("Repository Not Found",)),
+        (403, {}, "hf_x", ("correct permissions", "HF_TOKEN is set and was refused")),
+    ],
+)
+def test_what_the_hub_says_is_passed_on_whole(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, headers: dict[str, str],
+    token: str | None, expected: tuple[str, ...],
+) -> None:  # fmt: skip
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr("model.data.fineweb.get_token", lambda: None)
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    for refused, kind in (("", ValueError), ("/resolve/", ConnectionError)):
+        hub.refusal = (refused, status, headers)
+        with pytest.raises(kind) as error:
+            fetch_fineweb(tmp_path / "out", options(hub, 1), ignore)
+        said = str(error.value)
+        assert "\n" not in said
+        assert all(words in said for words in expected), said
+        assert ("HF_TOKEN" in said) == (status in (401, 403))
+
+
 @pytest.mark.parametrize("changes", [{"repo": "../x"}, {"variant": "byte260"}, {"num_shards": 0}])
 def test_impossible_options_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"--(repo|variant|shards) "):

@@ -3,6 +3,7 @@
 import fcntl
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from model.data.shards import list_shards, open_shard
-from model.data.text import TextOptions, build_text, find_inputs, read_documents
+from model.data.text import TextOptions, build_text, find_inputs, gather_inputs, read_documents
 from model.data.tokenizer import load_tokenizer
+from model.data.vocabulary import train_vocabulary
 from model.data.writer import LOCK_NAME, Corpus, ShardWriter
+from tests.test_text_check import train
 
 SP8192 = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 TEXTS = [f"Document {number}:  two  spaces,\na line, caf\u00e9 \u6587 \U0001f600" for number in range(10)]
@@ -215,3 +218,82 @@ def test_missing_unknown_and_empty_inputs_are_named(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(tmp_path: Path, lines: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         build([lines], tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.txt", "caf\u00e9".encode("latin-1"), r"b\.txt is not UTF-8 text"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": null}\n', r"b\.jsonl line 2: field 'text' is NoneType, not text"),
+        ("b.jsonl", b'{"text": "a"}\n{"txet": "b"}\n', r"b\.jsonl line 2 has no field 'text'"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": \n', r"b\.jsonl line 2 is not JSON"),
+        ("b.parquet", None, r"b\.parquet row 2: field 'text' is NoneType, not text"),
+    ],
+)
+def test_an_error_behind_the_first_document_is_named_while_a_tokenizer_is_trained(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "a.txt").write_text("some words to learn pieces from\n" * 9)
+    if content is None:
+        pq.write_table(pa.table({"text": ["a", None]}), folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        build([folder], tmp_path / "out", tokenizer=None, vocab_size=300)
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_while_a_tokenizer_is_trained_stays_one() -> None:
+    def texts() -> Iterator[str]:
+        yield "some words"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_vocabulary(texts(), vocab_size=300)
+
+
+def test_hidden_files_and_other_kinds_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = tmp_path / ".cache" / "docs"  # what the user names is not hidden
+    for name in ("a.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/b.txt", "__pycache__/c.txt", "sub/.d.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+    for name in ("notes.md", "more.md", "sub/code.py"):
+        (folder / name).write_text("text")
+    found = gather_inputs([folder, folder / ".git" / "b.txt"])
+    assert found.files == [folder / "a.txt", folder / ".git" / "b.txt"]
+    assert found.notes()[0].startswith("3 files of other kinds are left out (2 .md, 1 .py, such as ")
+    assert found.notes()[1].startswith("4 hidden files are left out, such as ")
+    assert gather_inputs([folder / "a.txt"]).notes() == []
+
+
+def test_a_folder_given_twice_is_said_with_the_validation_documents_in_training(tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.txt").write_text(f"document {number}")
+    assert gather_inputs([folder, folder]).notes()[0].startswith("3 of 3 files are read more than once, such as ")
+    corpus = build([folder, folder], tmp_path / "out", val_documents=3)
+    assert corpus.num_in_both == 3
+    assert build([folder], tmp_path / "other", val_documents=1).num_in_both == 0
+
+
+def test_equal_documents_in_both_splits_are_counted(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("one two", "three", "four", "one  two\n", "four", "five")]
+    corpus = build([write_lines(tmp_path / "docs.jsonl", rows)], tmp_path / "out", val_documents=3)
+    assert corpus.num_in_both == 2
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"]["documents_in_both_splits"] == 2
+
+
+def test_validation_text_that_the_tokenizer_loses_is_refused_with_the_users_file_named(tmp_path: Path) -> None:
+    model = train(tmp_path, ["one two three"], byte_fallback=False, vocab_size=30)
+    rows = [{"text": "one two"}, {"text": "one \u6587"}]
+    path = write_lines(tmp_path / "docs.jsonl", rows)
+    with pytest.raises(ValueError, match=r"validation: 1 of \d+ tokens are unknown to tokenizer .*their\.model"):
+        build([path], tmp_path / "out", tokenizer=model)
+    assert list((tmp_path / "out").iterdir()) == []
+    corpus = build([path], tmp_path / "out", tokenizer=model, val_documents=1)
+    assert (corpus.splits["train"].unknown_tokens, corpus.splits["val"].unknown_tokens) == (1, 0)

@@ -1,5 +1,6 @@
 """model/data/shards.py: the format, and every way in which a file can lie about it."""
 
+import glob
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,25 @@ def test_shards_are_listed_by_name(tmp_path: Path) -> None:
         write_shard(tmp_path / name, TOKENS)
     names = [path.name for path in list_shards(str(tmp_path / "*_train_*.bin"))]
     assert names == ["b_train_000000.bin", "b_train_000001.bin"]
+
+
+@pytest.mark.parametrize("name", ["[v2] exp", "what?", "[!x]", "a*b", "[[]v2] exp"])
+def test_brackets_of_a_folder_that_is_there_are_no_pattern(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = ("v exp", "2 exp", "whatx", "y", "aab")  # what the name would match as a pattern
+    for folder in (name, *others):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        write_shard(tmp_path / folder / "data" / "toy_0.bin", TOKENS)
+    inside = tmp_path / name / "data" / "toy_0.bin"
+    assert list_shards(str(tmp_path / name / "data" / "*.bin")) == [inside]
+    assert list_shards(str(tmp_path / name / "d*" / "toy_[0-9].bin")) == [inside]
+    assert list_shards(str(inside)) == [inside]
+    assert list_shards(f"{glob.escape(str(tmp_path / name))}/data/*.bin") == [inside]
+    monkeypatch.chdir(tmp_path / name)
+    assert list_shards("data/*.bin") == [Path("data/toy_0.bin")]
+    monkeypatch.chdir(tmp_path)
+    assert len(list_shards("[v2] ex[p]/data/*.bin")) == 2  # no such folder: a pattern
 
 
 def test_a_glob_without_matches_names_the_field_and_the_glob(tmp_path: Path) -> None:

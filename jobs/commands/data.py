@@ -61,6 +61,7 @@ def execute(args: argparse.Namespace) -> int:
             progress.close()
             print(f"seedsweep: interrupted: {error}", file=sys.stderr)
             return EXIT_INTERRUPTED
+        warn_of_text(corpus, progress)
     else:
         corpus = make_text_corpus(args, progress)
     progress.close()
@@ -70,7 +71,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def make_text_corpus(args: argparse.Namespace, progress: ProgressLine) -> Corpus:
     """Build a corpus from the documents that the options name."""
-    from model.data.text import TextOptions, build_text
+    from model.data.text import TextOptions, build_text, gather_inputs
 
     options = TextOptions(
         tokenizer=args.tokenizer,
@@ -80,20 +81,59 @@ def make_text_corpus(args: argparse.Namespace, progress: ProgressLine) -> Corpus
         val_frac=args.val_frac,
         name=args.name,
     )
+    notes = gather_inputs(args.paths).notes()
     corpus = build_text(args.paths, args.out, options, progress)
     if args.tokenizer is None and not options.has_split:
-        progress.close()
-        print("note: no document is for training, so the tokenizer was trained on the validation documents")
+        notes.append("no document is for training, so the tokenizer was trained on the validation documents")
+    progress.close()
+    for note in notes:
+        print(f"note: {note}")
     return corpus
 
 
+def warn_of_text(corpus: Corpus, progress: ProgressLine) -> None:
+    """Say now if bits per byte cannot be told over what was fetched: a run would refuse it."""
+    from model.data.shards import list_shards
+    from model.data.text_check import text_fault
+    from model.data.tokenizer import load_tokenizer
+    from model.data.validation import load_validation
+
+    progress("text", 0, None, {})
+    shards = list_shards(f"{corpus.folder}/{corpus.name}_val_*.bin")
+    fault = text_fault(load_tokenizer(corpus.tokenizer), load_validation(shards, vocab_size=corpus.vocab_size))
+    if fault:
+        progress.close()
+        print(f"warning: a run over this corpus will be refused: {fault}")
+
+
 def print_corpus(corpus: Corpus) -> None:
-    """Print documents, tokens and bytes of each split."""
+    """Print documents, tokens and bytes of each split, and first what a score over them would not say by itself."""
+    for line in describe_faithfulness(corpus):
+        print(line)
     print(f"{corpus.folder}: corpus {corpus.name}, tokenizer {corpus.tokenizer.name} of {corpus.vocab_size} pieces")
     print(f"{'split':<6}{'documents':>12}{'tokens':>16}{'bytes':>16}")
     for split, counts in corpus.splits.items():
         text_bytes = "-" if counts.tokens and not counts.text_bytes else str(counts.text_bytes)
         print(f"{split:<6}{counts.documents:>12}{counts.tokens:>16}{text_bytes:>16}")
+
+
+def describe_faithfulness(corpus: Corpus) -> list[str]:
+    """Return lines on what a score over the corpus would not say by itself."""
+    train, val = corpus.splits["train"], corpus.splits["val"]
+    lines = []
+    if corpus.num_in_both:
+        lines.append(
+            f"warning: {corpus.num_in_both} of {val.documents} validation documents are training documents too; "
+            "scores will be better than on unseen text"
+        )
+    if train.unknown_tokens:
+        lines.append(f"note: {train.unknown_tokens} of {train.tokens} training tokens are unknown to the tokenizer")
+    if val.counted_bytes != val.text_bytes:
+        lines.append(
+            f"note: bits per byte count the {val.counted_bytes} bytes that the tokenizer gives back of the "
+            f"{val.text_bytes} bytes of validation text"
+        )
+    return lines
 
 
 class ProgressLine:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from model.data.docstrings import MIN_CHARACTERS, Docstrings, gather_docstrings
 from model.data.manifest import Report
 from model.data.tokenizer import load_tokenizer
 from model.data.vocabulary import train_vocabulary
-from model.data.writer import Corpus, CorpusWriter, claim_folder, save_tokenizer
+from model.data.writer import Corpus, CorpusWriter, claim_folder, content_hash, save_tokenizer
 
 NAME = "builtin"
 MAX_BYTES = 6_000_000
@@ -36,11 +35,11 @@ def build_builtin(
         found = Docstrings()
         for found in gather_docstrings(max_bytes):
             report("gather", sum(found.bytes_by_package.values()), max_bytes, {"documents": len(found.texts)})
-        texts = sorted(found.texts, key=_content_hash)
+        texts = sorted(found.texts, key=content_hash)
         split = {"val": texts[:val_documents], "train": texts[val_documents:]}
         if not split["train"]:
             raise ValueError(f"val_documents={val_documents} leaves none of {len(texts)} documents for training")
-        overlap = {_content_hash(text) for text in split["val"]} & {_content_hash(text) for text in split["train"]}
+        overlap = {content_hash(text) for text in split["val"]} & {content_hash(text) for text in split["train"]}
         if overlap:
             raise ValueError(f"{len(overlap)} validation documents are among the training documents")
         report("vocabulary", 0, vocab_size, {})
@@ -55,10 +54,10 @@ def build_builtin(
                     writer.add(name, batch)
                     done += len(batch)
                     report("encode", done, len(texts), {"split": name})
-        return writer.finish(model_path, _describe_source(found, overlap=len(overlap)))
+        return writer.finish(model_path, _describe_source(found))
 
 
-def _describe_source(found: Docstrings, *, overlap: int) -> dict[str, object]:
+def _describe_source(found: Docstrings) -> dict[str, object]:
     return {
         "kind": "docstrings",
         "min_characters": MIN_CHARACTERS,
@@ -66,9 +65,4 @@ def _describe_source(found: Docstrings, *, overlap: int) -> dict[str, object]:
         "versions": found.versions,
         "bytes_by_package": found.bytes_by_package,
         "unreadable_files": found.unreadable_files,
-        "documents_in_both_splits": overlap,
     }
-
-
-def _content_hash(text: str) -> str:
-    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -32,6 +32,9 @@ DEFAULT_REPO = "kevclark/parameter-golf"
 DEFAULT_VARIANT = "sp8192"
 STAGING = ".fetch"
 POLL_S = 0.5
+MORE_INFORMATION = "For more information check"  # a page on what the number means
+MESSAGE_CHARACTERS = 600
+REFUSALS = (401, 403)
 # requests of older hub versions, httpx of newer ones: both raise these bases of the hub's own error
 NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, EntryNotFoundError, *HfHubHTTPError.__bases__)
 
@@ -101,7 +104,7 @@ def list_published(options: FetchOptions) -> tuple[str, list[RemoteFile]]:
         tree = api.list_repo_tree(options.repo, recursive=True, revision=commit, repo_type="dataset")
         entries = [entry for entry in tree if isinstance(entry, RepoFile)]
     except NETWORK_ERRORS as error:
-        raise ValueError(f"cannot list dataset {options.repo} at {api.endpoint}: {first_line(error)}") from None
+        raise ValueError(f"cannot list dataset {options.repo} at {api.endpoint}: {explain(error)}") from None
     files = [
         RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id) for entry in entries
     ]
@@ -124,10 +127,22 @@ def _matching(files: list[RemoteFile], pattern: str) -> list[RemoteFile]:
     return sorted(found, key=lambda file: (file.name, file.path))
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def explain(error: BaseException) -> str:
+    """Return all that the hub and its library say about an error, in one line, and what became of the user's token.
+
+    The first line of such an error is only its number; that the data are gated comes in the last.
+    """
+    cause = error.__cause__
+    if isinstance(error, LocalEntryNotFoundError) and cause is not None:
+        return explain(cause)  # "check your connection", whatever the reason was
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and MORE_INFORMATION not in line]
+    said = " ".join(lines)[:MESSAGE_CHARACTERS] or type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status not in REFUSALS:
+        return said
+    if get_token() is None:
+        return f"{said}; no HF_TOKEN is set"
+    return f"{said}; HF_TOKEN is set and was refused (or the token that `hf auth login` keeps)"
 
 
 def fetch_fineweb(out: Path, options: FetchOptions, report: Report) -> Corpus:
@@ -194,7 +209,7 @@ def _fetch_file(out: Path, file: RemoteFile, commit: str, options: FetchOptions)
         )
     except NETWORK_ERRORS as error:
         raise ConnectionError(
-            f"fetching {file.name} failed ({first_line(error)}); run the same command again to continue"
+            f"fetching {file.name} failed ({explain(error)}); run the same command again to continue"
         ) from None
     arrived = staging / file.path
     if not file.is_file(arrived):

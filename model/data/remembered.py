@@ -26,7 +26,11 @@ def place_of(path: Path) -> Path | None:
     if info.st_size < LEAST_BYTES:
         return None
     facts = (FORMAT, str(path.resolve()), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return place_named(hashlib.sha256(repr(facts).encode()).hexdigest())
+
+
+def place_named(name: str) -> Path | None:
+    """Return where an answer is kept under a name that says all that it depends on; None for a user without a home."""
     try:
         return Path.home() / ".cache" / "seedsweep" / "scans" / f"{name}.json"
     except RuntimeError:

@@ -28,11 +28,16 @@ SCAN_TOKENS = 1 << 20  # tokens looked at in one go when a shard is searched, 2 
 def list_shards(pattern: str, *, field: str = "shards") -> list[Path]:
     """Return the files that match a glob, sorted by name, the order in which they are read.
 
+    The part of the pattern that is there under its very name is taken as it is: `[v2] exp/*.bin` looks into the folder
+    called "[v2] exp" where there is one.
     Raises FileNotFoundError naming field if nothing matches, ValueError if pattern is empty.
     """
     if not pattern:
         raise ValueError(f"{field} is empty; give a glob of shards such as corpus/*_train_*.bin")
-    paths = sorted(map(Path, glob.glob(os.path.expanduser(pattern))), key=lambda path: (path.name, str(path)))
+    whole = Path(os.path.expanduser(pattern))
+    literal = next((path for path in (whole, *whole.parents) if os.path.lexists(path)), Path())
+    found = glob.glob(str(Path(glob.escape(str(literal)), whole.relative_to(literal))))
+    paths = sorted(map(Path, found), key=lambda path: (path.name, str(path)))
     if not paths:
         raise FileNotFoundError(f"{field}={pattern}: no such shard; make some with `seedsweep data builtin --out DIR`")
     return paths

@@ -11,8 +11,9 @@ import gzip
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.config import require
@@ -69,23 +70,64 @@ class TextOptions:
         return "val"
 
 
-def find_inputs(paths: Sequence[Path]) -> list[Path]:
-    """Return the files behind paths in the order given; a folder stands for its files, sorted by path.
+@dataclass(slots=True)
+class Inputs:
+    """The files to read, in order, and what lay beside them in the folders given and is left out."""
 
+    files: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """Return a line for each thing about the files that the person who gave the folders may not expect."""
+        lines = []
+        if self.others:
+            kinds = Counter(path.suffix or "no ending" for path in self.others)
+            named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+            lines.append(f"{len(self.others)} files of other kinds are left out ({named}, such as {self.others[0]})")
+        if self.hidden:
+            lines.append(f"{len(self.hidden)} hidden files are left out, such as {self.hidden[0]}")
+        times = Counter(path.resolve() for path in self.files)
+        again = [path for path in self.files if times[path.resolve()] > 1]
+        if again:
+            distinct = len({path.resolve() for path in again})
+            lines.append(f"{distinct} of {len(times)} files are read more than once, such as {again[0]}")
+        return lines
+
+
+def find_inputs(paths: Sequence[Path]) -> list[Path]:
+    """Return the files behind paths, as gather_inputs finds them."""
+    return gather_inputs(paths).files
+
+
+def gather_inputs(paths: Sequence[Path]) -> Inputs:
+    """Find the files behind paths in the order given; a folder stands for its files, sorted by path.
+
+    What is hidden in a folder (a name with a dot first, or Python's caches) is left out, as are files of other kinds.
     Raises FileNotFoundError or ValueError naming a path that is missing, of unknown kind, or an empty folder.
     """
-    files: list[Path] = []
+    found = Inputs()
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
-            require(bool(inside), f"folder {path} has no file ending in {', '.join(SUFFIXES)}")
-            files += inside
+            num_before = len(found.files)
+            for file in sorted(file for file in path.rglob("*") if file.is_file()):
+                is_known = file.name.endswith(SUFFIXES)
+                place = found.hidden if is_hidden(file, path) else found.files if is_known else found.others
+                place.append(file)
+            if len(found.files) == num_before:
+                notes = "".join(f"; {line}" for line in found.notes())
+                raise ValueError(f"folder {path} has no file ending in {', '.join(SUFFIXES)}{notes}")
         elif not path.exists():
             raise FileNotFoundError(f"{path} does not exist; give files or folders of {', '.join(SUFFIXES)}")
         else:
             require(path.name.endswith(SUFFIXES), f"{path} is of no known kind; use {', '.join(SUFFIXES)}")
-            files.append(path)
-    return files
+            found.files.append(path)
+    return found
+
+
+def is_hidden(file: Path, folder: Path) -> bool:
+    """Return whether a file is out of sight in a folder: itself, or by a folder between them."""
+    return any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(folder).parts)
 
 
 def read_documents(files: Iterable[Path], *, column: str = "text") -> Iterator[str]:
@@ -171,14 +213,14 @@ def build_text(paths: Sequence[Path], out: Path, options: TextOptions, report: R
     with claim_folder(out, options.name):
         source: dict[str, object] = {"kind": "text", "inputs": [path.name for path in files][:1000]}
         if options.tokenizer is not None:
-            load_tokenizer(options.tokenizer)
+            load_tokenizer(options.tokenizer)  # refused before anything is written
             model = options.tokenizer.read_bytes()
         else:
             split = "train" if options.has_split else "val"
             source["tokenizer_trained_on"] = split
             model = _train_on(files, options, split, report)
         tokenizer_path = save_tokenizer(out, options.name, model)
-        tokenizer = load_tokenizer(tokenizer_path)
+        tokenizer = load_tokenizer(options.tokenizer or tokenizer_path)
         if options.vocab_size not in (None, tokenizer.vocab_size):
             raise ValueError(
                 f"--vocab-size {options.vocab_size} is more than the text has pieces for; "

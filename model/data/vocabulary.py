@@ -15,12 +15,22 @@ def train_vocabulary(texts: Iterable[str], *, vocab_size: int) -> bytes:
     """Return a BPE model file of at most vocab_size pieces (fewer if the text has no more to merge).
 
     One thread and no random sample: the same texts give the same file. No more than the first 64 MiB are used.
-    Raises ValueError if vocab_size leaves no room for the 256 bytes and the characters of the text.
+    Raises what texts raises, and ValueError if vocab_size leaves no room for the 256 bytes and the characters of the
+    text.
     """
     model = io.BytesIO()
+    raised: list[BaseException] = []  # SentencePiece turns what its sentences raise into an error of its own
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=sentences(),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -37,9 +47,13 @@ def train_vocabulary(texts: Iterable[str], *, vocab_size: int) -> bytes:
             num_threads=1,
             minloglevel=2,
         )
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"--vocab-size {vocab_size} does not suit the text: {reason}") from None
+    except (RuntimeError, SystemError) as error:
+        if not raised:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"--vocab-size {vocab_size} does not suit the text: {reason}") from None
+    finally:
+        for cause in raised:
+            raise cause
     return model.getvalue()
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,9 @@ import numpy as np
 from model.data.files import replace_file
 from model.data.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest, write_manifest
 from model.data.shards import TOKEN_DTYPE, shard_header
-from model.data.tokenizer import Tokenizer
+from model.data.text_check import text_fault
+from model.data.tokenizer import Tokenizer, target_bytes
+from model.data.validation import load_validation
 
 LOCK_NAME = ".seedsweep-data.lock"
 SHARD_TOKENS = 100_000_000  # as the published shards
@@ -32,23 +36,27 @@ SPLITS = ("train", "val")
 class SplitCounts:
     """What a split holds: documents, tokens (a BOS each included) and UTF-8 bytes of the text as given.
 
-    text_bytes is 0 where only tokens are known.
+    counted_bytes are those that the tokenizer gives back, which bits per byte are told over; unknown_tokens stand for
+    text that it lost. text_bytes and counted_bytes are 0 where only tokens are known.
     """
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
+    counted_bytes: int = 0
+    unknown_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A finished corpus in a folder."""
+    """A finished corpus in a folder. num_in_both: validation documents that are training documents too."""
 
     folder: Path
     name: str
     tokenizer: Path
     vocab_size: int
     splits: Mapping[str, SplitCounts]
+    num_in_both: int = 0
 
 
 def is_intact(folder: Path, *, name: str | None = None) -> bool:
@@ -177,6 +185,7 @@ class CorpusWriter:
     tokenizer: Tokenizer
     shard_tokens: int = SHARD_TOKENS
     counts: dict[str, SplitCounts] = field(default_factory=lambda: {split: SplitCounts() for split in SPLITS})
+    _contents: dict[str, array[int]] = field(default_factory=lambda: {split: array("Q") for split in SPLITS})
     _writers: dict[str, ShardWriter] = field(default_factory=dict)
     _open: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -197,18 +206,35 @@ class CorpusWriter:
             counts.documents += 1
             counts.tokens += int(tokens.size)
             counts.text_bytes += len(text.encode())
+            counts.counted_bytes += int(target_bytes(self.tokenizer.byte_table, tokens).sum(dtype=np.int64))
+            counts.unknown_tokens += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
+            self._contents[split].append(int(content_hash(text)[:16], 16))
+
+    @property
+    def num_in_both(self) -> int:
+        """Validation documents whose text (white space apart) is also that of a training document."""
+        return int(np.isin(np.array(self._contents["val"]), np.array(self._contents["train"])).sum())
 
     def finish(self, tokenizer_path: Path, source: Mapping[str, Any]) -> Corpus:
-        """Describe every file in the manifest, after the block of this writer has ended."""
+        """Describe every file in the manifest, after the block of this writer has ended.
+
+        Raises ValueError if the bytes of the validation text cannot be counted with the tokenizer.
+        """
+        if self.counts["val"].tokens > 1:
+            validation = load_validation(self._writers["val"].paths, vocab_size=self.tokenizer.vocab_size)
+            fault = text_fault(self.tokenizer, validation)
+            if fault:
+                raise ValueError(f"validation: {fault}")
         paths = [path for split in SPLITS for path in self._writers[split].paths]
         files = {path.name: describe_file(path) for path in [*paths, tokenizer_path]}
         splits = {
             split: {"documents": counts.documents, "tokens": counts.tokens, "text_bytes": counts.text_bytes}
             for split, counts in self.counts.items()
         }
-        source = {"vocab_size": self.tokenizer.vocab_size, "splits": splits, **source}
-        write_manifest(self.out, Manifest(self.name, tokenizer_path.name, files, source))
-        return Corpus(self.out, self.name, tokenizer_path, self.tokenizer.vocab_size, self.counts)
+        overlap = self.num_in_both
+        facts = {"vocab_size": self.tokenizer.vocab_size, "splits": splits, "documents_in_both_splits": overlap}
+        write_manifest(self.out, Manifest(self.name, tokenizer_path.name, files, {**facts, **source}))
+        return Corpus(self.out, self.name, tokenizer_path, self.tokenizer.vocab_size, self.counts, overlap)
 
 
 def save_tokenizer(out: Path, name: str, model: bytes) -> Path:
@@ -217,6 +243,11 @@ def save_tokenizer(out: Path, name: str, model: bytes) -> Path:
     with replace_file(path) as file:
         file.write(model)
     return path
+
+
+def content_hash(text: str) -> str:
+    """Return the sha256 (hex) of a document's text; two that differ in white space only are the same document."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def num_cpus() -> int:
