@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from results.disagreements import Finding, agrees, find_disagreements, seed_column
+from results.code_files import read_code
+from results.disagreements import Finding, agrees, find_disagreements, review
 from results.logs import Log, parse_log
+from results.printed import parse_json
 from results.published import Record, Run, one_run_a_seed, submitted_seeds, validation_bytes
+from results.readme_tables import read_spreads, read_tables
 from results.store import commit_attempt
 
 SCORED_ORDER = ("post_ttt", "sliding", "post_quant")
@@ -21,7 +24,6 @@ OUR_NAMES = {"post_ema": "post_ema", "post_quant": "pre_ttt", "sliding": "slidin
 SOURCE_SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h")
 NOT_LOGS = ("requirements.txt", "license.txt", "readme.txt", "constraints.txt")
 NAMES_DROPPED = ("author", "github_id", "name", "blurb", "authors", "co_authors")
-SAME_IN_ALL_SEEDS_EXCEPT = re.compile(r"seed|run_id|logfile|path|dir|files|rank|wandb|port|host")
 RECORD_FILE = "record.json"
 
 
@@ -62,19 +64,22 @@ def read_submission(folder: Path) -> Submission:
         "date_folder": _date(folder.resolve().name),
         "track": None,
         "submission_json": _submission_json(folder, notes),
-        "readme_seed_tables": _readme_tables(folder),
+        "readme_seed_tables": read_tables(_readme(folder)),
+        "readme_spreads": read_spreads(_readme(folder)),
+        "code": read_code(folder),
         "source_file_bytes_in_folder": {
             path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in SOURCE_SUFFIXES
         },
         "runs": [log.run for log in logs.values()],
     }
     _score(record, notes)
+    notes += review(record).unchecked
     return Submission(record, logs, notes)
 
 
 def findings_of(record: Record) -> list[Finding]:
-    """Return every disagreement inside an imported record, its hyperparameters included."""
-    return [*find_disagreements(record), *_different_settings(record)]
+    """Return every disagreement inside an imported record."""
+    return find_disagreements(record)
 
 
 def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding]]:
@@ -132,7 +137,7 @@ def _submission_json(folder: Path, notes: list[str]) -> dict[str, Any] | None:
         notes.append("submission.json not found")
         return None
     try:
-        content = json.loads(_read_text(path))
+        content = parse_json(_read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from error
     if not isinstance(content, dict):
@@ -140,23 +145,9 @@ def _submission_json(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     return {key: value for key, value in content.items() if key not in NAMES_DROPPED}
 
 
-def _readme_tables(folder: Path) -> list[dict[str, Any]]:
-    """Return the README's Markdown tables that have a seed column, cells as text."""
+def _readme(folder: Path) -> str:
     path = folder / "README.md"
-    if not path.is_file():
-        return []
-    tables: list[dict[str, Any]] = []
-    block: list[list[str]] = []
-    for line in [*_read_text(path).splitlines(), ""]:
-        if line.strip().startswith("|"):
-            block.append([cell.strip().strip("*`").strip() for cell in line.strip().strip("|").split("|")])
-            continue
-        if len(block) > 2 and seed_column(block[0]):
-            columns = block[0]
-            rows = [dict(zip(columns, cells)) for cells in block[1:] if not set("".join(cells)) <= set("-: ")]
-            tables.append({"columns": columns, "rows": rows})
-        block = []
-    return tables
+    return _read_text(path) if path.is_file() else ""
 
 
 def _score(record: Record, notes: list[str]) -> None:
@@ -186,18 +177,6 @@ def _scored_stage(record: Record, runs: list[Run]) -> str | None:
             if run.get(stage) and said is not None and agrees(said, run[stage]["val_bpb"]):
                 return stage
     return next((stage for stage in present if all(run.get(stage) for run in runs)), present[0] if present else None)
-
-
-def _different_settings(record: Record) -> list[Finding]:
-    """Return the hyperparameters that differ between seeds, as one finding each."""
-    runs = one_run_a_seed(record)
-    names = sorted({name for run in runs for name in run.get("hparams") or {}})
-    findings = []
-    for name in names:
-        values = {str(run["seed"]): (run.get("hparams") or {}).get(name) for run in runs}
-        if not SAME_IN_ALL_SEEDS_EXCEPT.search(name) and len(set(values.values())) > 1:
-            findings.append(Finding(None, f"hyperparameter {name} differs between the seeds", dict(values)))
-    return findings
 
 
 def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
