@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -100,27 +100,40 @@ def check_worse_ttt(record: Record) -> Iterator[Finding]:
 
 
 def check_near_duplicates(record: Record) -> Iterator[Finding]:
-    """Yield pairs of different seeds whose loss lines, or clocks, are mostly the same lines."""
-    for a, b in combinations(one_run_a_seed(record), 2):
+    """Yield the seeds whose logs have mostly the same loss lines, or the same training clock, as another seed's."""
+    pairs = list(_duplicates(one_run_a_seed(record)))
+    if pairs:
+        seeds = sorted({run["seed"] for a, b, _, _ in pairs for run in (a, b)})
+        values: dict[str, Any] = {f"seeds {a['seed']} and {b['seed']}": shared for a, b, shared, _ in pairs}
+        times = [a.get("train_ms") is not None and a.get("train_ms") == b.get("train_ms") for a, b, _, _ in pairs]
+        values |= {"same train_ms": all(times), "files": [run["log_file"] for run in one_run_a_seed(record)]}
+        field = f"logs of seeds {', '.join(map(str, seeds))} are nearly the same file"
+        yield Finding(None, field, values, "near_duplicate_logs", max(frac for *_, frac in pairs), EQUAL_LOSSES_FRAC)
+
+
+def _duplicates(runs: list[Run]) -> Iterator[tuple[Run, Run, str, float]]:
+    """Yield pairs of runs with what they share, in words and as a share."""
+    for a, b in combinations(runs, 2):
         for name, what in (("train_losses", "losses"), ("clock", "training clocks")):
             first, second = _by_step(a.get(name)), _by_step(b.get(name))
-            shared = sorted(first.keys() & second.keys())
+            shared = first.keys() & second.keys()
             equal = sum(first[step] == second[step] for step in shared)
             is_fine = name == "clock" or _decimals(first.values()) >= LOSS_DECIMALS
+            is_fine = is_fine and (name != "clock" or not _is_coarse(first.values()))
             if len(shared) >= MIN_SHARED_STEPS and equal >= EQUAL_LOSSES_FRAC * len(shared) and is_fine:
-                field = f"logs of two seeds are nearly the same file: {equal} of {len(shared)} logged {what} are equal"
-                values = {
-                    f"seed {a['seed']}": a["log_file"], f"seed {b['seed']}": b["log_file"],
-                    "same train_ms": a.get("train_ms") is not None and a.get("train_ms") == b.get("train_ms"),
-                }  # fmt: skip
-                yield Finding(None, field, values, "near_duplicate_logs", equal / len(shared), EQUAL_LOSSES_FRAC)
+                yield a, b, f"{equal} of {len(shared)} logged {what} are equal", equal / len(shared)
                 break
+
+
+def _is_coarse(times: Iterable[float]) -> bool:
+    """Return whether a clock was printed in tenths of a second or coarser, where equal times mean nothing."""
+    return all(_grid(ms) >= 100 for ms in times)
 
 
 def check_first_losses(record: Record) -> Iterator[Finding]:
     """Yield different seeds that start with one loss, and logs of one seed that start with different ones."""
     runs = [run for run in record["runs"] if isinstance(run.get("seed"), int) and _by_step(run.get("train_losses"))]
-    duplicates = {frozenset((a["log_file"], b["log_file"])) for a, b in _duplicate_pairs(record)}
+    duplicates = {frozenset((a["log_file"], b["log_file"])) for a, b, _, _ in _duplicates(one_run_a_seed(record))}
     for a, b in combinations(runs, 2):
         first, second = _by_step(a["train_losses"]), _by_step(b["train_losses"])
         if 1 not in first or 1 not in second or frozenset((a["log_file"], b["log_file"])) in duplicates:
@@ -135,18 +148,13 @@ def check_first_losses(record: Record) -> Iterator[Finding]:
 
 
 def _has_one_start(first: dict[int, float], second: dict[int, float]) -> bool:
-    """Return whether two loss curves start alike: step 1 equal, and the steps after it where both show them."""
+    """Return whether two loss curves start alike: step 1 equal, and the other steps up to 10 that both show.
+
+    One equal loss may be chance (a few percent of pairs of seeds), so a curve without such steps shows nothing.
+    """
     early = [step for step in first.keys() & second.keys() if 1 < step <= EARLY_STEP]
-    return first[1] == second[1] and all(abs(first[step] - second[step]) <= EARLY_LOSS_SLACK for step in early)
-
-
-def _duplicate_pairs(record: Record) -> Iterator[tuple[Run, Run]]:
-    for a, b in combinations(one_run_a_seed(record), 2):
-        first, second = _by_step(a.get("train_losses")), _by_step(b.get("train_losses"))
-        shared = first.keys() & second.keys()
-        equal = sum(first[step] == second[step] for step in shared)
-        if len(shared) >= MIN_SHARED_STEPS and equal >= EQUAL_LOSSES_FRAC * len(shared):
-            yield a, b
+    is_alike = all(abs(first[step] - second[step]) <= EARLY_LOSS_SLACK for step in early)
+    return bool(early) and first[1] == second[1] and is_alike
 
 
 def check_clocks(record: Record) -> Iterator[Finding]:

@@ -10,43 +10,56 @@ import math
 import re
 from typing import Any, NamedTuple
 
-NUMBER = r"([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)"
-SCORE_LINE = re.compile(
-    rf"^(?P<label>.*?)\s*\bval_loss[:=]\s*{NUMBER}\s+val_bpb[:=]\s*{NUMBER}(?P<rest>.*)$", re.IGNORECASE
+from results.log_lines import (
+    COUNT,
+    RATE,
+    SEED_INSIDE,
+    SEED_LINE,
+    SETTING,
+    SETTING_LINE,
+    STEP_AVERAGE,
+    STOP,
+    STOP_REASON,
+    STOP_STEP,
+    TRAIN_LOSS,
+    TRAIN_TIME,
+    Score,
+    count_of,
+    flatten_json,
+    is_progress,
+    meaning_of,
+    read_score,
+    seconds_of,
+    step_of,
 )
-EVAL_TIME = re.compile(r"eval_time:\s*([\d.]+)\s*(ms|s)\b")
-STEP_LABEL = re.compile(r"^(?:step:)?\s*(\d+)/(\d+)$")
-TRAIN_LINE = re.compile(
-    rf"^(?:step:)?\s*(\d+)/\d+ .*?train_loss:\s*{NUMBER}(?:\s+train_time:\s*([\d.]+)(ms|m|s))?(?:.*?tok/s:\s*([\d.]+))?"
-)
-STOP_LINE = re.compile(r"stopping_early:\s*(\w+)\s+train_time:\s*([\d.]+)\s*ms\s+step:\s*(\d+)(?:/(\d+))?")
-LOOP_LINE = re.compile(r"layer_loop:\s*enabled\s+step:\s*(\d+)")
-HYPERPARAMETER = re.compile(r"^\s{2}(\w+): (.*)$")
-SEED_IN_NAME = re.compile(r"seed[_-]?(\d+)|(\d+)(?=\.\w+$)", re.IGNORECASE)
+from results.log_names import seed_in_name
+from results.log_runs import split_runs
+from results.log_sizes import Size, choose_sizes, read_sizes
+from results.log_stages import ScoreBoard
+from results.text_files import clean_lines
 
+LOOP_LINE = re.compile(r"layer_loop:\s*enabled\s+step:\s*(\d{1,12})")
+SECONDS = r"([\d.]*\d)\s*s"
 # figure -> (form of the line, what to convert the match to); the last match in a log counts
-SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], type]] = {
-    "model_bytes": (re.compile(r"Serialized model \S+: (\d+) bytes"), int),
-    "total_bytes": (re.compile(r"Total submission size \S+: (\d+) bytes"), int),
-    "total_eval_s": (re.compile(r"^total_eval_time:\s*([\d.]+)s"), float),
-    "total_eval_with_compile_s": (re.compile(r"^total_eval_time_with_compile:\s*([\d.]+)s"), float),
-    "ttt_compile_warmup_s": (re.compile(r"compile warmup done \(([\d.]+)s\)"), float),
-    "gptq_hessian_s": (re.compile(r"collected (?:\d+ )?Hessians in ([\d.]+)s"), float),
-    "gptq_reserve_s": (re.compile(r"gptq:reserving ([\d.]+)s"), float),
-    "train_budget_ms": (re.compile(r"effective=(\d+)ms"), int),
-    "quantize_s": (re.compile(r"^quantize_time:\s*([\d.]+)s"), float),
-    "evaluate_s": (re.compile(r"^plain_eval_time:\s*([\d.]+)s"), float),
-    "ttt_s": (re.compile(r"^ttt_time:\s*([\d.]+)s"), float),
-    "order0_bpb": (re.compile(r"^order0_bpb:\s*([\d.]+)"), float),
-    "peak_mem_mib": (re.compile(r"peak memory allocated:\s*(\d+) MiB"), int),
-    "val_tokens": (re.compile(r"(?:^val_tokens:\s*|^val_loader:.*\btokens:)(\d+)"), int),
-    "val_bytes": (re.compile(r"^val_bytes:\s*(\d+)"), int),
+SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], Any]] = {
+    "total_eval_s": (re.compile(rf"^total_eval_time:\s*{SECONDS}"), float),
+    "total_eval_with_compile_s": (re.compile(rf"^total_eval_time_with_compile:\s*{SECONDS}"), float),
+    "ttt_compile_warmup_s": (re.compile(rf"compile warmup done \({SECONDS}\)"), float),
+    "gptq_hessian_s": (re.compile(rf"collected (?:\d+ )?Hessians in {SECONDS}"), float),
+    "gptq_reserve_s": (re.compile(rf"gptq:reserving {SECONDS}"), float),
+    "train_budget_ms": (re.compile(r"effective=(\d{1,12})ms"), int),
+    "quantize_s": (re.compile(rf"^quantize_time:\s*{SECONDS}"), float),
+    "evaluate_s": (re.compile(rf"^plain_eval_time:\s*{SECONDS}"), float),
+    "ttt_s": (re.compile(rf"^ttt_time:\s*{SECONDS}"), float),
+    "order0_bpb": (re.compile(r"^order0_bpb:\s*([\d.]*\d)"), float),
+    "peak_mem_mib": (re.compile(r"peak memory(?: allocated)?:\s*(\d{1,12}) MiB"), int),
+    "val_tokens": (re.compile(rf"(?:^\s*val[_ ]tokens\s*[:=]\s*|^val_loader:.*\btokens:){COUNT}"), count_of),
+    "val_bytes": (re.compile(rf"^\s*val[_ ]bytes\s*[:=]\s*{COUNT}"), count_of),
     "val_documents_hash": (re.compile(r"^val_documents_hash:\s*([0-9a-f]{16,64})\b"), str),
-    "train_shards": (re.compile(r"\btrain_shards:\s*(\d+)"), int),
-    "model_params": (re.compile(r"^model_params:\s*(\d+)"), int),
-    "seed_in_log": (re.compile(r"^\s*seed:\s*(\d+)\s*$"), int),
+    "train_shards": (re.compile(r"\btrain_shards:\s*(\d{1,12})"), int),
+    "model_params": (re.compile(rf"^\s*(?:model|num|total)_params(?:eters)?\s*[:=]\s*{COUNT}"), count_of),
 }
-CODE_SIZE = re.compile(r"^(Code size(?: \(\w+\))?): (\d+) bytes")
+STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
 # what a reader of the log expects: figure -> the line that would show it
 EXPECTED = {
@@ -74,124 +87,197 @@ class Log(NamedTuple):
         """Some line was of a known form."""
         return bool(self.provenance or self.steps)
 
+    @property
+    def has_scores(self) -> bool:
+        """Some stage or some other way to evaluate was scored."""
+        return any(self.run[stage] for stage in STAGES) or bool(self.run["other_scores"])
+
+
+class Live(NamedTuple):
+    """A validation during training: bits per byte, nats per token, printed decimals and elapsed training time."""
+
+    bpb: float
+    nats: float | None
+    decimals: int
+    elapsed_ms: float | None
+    total: int | None
+
 
 def stage_of(label: str) -> str | None:
-    """Return the stage that a score line's label names, None for a label that is not known."""
-    words = label.lower().strip().removesuffix("_exact").replace("_", " ").replace("-", " ")
-    if re.search(r"\blr ?0\b", words):
-        return "ttt_lr0"
-    if "ttt" in words.split() or words.startswith("ttt") or "legal ttt" in words:
-        return "post_ttt"
-    if "sliding" in words:
-        return "sliding"
-    if "post ema" in words:
-        return "post_ema"
-    if "roundtrip" in words or words.removeprefix("diagnostic ").strip() == "quantized":
-        return "post_quant"
-    return None
+    """Return the stage that a score line's label names, None for an unknown label or a variant of a stage."""
+    meaning = meaning_of(label)
+    return None if meaning.is_variant else meaning.stage
 
 
 def parse_log(text: str, file_name: str) -> Log:
-    """Return everything that the known line forms show in a log."""
-    run: dict[str, Any] = {"log_file": file_name, "code_bytes_printed": {}, "hparams": {}}
-    run |= dict.fromkeys(("steps", "train_ms", "stop_reason", "live_weights_bpb_at_stop", *SINGLE_FIGURES))
-    run |= dict.fromkeys(("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt"))
-    log = Log(run, [], {}, [], [])
-    live: dict[int, tuple[float, float | None]] = {}
-    looped_from: int | None = None
-    for line in text.splitlines():
-        if match := LOOP_LINE.search(line):
-            looped_from = int(match.group(1))
-        elif match := TRAIN_LINE.match(line):
-            log.steps.append(_train_point(match))
-        elif match := SCORE_LINE.match(line):
-            _take_score(log, match, live)
-        else:
-            _take_single(log, line)
-    _finish(log, live, looped_from)
-    return log
+    """Return everything that the known line forms show in a log; of several runs in it the last one."""
+    return parse_runs(text, file_name)[-1]
 
 
-def seed_in_name(file_name: str) -> int | None:
-    """Return the seed in a log's file name: train_seed42.log, train0.txt; None for train.log."""
-    match = SEED_IN_NAME.search(file_name.rsplit("/", 1)[-1])
-    return int(match.group(1) or match.group(2)) if match else None
+def parse_runs(text: str, file_name: str) -> list[Log]:
+    """Return the runs that a log file holds one after the other, each as a log; mostly one."""
+    parts = split_runs([flatten_json(line) for line in clean_lines(text)])
+    names = [
+        file_name if len(parts) == 1 else f"{file_name} (run {place + 1} of {len(parts)})"
+        for place in range(len(parts))
+    ]
+    return [_LogReader(name, file_name).read(lines) for name, lines in zip(names, parts)]
 
 
-def _train_point(match: re.Match[str]) -> dict[str, Any]:
-    step, loss, time, unit, rate = match.groups()
-    scale = {"ms": 1e-3, "s": 1.0, "m": 60.0, None: 0.0}[unit]
-    return {
-        "step": int(step),
-        "loss": float(loss),
-        "elapsed_s": float(time) * scale if time else None,
-        "tokens_per_s": float(rate) if rate else None,
-    }
+class _LogReader:
+    """Reads the lines of one run in order."""
 
-
-def _take_score(log: Log, match: re.Match[str], live: dict[int, tuple[float, float | None]]) -> None:
-    """Take one line with val_loss and val_bpb: a validation during training, a stage, or something unknown."""
-    label = match.group("label").strip().rstrip(":")
-    nats, bpb = float(match.group(2)), float(match.group(3))
-    if step := STEP_LABEL.match(label):
-        live[int(step.group(1))] = (bpb, nats)
-        return
-    stage = stage_of(label)
-    if stage is None:
-        log.unknown.append(f"{log.run['log_file']}: score line with an unknown label {label!r}: not used")
-        return
-    if not (math.isfinite(nats) and math.isfinite(bpb)):
-        log.unknown.append(f"{log.run['log_file']}: stage {stage} is not a number ({nats}, {bpb}): not used")
-        return
-    known, is_exact = log.run[stage], label.endswith("_exact")
-    if known and known["label"].endswith("_exact") and not is_exact:
-        return
-    if known and not is_exact and known["val_bpb"] != bpb:
-        log.unknown.append(
-            f"{log.run['log_file']}: stage {stage} is printed more than once ({known['val_bpb']} as "
-            f"{known['label']!r}, {bpb} as {label!r}): the last one is used"
+    def __init__(self, name: str, file_name: str) -> None:
+        run: dict[str, Any] = {"log_file": name, "code_bytes_printed": {}, "hparams": {}, "settings": {}}
+        run |= dict.fromkeys(
+            ("steps", "train_ms", "stop_reason", "live_weights_bpb_at_stop", "model_bytes", "total_bytes")
         )
-    time = EVAL_TIME.search(match.group("rest"))
-    seconds = float(time.group(1)) * (1e-3 if time.group(2) == "ms" else 1.0) if time else None
-    if seconds is None and known:
-        seconds = known["seconds"]  # the exact line repeats the figures without the time
-    log.run[stage] = {"val_bpb": bpb, "val_loss_nats": nats, "seconds": seconds, "label": label}
-    log.provenance[stage] = f"{log.run['log_file']}: {label}"
+        run |= dict.fromkeys((*SINGLE_FIGURES, "seed_in_log", "step_avg_ms"))
+        run |= dict.fromkeys(STAGES)
+        self.log = Log(run, [], {}, [], [])
+        self.file_name = file_name
+        self.scores = ScoreBoard(name)
+        self.live: dict[int, Live] = {}
+        self.clock: list[list[float]] = []
+        self.sizes: list[Size] = []
+        self.seeds_inside: list[int] = []
+        self.looped_from: int | None = None
+        self.last_step: tuple[int, int | None] | None = None
 
+    def read(self, lines: list[str]) -> Log:
+        """Return the log of these lines."""
+        self.log.run["num_lines"] = len(lines)
+        for line in lines:
+            self._take(line)
+        self._finish()
+        return self.log
 
-def _take_single(log: Log, line: str) -> None:
-    """Take a line that prints one figure."""
-    if match := STOP_LINE.search(line):
-        ms, step = round(float(match.group(2))), int(match.group(3))
-        log.run.update(stop_reason=match.group(1), train_ms=ms, steps=step)
-        log.provenance["steps"] = f"{log.run['log_file']}: stopping_early"
-        return
-    if match := CODE_SIZE.match(line):
-        log.run["code_bytes_printed"][match.group(1)] = int(match.group(2))
-        return
-    for name, (form, convert) in SINGLE_FIGURES.items():
-        if match := form.search(line):
-            log.run[name] = convert(match.group(1))
-            log.provenance[name] = f"{log.run['log_file']}: {line.strip().partition(':')[0]}"
-    if match := HYPERPARAMETER.match(line):
-        log.run["hparams"][match.group(1)] = match.group(2).strip()
+    def _take(self, line: str) -> None:
+        if match := LOOP_LINE.search(line):
+            self.looped_from = int(match.group(1))
+        elif line.lstrip().startswith(("#", "//")):
+            return  # a comment of a script that was printed into the log
+        elif (step := step_of(line)) is not None:
+            self._take_step(line, *step)
+        elif STOP.search(line) and self._take_stop(line):
+            return
+        elif (score := read_score(line)) is not None:
+            if not is_progress(score.label):
+                self.scores.take(score)
+        else:
+            self._take_single(line)
 
+    def _take_step(self, line: str, step: int, total: int | None) -> None:
+        """Take a line of the training loop; once a stage was scored, steps are those of something else."""
+        if self.scores.is_past_training:
+            return
+        score, loss, time = read_score(line), TRAIN_LOSS.search(line), TRAIN_TIME.search(line)
+        if score is None and loss is None:
+            return
+        elapsed_s = seconds_of(*time.groups()) if time else None
+        if score is not None and math.isfinite(score.bpb):
+            self._take_live(score, step, total, elapsed_s)
+        elif loss is not None and score is None:
+            rate = RATE.search(line)
+            tokens_per_s = float(rate.group(1).replace(",", "")) if rate else None
+            self.log.steps.append(
+                {"step": step, "loss": float(loss.group(1)), "elapsed_s": elapsed_s, "tokens_per_s": tokens_per_s}
+            )
+        if elapsed_s is not None:
+            self.clock.append([step, round(1000 * elapsed_s, 3)])
+        if average := STEP_AVERAGE.search(line):
+            seconds = seconds_of(*average.groups())
+            self.log.run["step_avg_ms"] = None if seconds is None else round(1000 * seconds, 6)
+        self.last_step = (step, total)
 
-def _finish(log: Log, live: dict[int, tuple[float, float | None]], looped_from: int | None) -> None:
-    """Fill in what follows from several lines, and list what was not found."""
-    run = log.run
-    if run["steps"] in live:
-        run["live_weights_bpb_at_stop"], run["live_weights_nats_at_stop"] = live[run["steps"]]
-        log.provenance["live"] = f"{run['log_file']}: validation at step {run['steps']}"
-    if run["train_ms"] is not None and run["steps"]:
-        run["train_seconds"] = run["train_ms"] / 1000
-        run["ms_per_step"] = round(run["train_ms"] / run["steps"], 3)
-    if run["total_bytes"] is not None and run["model_bytes"] is not None:
-        run["code_bytes_implied"] = run["total_bytes"] - run["model_bytes"]
-    for point in log.steps:
-        point["is_looped"] = None if looped_from is None else point["step"] > looped_from
-    run["seed_in_filename"] = seed_in_name(run["log_file"])
-    run["seed"] = run["seed_in_log"] if run["seed_in_log"] is not None else run["seed_in_filename"]
-    for name, form in EXPECTED.items():
-        if run[name] is None:
-            log.missing.append(f"{run['log_file']}: {name} not found (no line {form!r})")
+    def _take_live(self, score: Score, step: int, total: int | None, elapsed_s: float | None) -> None:
+        elapsed_ms = None if elapsed_s is None else 1000 * elapsed_s
+        self.live[step] = Live(score.bpb, score.nats, score.decimals, elapsed_ms, total)
+
+    def _take_stop(self, line: str) -> bool:
+        """Take the line that says where training stopped; return whether it was one."""
+        step, time = STOP_STEP.search(line), TRAIN_TIME.search(line)
+        seconds = seconds_of(*time.groups()) if time else None
+        if step is None or seconds is None:
+            return False
+        reason = STOP_REASON.search(line)
+        self.log.run.update(
+            stop_reason=reason.group(1) if reason else "stopped",
+            train_ms=round(1000 * seconds),
+            steps=int(step.group(1)),
+        )
+        self.log.provenance["steps"] = f"{self.log.run['log_file']}: stopping_early"
+        return True
+
+    def _take_single(self, line: str) -> None:
+        """Take a line that prints figures other than scores."""
+        run = self.log.run
+        for size in read_sizes(line):
+            self.sizes.append(size)
+            if size.kind == "code":
+                run["code_bytes_printed"][size.label] = size.num_bytes
+        for name, (form, convert) in SINGLE_FIGURES.items():
+            if match := form.search(line):
+                run[name] = convert(match.group(1))
+                self.log.provenance[name] = f"{run['log_file']}: {line.strip().partition(':')[0]}"
+        if match := SEED_LINE.match(line):
+            run["seed_in_log"] = int(match.group(1))
+        else:
+            self.seeds_inside += [int(match.group(1)) for match in SEED_INSIDE.finditer(line)]
+        if match := SETTING_LINE.match(line):
+            run["hparams"][match.group(1)] = match.group(2).strip()
+        if not self.log.steps and not self.live and not self.scores.has_any and len(line) < 500:
+            run["settings"] |= dict(SETTING.findall(line))
+
+    def _finish(self) -> None:
+        """Fill in what follows from several lines, and list what was not found."""
+        run, log = self.log.run, self.log
+        self.scores.write_to(run, log.provenance, log.unknown)
+        self._finish_steps()
+        sizes = choose_sizes(self.sizes)
+        for name, size in (("model_bytes", sizes.model), ("total_bytes", sizes.total)):
+            if size is not None:
+                run[name] = size.num_bytes
+                log.provenance[name] = f"{run['log_file']}: {size.label}"
+        if run["total_bytes"] is not None and run["model_bytes"] is not None:
+            run["code_bytes_implied"] = run["total_bytes"] - run["model_bytes"]
+        for point in log.steps:
+            point["is_looped"] = None if self.looped_from is None else point["step"] > self.looped_from
+        run["train_losses"] = [[point["step"], point["loss"]] for point in log.steps]
+        run["clock"] = self.clock
+        run["settings"] |= run["hparams"]
+        if run["seed_in_log"] is None and len(set(self.seeds_inside)) == 1:
+            run["seed_in_log"] = self.seeds_inside[0]
+        if run["seed_in_log"] is not None:
+            log.provenance["seed"] = f"{run['log_file']}: seed"
+        run["seed_in_filename"] = seed_in_name(self.file_name)
+        run["seed"] = run["seed_in_log"] if run["seed_in_log"] is not None else run["seed_in_filename"]
+        run["files"] = {self.file_name: sorted(log.provenance)}
+        for name, form in EXPECTED.items():
+            if run[name] is None:
+                log.missing.append(f"{run['log_file']}: {name} not found (no line {form!r})")
+
+    def _finish_steps(self) -> None:
+        """Fill in steps, training time and the live weights' score; a run that ended by its steps has no stop line."""
+        run = self.log.run
+        if run["steps"] is None and self.live:
+            step, last = max(self.live.items())
+            is_last = self.log.has_scores and self.last_step is not None and step >= self.last_step[0]
+            is_end = last.total == step or (is_last and last.elapsed_ms is not None)
+            if is_end and step > 0:
+                run["steps"], run["stop_reason"] = step, "all_steps" if last.total == step else None
+                run["train_ms"] = None if last.elapsed_ms is None else round(last.elapsed_ms)
+                self.log.provenance["steps"] = f"{run['log_file']}: validation at step {step}"
+        if run["steps"] is None and self.last_step is not None and self.last_step[0] == self.last_step[1]:
+            run["steps"], run["stop_reason"] = self.last_step[0], "all_steps"
+            self.log.provenance["steps"] = f"{run['log_file']}: training at step {self.last_step[0]}"
+        if run["train_ms"] is None and self.clock and self.clock[-1][0] == run["steps"]:
+            run["train_ms"] = round(self.clock[-1][1])
+        if run["steps"] in self.live:
+            live = self.live[run["steps"]]
+            run["live_weights_bpb_at_stop"], run["live_weights_nats_at_stop"] = live.bpb, live.nats
+            run["score_decimals"]["live"] = live.decimals
+            self.log.provenance["live"] = f"{run['log_file']}: validation at step {run['steps']}"
+        if run["train_ms"] is not None and run["steps"]:
+            run["train_seconds"] = run["train_ms"] / 1000
+            run["ms_per_step"] = round(run["train_ms"] / run["steps"], 3)

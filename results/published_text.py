@@ -120,7 +120,10 @@ def _cells(record: Record) -> tuple[list[str], list[list[str]]]:
     content = record_json(record)
     shown = [entry for entry in COLUMNS if content["summary"][entry[1]]["n"]]
     header = ["seed", *(heading for heading, _, _ in shown)]
-    rows = [[str(row["seed"]), *(fixed(row[key], places) for _, key, places in shown)] for row in content["seeds"]]
+    rows = [
+        ["?" if row["seed"] is None else str(row["seed"]), *(fixed(row[key], places) for _, key, places in shown)]
+        for row in content["seeds"]
+    ]
     entries = [(Summary(**content["summary"][key]), places) for _, key, places in shown]
     rows.append(["mean", *(fixed(entry.mean, max(places, 1)) for entry, places in entries)])
     spread = ["no spread" if entry.n == 1 else fixed(entry.std_ddof1, max(places, 1)) for entry, places in entries]

@@ -6,7 +6,16 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from results.published import Record, find_record, one_run_a_seed, recompute, record_number, validation_bytes
+from results.published import (
+    FINEWEB_BYTES,
+    Record,
+    find_record,
+    imported_record,
+    one_run_a_seed,
+    recompute,
+    record_number,
+    text_bytes,
+)
 from results.reader import latest_attempts, read_runs
 from results.schema import FINISHED, SCORES
 from results.stats import bits_per_byte
@@ -14,9 +23,6 @@ from results.stats import bits_per_byte
 if TYPE_CHECKING:
     import pandas as pd
 
-# The validation set of the challenge: the first 50,000 FineWeb documents. Tokenizers of the published records count
-# 151.074 to 151.081 MB, because they normalize the text a little differently and score another tail.
-FINEWEB_BYTES = (151.06e6, 151.10e6)
 SAME_TOKENIZER_FRAC = 3e-4  # evaluators of one log differ by 7e-5 in bytes per token
 COLUMNS = (
     "code_changed", "config_hash", "data_hash", "code_hash", "tokenizer_hash", "val_documents_hash", "val_bytes",
@@ -64,6 +70,9 @@ def open_side(spec: str, stage: str | None = None, seeds: list[int] | None = Non
     if spec.lower().startswith("pr:"):
         return _only_seeds(side_of_record(find_record(spec), stage), seeds)
     folder = Path(spec)
+    record = None if "://" in spec else imported_record(folder)
+    if record is not None:  # as the folder it was imported from: logs round the size of their text differently
+        return _only_seeds(side_of_record(record, stage), seeds)
     has_results = any((folder / name).is_dir() for name in ("results/runs", "runs"))
     if "://" not in spec and folder.is_dir() and not has_results:
         from results.submission import read_submission
@@ -119,7 +128,6 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
               for run in scored}  # fmt: skip
     first = next(iter(scores.values()))
     hashes = {run.get("val_documents_hash") for run in scored}
-    sizes = {round(size) for run in scored if (size := validation_bytes(run)) is not None}
     notes = []
     if len({str(run.get("code_bytes_printed")) for run in scored}) > 1:
         notes.append("its seeds printed different code sizes: not one revision of the script")
@@ -132,7 +140,7 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
         tokenizer_hash=None,
         text=Text(
             hashes.pop() if len(hashes) == 1 else None,
-            float(min(sizes)) if sizes and max(sizes) - min(sizes) < 10_000 else None,
+            text_bytes(scored),
         ),
         notes=notes,
         mixtures=[],

@@ -5,26 +5,29 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from results.code_files import read_code
-from results.disagreements import Finding, agrees, find_disagreements, review
-from results.logs import Log, parse_log
-from results.printed import parse_json
-from results.published import Record, Run, one_run_a_seed, submitted_seeds, validation_bytes
+from results.disagreements import Finding, find_disagreements, review
+from results.folder_layout import Layout, lay_out
+from results.log_joins import join_logs, promote_variants, settle_seeds
+from results.logs import Log, parse_runs
+from results.published import RECORD_FILE, Record, Run, one_run_a_seed, submitted_seeds, text_bytes
 from results.readme_tables import read_spreads, read_tables
+from results.scoring import reported_scores, score_record
 from results.store import commit_attempt
+from results.submission_json import read_submission_json
+from results.text_files import read_text
 
-SCORED_ORDER = ("post_ttt", "sliding", "post_quant")
 OUR_NAMES = {"post_ema": "post_ema", "post_quant": "pre_ttt", "sliding": "sliding", "ttt_lr0": "ttt_lr0",
              "post_ttt": "post_ttt"}  # fmt: skip
+STAGE_NAMES = ("post_ema", "post_quant", "post_ttt", "total_eval_s")  # a log has those that its recipe has
 SOURCE_SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h")
-NOT_LOGS = ("requirements.txt", "license.txt", "readme.txt", "constraints.txt")
-NAMES_DROPPED = ("author", "github_id", "name", "blurb", "authors", "co_authors")
-RECORD_FILE = "record.json"
+UNKNOWN_SEED = -1  # in the tables, whose key is a number; shown as "?"
 
 
 class Submission(NamedTuple):
@@ -38,43 +41,36 @@ class Submission(NamedTuple):
 def read_submission(folder: Path) -> Submission:
     """Return everything the known forms show in a submission folder.
 
-    Raises FileNotFoundError for a folder that is not there, ValueError for one without any readable log or with a
-    file that is not UTF-8.
+    Files that cannot be read are left out with a note. Raises FileNotFoundError for a folder that is not there,
+    ValueError for one without any readable log or with several submissions in it.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
-    logs: dict[str, Log] = {}
-    notes: list[str] = []
-    for path in _log_files(folder):
-        name = path.relative_to(folder).as_posix()
-        log = parse_log(_read_text(path), name)
-        if log.is_recognized:
-            logs[name] = log
-        elif path.suffix == ".log":
-            notes.append(f"{name}: no line of a known form; not a training log we can read")
-    if not logs:
-        raise ValueError(f"{folder}: no training log with a line of a known form (*.log, *.txt, logs/*){_first(notes)}")
-    for log in logs.values():
-        notes += [*log.missing, *log.unknown]
-        if log.run["seed"] is None:
-            notes.append(f"{log.run['log_file']}: no seed in its name or its lines; not used")
+    layout = lay_out(folder)
+    notes = list(layout.notes)
+    logs = _read_logs(layout, notes)
+    submission = read_submission_json(layout.submission, notes)
+    readme = _readme_text(layout.root, notes)
+    tables = read_tables(readme)
+    known = _known_seeds(submission, tables)
+    reported = partial(reported_scores, submission, num_seeds=len(known))
+    settle_seeds(logs, known, reported, notes)
+    logs = join_logs(logs, reported, notes)
+    promote_variants(logs)
+    notes += _notes_on(logs)
     record: Record = {
         "pr": None,
-        "folder": folder.resolve().name,
-        "date_folder": _date(folder.resolve().name),
+        "folder": layout.root.resolve().name,
+        "date_folder": _date(layout.root.resolve().name),
         "track": None,
-        "submission_json": _submission_json(folder, notes),
-        "readme_seed_tables": read_tables(_readme(folder)),
-        "readme_spreads": read_spreads(_readme(folder)),
-        "code": read_code(folder),
-        "source_file_bytes_in_folder": {
-            path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.suffix in SOURCE_SUFFIXES
-        },
-        "runs": [log.run for log in logs.values()],
+        "submission_json": submission,
+        "readme_seed_tables": tables,
+        "readme_spreads": read_spreads(readme),
+        "code": read_code(layout.root),
+        "source_file_bytes_in_folder": _source_sizes(layout.root),
+        "runs": [log.run for log in logs],
     }
-    _score(record, notes)
+    score_record(record, notes, re.findall(r"(?<![\d.])\d\.\d{3,10}(?!\d)", readme))
     notes += review(record).unchecked
-    return Submission(record, logs, notes)
+    return Submission(record, {log.run["log_file"]: log for log in logs}, list(dict.fromkeys(notes)))
 
 
 def findings_of(record: Record) -> list[Finding]:
@@ -109,81 +105,110 @@ def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding
 def _runs_to_commit(record: Record) -> list[Run]:
     """Return one run a seed: the scored ones, and for seeds without a score the first log."""
     chosen = {run["seed"]: run for run in one_run_a_seed(record)}
+    is_known = any(run["seed"] is not None for run in record["runs"])
     for run in record["runs"]:
-        if run["seed"] is not None:
+        if run["seed"] is not None or not is_known:
             chosen.setdefault(run["seed"], run)
     return list(chosen.values())
 
 
-def _log_files(folder: Path) -> list[Path]:
-    paths = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [path for path in paths if path.suffix in (".log", ".txt") and path.name.lower() not in NOT_LOGS]
+def unscored_seeds(record: Record) -> list[int | None]:
+    """Return the seeds of which no log shows the final score; None stands for logs that name no seed."""
+    seeds = {run["seed"] for run in record["runs"] if run["seed"] is not None} or {None}
+    return [
+        seed
+        for seed in seeds
+        if not any(run["seed"] == seed and run["final_bpb"] is not None for run in record["runs"])
+    ]
 
 
-def _read_text(path: Path) -> str:
+def _read_logs(layout: Layout, notes: list[str]) -> list[Log]:
+    """Return the runs that the folder's logs show, in the order of their files."""
+    logs: list[Log] = []
+    quoted: list[str] = []
+    for path in layout.logs:
+        name = path.relative_to(layout.root).as_posix() if layout.root in path.parents else path.name
+        try:
+            decoded = read_text(path)
+        except ValueError as error:
+            notes.append(f"{name}: left out ({str(error).removeprefix(f'{path}: ')})")
+            continue
+        found = [log for log in parse_runs(decoded.text, name) if log.is_recognized]
+        logs += found
+        if found and decoded.remark:
+            notes.append(f"{name}: {decoded.remark}")
+        if len(found) > 1:
+            notes.append(f"{name}: holds {len(found)} runs, one after the other")
+        if not found and path.suffix.lower() == ".log":
+            quoted.append(f"{name}: no line of a known form; not a training log we can read{_last_score(decoded.text)}")
+    if not logs:
+        said = [*quoted, *notes]
+        detail = f"; {said[0]}" if said else ""
+        raise ValueError(f"{layout.root}: no training log with a line of a known form (*.log, *.txt, logs/*){detail}")
+    notes += quoted
+    return logs
+
+
+def _last_score(text: str) -> str:
+    """Return the last line that speaks of bits per byte, to show what was not understood."""
+    lines = [line.strip() for line in text.splitlines() if "bpb" in line.lower()]
+    return f" (the last line with bpb: {lines[-1][:160]!r})" if lines else ""
+
+
+def _notes_on(logs: list[Log]) -> list[str]:
+    """Return what the logs lack or do not explain; a stage is only missed where another log has it."""
+    notes = []
+    for log in logs:
+        shown = {name for other in logs for name in STAGE_NAMES if other is not log and other.run[name] is not None}
+        for line in log.missing:
+            name = line.removeprefix(f"{log.run['log_file']}: ").partition(" ")[0]
+            if log.run[name] is None and (name in shown or name not in STAGE_NAMES):
+                notes.append(line)
+        notes += log.unknown
+    if any(log.run["seed"] is not None for log in logs):
+        unnamed = [log.run["log_file"] for log in logs if log.run["seed"] is None]
+        return notes + [f"{name}: no seed in its name or its lines; not used" for name in unnamed]
+    return [*notes, "no log, name or submission.json says which seed this is: shown as seed ?"]
+
+
+def _known_seeds(submission: dict[str, Any] | None, tables: list[dict[str, Any]]) -> list[int]:
+    """Return the seeds that submission.json lists, else those of the README's tables."""
+    submission = submission or {}
+    seeds = set(submitted_seeds({"submission_json": submission}))
+    listed = submission.get("seeds", submission.get("seed"))
+    for text in map(str, listed if isinstance(listed, list) else [listed]):
+        if re.fullmatch(r"[0-9]{1,18}", text):
+            seeds.add(int(text))
+    if not seeds:
+        cells = [str(next(iter(row.values()), "")) for table in tables for row in table["rows"]]
+        seeds = {int(match.group(1)) for cell in cells if (match := re.fullmatch(r"\W*([0-9]{1,9})\W*", cell))}
+    return sorted(seeds)
+
+
+def _source_sizes(root: Path) -> dict[str, int]:
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(root.iterdir())
+        if path.suffix in SOURCE_SUFFIXES and path.is_file()
+    }
+
+
+def _readme_text(root: Path, notes: list[str]) -> str:
+    """Return the README's text, empty where there is none that can be read."""
+    path = next((path for path in sorted(root.iterdir()) if path.name.lower() == "readme.md" and path.is_file()), None)
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(
-            f"{path}: not UTF-8 text (byte 0x{byte:02x} at {error.start}); convert it first, such as: iconv -t utf-8"
-        ) from error
-
-
-def _submission_json(folder: Path, notes: list[str]) -> dict[str, Any] | None:
-    """Return submission.json without names; None, said, when it is not there."""
-    path = next((path for path in sorted(folder.glob("submission*.json"))), None)
-    if path is None:
-        notes.append("submission.json not found")
-        return None
-    try:
-        content = parse_json(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg} in line {error.lineno})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return {key: value for key, value in content.items() if key not in NAMES_DROPPED}
-
-
-def _readme(folder: Path) -> str:
-    path = folder / "README.md"
-    return _read_text(path) if path.is_file() else ""
-
-
-def _score(record: Record, notes: list[str]) -> None:
-    """Decide the stage the record is scored on and fill in what the record form derives from the stages."""
-    runs = [run for run in record["runs"] if run["seed"] is not None]
-    stage = _scored_stage(record, runs)
-    for run in record["runs"]:
-        entry = run.get(stage) if stage else None
-        run["scored_stage"] = stage
-        run["final_bpb"] = entry["val_bpb"] if entry else None
-        run["final_nats"] = entry["val_loss_nats"] if entry else None
-        for name in ("post_quant", "sliding"):
-            both = run.get(name) and run.get("post_ttt")
-            gain = round(run["post_ttt"]["val_bpb"] - run[name]["val_bpb"], 8) if both else None
-            run[f"ttt_gain_vs_{name}_bpb"] = gain
-        if stage and entry is None:
-            notes.append(f"{run['log_file']}: stage {stage}, on which the others are scored, not found: left out")
-
-
-def _scored_stage(record: Record, runs: list[Run]) -> str | None:
-    """Return the stage whose scores submission.json reports; else the last stage that every log has, or any has."""
-    submitted = submitted_seeds(record)
-    present = [stage for stage in SCORED_ORDER if any(run.get(stage) for run in runs)]
-    for stage in present:
-        for run in runs:
-            said = submitted.get(run["seed"], {}).get("val_bpb")
-            if run.get(stage) and said is not None and agrees(said, run[stage]["val_bpb"]):
-                return stage
-    return next((stage for stage in present if all(run.get(stage) for run in runs)), present[0] if present else None)
+        return "" if path is None else read_text(path).text
+    except ValueError as error:
+        notes.append(f"README.md: left out ({str(error).removeprefix(f'{path}: ')})")
+        return ""
 
 
 def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
     """Return the runs row of one imported seed, with the file and label each figure was read from."""
     hparams = run["hparams"]
     row: dict[str, Any] = {
-        "seed": run["seed"], "repeat": 0, "attempt": 1, "config_hash": f"imported:{record['folder']}",
+        "seed": UNKNOWN_SEED if run["seed"] is None else run["seed"], "repeat": 0, "attempt": 1,
+        "config_hash": f"imported:{record['folder']}",
         "state": "DONE" if run["final_bpb"] is not None else "FAILED", "sweep": record["folder"],
         "error": None if run["final_bpb"] is not None else f"{run['log_file']} shows no final score",
         "source": f"imported from {record['folder']}", "config_json": hparams, "steps": run["steps"],
@@ -194,13 +219,13 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
         "code_bytes": run.get("code_bytes_implied"), "code_bytes_convention": "as the log counted it",
         "num_params": run["model_params"], "size_limit_bytes": 16_000_000, "attempts": 1,
         "peak_memory_bytes": None if run["peak_mem_mib"] is None else run["peak_mem_mib"] * 2**20,
-        "world_size": int(hparams["world_size"]) if hparams.get("world_size", "").isdigit() else None,
-        "vocab_size": int(hparams["vocab_size"]) if hparams.get("vocab_size", "").isdigit() else None,
+        "world_size": _integer(run["settings"].get("world_size")),
+        "vocab_size": _integer(run["settings"].get("vocab_size")),
         "val_documents_hash": run["val_documents_hash"], "provenance_json": log.provenance,
     }  # fmt: skip
     if run["total_bytes"] is not None:
         row["within_limit"] = run["total_bytes"] <= row["size_limit_bytes"]
-    size = validation_bytes(run)
+    size = text_bytes(one_run_a_seed(record))  # one text for all seeds, although each log rounds it differently
     row["val_bytes"] = run["val_bytes"] if run["val_bytes"] is not None or size is None else round(size)
     for stage, ours in OUR_NAMES.items():
         if run.get(stage):
@@ -231,5 +256,5 @@ def _date(name: str) -> str | None:
     return match.group() if match else None
 
 
-def _first(notes: list[str]) -> str:
-    return f"; {notes[0]}" if notes else ""
+def _integer(text: str | None) -> int | None:
+    return int(text) if text is not None and re.fullmatch(r"[0-9]{1,12}", text) else None

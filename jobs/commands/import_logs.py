@@ -16,9 +16,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Import and print the recomputed figures. Returns 1 when some log shows no final score, else 0."""
+    """Import and print the recomputed figures. Returns 1 when no log of some seed shows a final score, else 0."""
     from results.published_text import record_json, render_record
-    from results.submission import import_submission
+    from results.submission import import_submission, unscored_seeds
 
     out = args.out or Path("runs/imported") / args.folder.resolve().name
     submission, findings = import_submission(args.folder, out)
@@ -32,5 +32,4 @@ def execute(args: argparse.Namespace) -> int:
     for note in submission.notes:
         print(f"note: {note}", file=notes_to)
     print(f"written to {out} (show it with: seedsweep table {out})", file=notes_to)
-    unscored = [run for run in submission.record["runs"] if run["seed"] is None or run["final_bpb"] is None]
-    return 1 if unscored else 0
+    return 1 if unscored_seeds(submission.record) else 0

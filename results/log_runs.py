@@ -1,0 +1,67 @@
+"""Several runs in one log file: where one ends and the next begins."""
+
+from __future__ import annotations
+
+import re
+
+from results.log_lines import SEED_LINE, SETTING_LINE, STOP, TRAIN_LOSS, is_progress, read_score, step_of
+
+HEAD = re.compile(
+    r"^\s*(?:Hyperparameters:|model_params|val_tokens|val_loader|train_loader|world_size|Running Python)", re.IGNORECASE
+)
+
+
+def split_runs(lines: list[str]) -> list[list[str]]:
+    """Return the lines of each run in a log; a second run starts its steps anew, or prints another seed.
+
+    A part whose lines are those of an earlier one is left out: a log that was written twice is one run.
+    """
+    starts = [0, *_starts(lines)]
+    parts = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)])]
+    kept: list[list[str]] = []
+    for part in parts:
+        figures = [line.strip() for line in part if _kind(line) in ("curve", "tail")]
+        if not any(figures == [line.strip() for line in other if _kind(line) in ("curve", "tail")] for other in kept):
+            kept.append(part)
+    return kept
+
+
+def _starts(lines: list[str]) -> list[int]:
+    """Return the index of the first line of every run but the first."""
+    starts: list[int] = []
+    last_figure, top_step, has_tail, seed, head = -1, -1, False, None, None
+    for index, line in enumerate(lines):
+        kind = _kind(line)
+        if kind == "head":
+            head = index if head is None or head < last_figure else head
+            match = SEED_LINE.match(line)
+            is_other = match is not None and seed is not None and match.group(1) != seed
+            seed = match.group(1) if match else seed
+            if not (is_other and has_tail):
+                continue
+            starts.append(last_figure + 1)
+            top_step, has_tail = -1, False
+        elif kind == "curve":
+            step = step_of(line)
+            assert step is not None, "a line of the curve has a step"
+            is_new = step[0] < top_step and step[0] <= 10 and (has_tail or (head is not None and head > last_figure))
+            if is_new:
+                starts.append(last_figure + 1)
+                has_tail = False
+            top_step = step[0] if is_new else max(top_step, step[0])
+            last_figure = index
+        elif kind == "tail":
+            has_tail, last_figure = True, index
+    return starts
+
+
+def _kind(line: str) -> str | None:
+    """Return head, curve or tail for a line that stands for this part of a run."""
+    if SEED_LINE.match(line) or HEAD.match(line) or SETTING_LINE.match(line):
+        return "head"
+    if step_of(line) is not None:
+        return "curve" if TRAIN_LOSS.search(line) or read_score(line) else None
+    if STOP.search(line) and "train_time" in line:
+        return "tail"
+    score = read_score(line)
+    return "tail" if score is not None and not is_progress(score.label) else None
