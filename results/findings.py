@@ -64,8 +64,8 @@ def merge_claims(claims: Iterable[Claim]) -> list[Finding]:
 
 
 def _fact(claim: Claim) -> tuple[Any, ...]:
-    """Return what a claim is about: the log's own value where it is a score, so that two names of a stage are one."""
-    if claim.actual and claim.figure.endswith((" bpb", " nats")):
+    """Return what a claim is about: the log's own value where it is a score or a time: two names of one are one."""
+    if claim.actual and claim.figure.endswith((" bpb", " nats", " time")):
         return (round(claim.actual[0], 6),)
     return (claim.figure,)
 

@@ -18,7 +18,7 @@ SCALES = {"MiB": 2.0**20, "KiB": 1024.0, "MB": 1e6, "M": 1e6, "kB": 1e3, "KB": 1
 MINUTES_AND_SECONDS = re.compile(r"(\d+)\s*(?:m|min|minutes?)\s*(\d+(?:\.\d+)?)\s*s|\b(\d+):(\d{2})(?!\d)")
 TIME_UNIT = re.compile(r"(?<![A-Za-z])(ms|milliseconds|s|secs?|seconds|m|mins?|minutes|h|hours?)(?![A-Za-z/])", re.I)
 LEAST_SLACK_S = 0.5  # between two clocks of one pass
-FEWEST_SCORE_DECIMALS = 4  # of a float whose text is gone: 1.1100 has become 1.11
+FEWEST_SCORE_DECIMALS = 3  # of a number in JSON, whose last zeros most writers drop: 1.110 has become 1.11
 
 
 class PrintedFloat(float):
@@ -70,9 +70,9 @@ def printed_number(said: object) -> tuple[float | None, float]:
 
 
 def printed_score(said: object) -> tuple[float | None, float]:
-    """Return printed_number() for a score: a bare float counts as printed with at least four decimals."""
+    """Return printed_number() for a score: a number, unlike text, counts with at least three decimals."""
     value, half_unit = printed_number(said)
-    if isinstance(said, float) and not isinstance(said, PrintedFloat):
+    if isinstance(said, float):
         half_unit = min(half_unit, 0.5 * 10.0**-FEWEST_SCORE_DECIMALS)
     return value, half_unit
 
