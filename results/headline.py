@@ -50,7 +50,11 @@ def check_headline(record: Record) -> Review:
             found.append(Finding(None, field, values, "headline", score.said, mean))
         elif _rests_on_seeds_without_logs(score, record, runs):
             unchecked.append(f"{score.source} {text_of(score.said)} cannot be checked: not every seed has a log")
-        elif mean is not None and lowest_seeds(score.said, runs, score.kind) is None:
+        elif lowest := lowest_seeds(score.said, runs, score.kind):
+            values = {score.source: score.said, "seeds": lowest, "log_mean": mean}
+            field = f"headline is the mean of the {len(lowest)} lowest of {len(runs)} seeds"
+            found.append(Finding(None, field, values, "seed_selection", score.said, mean))
+        elif mean is not None:
             claims.append(Claim(None, f"headline {score.kind}", score.source, score.source, score.said, [mean]))
     for seed, places in one_seed.items():
         found.append(_one_seed_finding(seed, places, runs))
