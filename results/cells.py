@@ -93,6 +93,9 @@ def allowed(run: Run, meaning: str, record: Record) -> list[float]:
     if meaning == "code bytes" and values:
         files = record.get("source_file_bytes_in_folder") or {}
         values += [*files.values(), sum(files.values())]
+    planned = (run.get("hparams") or {}).get("iterations")
+    if meaning == "steps" and values and str(planned).isdigit():
+        values.append(float(str(planned)))
     if meaning == "train time" and values:
         budget = (run.get("hparams") or {}).get("max_wallclock_seconds")
         if budget and re.fullmatch(r"\d+(\.\d*)?", str(budget)):

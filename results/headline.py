@@ -10,6 +10,7 @@ from results.findings import Claim, Finding, Review
 from results.printed import is_near, printed_score, text_of
 from results.published import Record, Run, one_run_a_seed
 from results.stats import summarize
+from results.submission_json import headline_of
 from results.submitted import headline, listed_seeds, submitted_figures
 
 KEYS = {
@@ -78,6 +79,8 @@ def _headlines(record: Record) -> Iterator[Score]:
     names = {"bpb": "val_bpb", "nats": "val_loss"}
     for kind, keys in KEYS.items():
         said = headline(submission, keys)
+        if said is None and kind == "bpb":
+            said = headline_of(submission or {})
         if said is not None:
             yield Score(kind, f"submission.json {names[kind]}", said)
     score = (record.get("leaderboard") or {}).get("score")

@@ -134,17 +134,25 @@ def check_first_losses(record: Record) -> Iterator[Finding]:
     """Yield different seeds that start with one loss, and logs of one seed that start with different ones."""
     runs = [run for run in record["runs"] if isinstance(run.get("seed"), int) and _by_step(run.get("train_losses"))]
     duplicates = {frozenset((a["log_file"], b["log_file"])) for a, b, _, _ in _duplicates(one_run_a_seed(record))}
-    for a, b in combinations(runs, 2):
-        first, second = _by_step(a["train_losses"]), _by_step(b["train_losses"])
-        if 1 not in first or 1 not in second or frozenset((a["log_file"], b["log_file"])) in duplicates:
-            continue
-        values = {a["log_file"]: first[1], b["log_file"]: second[1]}
-        if a["seed"] == b["seed"] and first[1] != second[1]:
+    for seed in dict.fromkeys(run["seed"] for run in runs):
+        starts = {
+            run["log_file"]: loss for run in runs if run["seed"] == seed and (loss := _first_loss(run)) is not None
+        }
+        if len(set(starts.values())) > 1:
+            first, *others = starts.values()
             field = "logs of one seed start with different losses: other data, code or seed"
-            yield Finding(a["seed"], field, values, "first_loss", first[1], second[1])
-        elif a["seed"] != b["seed"] and _has_one_start(first, second) and _decimals([first[1]]) >= LOSS_DECIMALS:
-            field = f"seeds {a['seed']} and {b['seed']} have the same training loss in step 1: one seed was run twice"
-            yield Finding(None, field, values, "first_loss", first[1], f"different from {second[1]}")
+            yield Finding(seed, field, starts, "first_loss", others[-1], first)
+    for a, b in combinations(one_run_a_seed(record), 2):
+        curves = _by_step(a.get("train_losses")), _by_step(b.get("train_losses"))
+        if frozenset((a["log_file"], b["log_file"])) in duplicates or not _has_one_start(*curves):
+            continue
+        field = f"seeds {a['seed']} and {b['seed']} have the same training loss in step 1: one seed was run twice"
+        values = {a["log_file"]: curves[0][1], b["log_file"]: curves[1][1]}
+        yield Finding(None, field, values, "first_loss", curves[0][1], f"different from {curves[1][1]}")
+
+
+def _first_loss(run: Run) -> float | None:
+    return _by_step(run.get("train_losses")).get(1)
 
 
 def _has_one_start(first: dict[int, float], second: dict[int, float]) -> bool:
@@ -154,7 +162,8 @@ def _has_one_start(first: dict[int, float], second: dict[int, float]) -> bool:
     """
     early = [step for step in first.keys() & second.keys() if 1 < step <= EARLY_STEP]
     is_alike = all(abs(first[step] - second[step]) <= EARLY_LOSS_SLACK for step in early)
-    return bool(early) and first[1] == second[1] and is_alike
+    has_start = bool(early) and 1 in first and 1 in second
+    return has_start and first[1] == second[1] and is_alike and _decimals([first[1]]) >= LOSS_DECIMALS
 
 
 def check_clocks(record: Record) -> Iterator[Finding]:
@@ -181,7 +190,7 @@ def check_throughput(record: Record) -> Iterator[Finding]:
         rates = [(step, rate) for step, rate in run.get("token_rates") or [] if rate and clock.get(step)]
         for step, rate in rates:
             ms = clock[step]
-            if tokens and step >= EARLY_STEP and ms > 2 * _grid(ms):
+            if tokens and step >= EARLY_STEP and ms >= 5 * _grid(ms):
                 off.append((abs(rate * ms / 1000 / (step * tokens) - 1), step, rate, step * tokens / ms * 1000))
         wrong = [entry for entry in off if entry[0] > THROUGHPUT_FRAC]
         if len(off) >= 2 and len(wrong) > len(off) / 2:

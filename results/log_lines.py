@@ -113,7 +113,7 @@ def read_score(line: str) -> Score | None:
     rest = line[last.end() :]
     time = EVAL_TIME.search(rest)
     return Score(
-        label.strip(),
+        label.strip() or "val_bpb",
         None if loss is None else float(loss.group(1)),
         float(bpb.group(2)),
         len(bpb.group(2).lower().partition(".")[2].partition("e")[0]),

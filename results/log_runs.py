@@ -39,20 +39,25 @@ def _starts(lines: list[str]) -> list[int]:
             seed = match.group(1) if match else seed
             if not (is_other and has_tail):
                 continue
-            starts.append(last_figure + 1)
+            starts.append(_start(head, last_figure))
             top_step, has_tail = -1, False
         elif kind == "curve":
             step = step_of(line)
             assert step is not None, "a line of the curve has a step"
             is_new = step[0] < top_step and step[0] <= 10 and (has_tail or (head is not None and head > last_figure))
             if is_new:
-                starts.append(last_figure + 1)
+                starts.append(_start(head, last_figure))
                 has_tail = False
             top_step = step[0] if is_new else max(top_step, step[0])
             last_figure = index
         elif kind == "tail":
             has_tail, last_figure = True, index
     return starts
+
+
+def _start(head: int | None, last_figure: int) -> int:
+    """Return where a run starts: at its settings, else right behind the last figure of the run before it."""
+    return head if head is not None and head > last_figure else last_figure + 1
 
 
 def _kind(line: str) -> str | None:

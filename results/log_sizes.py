@@ -28,9 +28,8 @@ TOTAL = re.compile(
     re.IGNORECASE,
 )
 OF_LIMIT = re.compile(rf"(?<![\d,]){COUNT}\s*(?:bytes)?\s*/\s*16[,_]?000[,_]?000\b", re.IGNORECASE)
-OTHER_BYTES = re.compile(
-    r"code|raw|val|text|data|train|token|param|mem|payload|uncompressed|header|token", re.IGNORECASE
-)
+OF_OTHER_THINGS = re.compile(r"mem|token|param|val|train|text|cache", re.IGNORECASE)
+OTHER_BYTES = re.compile(r"code|raw|val|text|data|train|token|param|mem|payload|uncompressed|header", re.IGNORECASE)
 
 
 class Size(NamedTuple):
@@ -90,5 +89,7 @@ def choose_sizes(sizes: list[Size]) -> Sizes:
 
 def _is_total(match: re.Match[str]) -> bool:
     label = match.group(1).lower()
+    if OF_OTHER_THINGS.search(match.string[max(0, match.start() - 16) : match.start()]):
+        return False
     has_unit = bool(match.group(4)) or "bytes" in label or "size" in label
     return has_unit and not OTHER_BYTES.search(match.group(2)) and count_of(match.group(3)) >= 1000

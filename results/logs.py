@@ -243,7 +243,7 @@ class _LogReader:
             run["code_bytes_implied"] = run["total_bytes"] - run["model_bytes"]
         for point in log.steps:
             point["is_looped"] = None if self.looped_from is None else point["step"] > self.looped_from
-        run["train_losses"] = [[point["step"], point["loss"]] for point in log.steps]
+        run["train_losses"] = [[point["step"], _finite(point["loss"])] for point in log.steps]
         rates = [(point["step"], point["tokens_per_s"]) for point in log.steps]
         run["token_rates"] = [[step, rate] for step, rate in rates if rate is not None]
         run["clock"] = self.clock
@@ -283,3 +283,7 @@ class _LogReader:
         if run["train_ms"] is not None and run["steps"]:
             run["train_seconds"] = run["train_ms"] / 1000
             run["ms_per_step"] = round(run["train_ms"] / run["steps"], 3)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

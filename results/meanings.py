@@ -15,9 +15,14 @@ FOREIGN = re.compile(
     r"\b(baseline|base|previous|prev|prior|sota|delta|δ|Δ|diff|difference|improvement|improve|vs|versus|target|merged|"
     r"parent|reference|ref|limit|budget|cap|headroom|margin|left|rate|lr|warmup|warm up|compile|reserve|hash|date|std|"
     r"stdev|var|min|best|rank|gap|cost|hedge|unigram|uniform|floor|expected|claimed|estimated|projected|original|"
-    r"calibration|frac|ratio|pct|percent|batch|chunk|stride|warmdown|lora|per|lines?|valid|method|p|delay|at)\b|%|Δ"
+    r"calibration|sha|sha256|md5|hash|commit|url|path|file|name|version|params|parameters|tokens|type|format|frac|ratio|pct|percent|batch|chunk|stride|warmdown|lora|per|lines?|valid|method|p|delay|at)\b|%|Δ"
 )
-BYTES_WORDS = re.compile(r"\b(artifact|total submission|submission size|total size|total bytes|bytes total|total)\b")
+BYTES_WORDS = re.compile(
+    r"\b(artifact|total submission|submission size|submission bytes|total size|total bytes|bytes total)\b|"
+    r"^total( \(?(bytes|mb|mib)\)?)?$"
+)
+CODE_WORDS = re.compile(r"\b(code size|code bytes|bytes code)\b|^code( \(?(bytes|b|kb)\)?)?$")
+MODEL_WORDS = re.compile(r"\b(bytes model|model bytes|model size|compressed model|compressed weights|weight bytes)\b")
 TIME_WORDS = re.compile(r"\b(time|seconds|secs?|ms|s|duration|wallclock|wall clock|wall)\b")
 
 
@@ -96,9 +101,9 @@ def _time_meaning(words: str) -> str | None:
 
 
 def _size_meaning(words: str) -> str | None:
-    if re.search(r"\bcode\b", words) and re.search(r"\b(code (size|bytes)|bytes code|code)\b", words):
+    if CODE_WORDS.search(words):
         return "code bytes"
-    if re.search(r"\b(bytes model|model bytes|model size|compressed model|weights)\b", words):
+    if MODEL_WORDS.search(words):
         return "model bytes"
     return "artifact bytes" if BYTES_WORDS.search(words) else None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from results.printed import printed_numbers
 
-SEED_WORD = re.compile(r"\W*(?:random )?seeds?\b(?!\s*[-_#]?\s*\d)", re.IGNORECASE)
+SEED_WORD = re.compile(r"\W*(?:random |rng )?seed\b(?!\s*[-_#]?\s*\d)", re.IGNORECASE)  # "Seeds" counts them
 SEED_CELL = re.compile(r"\W*(?:seed\s*[-_=:#]?\s*|s)?(\d{1,10})\W*(?:\([^)]*\)\W*|\[[^\]]*\]\W*)?", re.IGNORECASE)
 NAMED_SEED = re.compile(r"\W*seed\s*[-_=:#]?\s*(\d{1,10})\b.*", re.IGNORECASE)
 AGGREGATE = re.compile(r"\W*(?:\d+[- ]seed\s+)?(mean|avg|average|std|stdev|sd|σ|μ|max|min|median|spread|range)\b", re.I)

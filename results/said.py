@@ -167,7 +167,8 @@ def _readme(record: Record, seeds: Seeds, said: Said) -> None:
         judged.append((number, verdicts, part))
     some_fit = any(sum(verdicts) > 0 for _, verdicts, _ in judged)
     for number, verdicts, part in judged:
-        is_foreign = some_fit and len(verdicts) >= MIN_FOREIGN_CELLS and not any(verdicts)
+        has_no_log = not verdicts and bool(part.missing)
+        is_foreign = some_fit and not any(verdicts) and (len(verdicts) >= MIN_FOREIGN_CELLS or has_no_log)
         if is_foreign:
             said.unchecked.append(
                 (f"README table {number}", f"none of its {len(verdicts)} figures, so it is about other runs")
@@ -186,9 +187,10 @@ def _table(record: Record, name: str, table: dict[str, Any], seeds: Seeds, said:
     verdicts: list[bool] = []
     for seed in dict.fromkeys(seed for seed, _ in rows if seed is not None):
         logs = seeds.logs(seed)
-        if not logs:
+        if not logs and key == table["columns"][0]:
             said.missing.setdefault(seed, {})[name] = next(dict(row) for own, row in rows if own == seed)
-            continue
+        if not logs:
+            continue  # where something else heads the rows, they are variants and need no log
         parts = []
         for row in (row for own, row in rows if own == seed):
             part = Said([], {}, [])

@@ -43,7 +43,7 @@ class Column(NamedTuple):
 KEYS = (
     Column("schema_version", "int32", "version of this schema", True),
     Column("run_id", "string", "names one attempt; equal in all four tables", True),
-    Column("seed", "int64", "seed of the run", True),
+    Column("seed", "int64", "seed of the run (-1: an imported log that names none)", True),
     Column("repeat", "int32", "0, or the n-th repetition of the same seed", True),
     Column("attempt", "int32", "from 1; a retry after a fault is the next attempt", True),
     Column("config_hash", "string", "sha256 of everything in the configuration that decides a score", True),

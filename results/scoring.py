@@ -99,7 +99,8 @@ def choose_stage(record: Record, runs: list[Run], readme_numbers: list[str]) -> 
         return best
     headline = headline_of(record.get("submission_json") or {})
     found = _stage_by_headline(headline, runs, present) if headline is not None else None
-    found = found or _stage_by_readme(readme_numbers, runs, [stage for stage in usual if stage in SCORED_ORDER])
+    known = [stage for stage in present if not stage.startswith(OTHER)]
+    found = found or _stage_by_readme(readme_numbers, runs, known)
     if found is not None:
         return found
     in_all = (stage for stage in usual if len(_by_seed(runs, stage)) == len({run["seed"] for run in runs}))

@@ -41,9 +41,8 @@ def normalize(content: dict[str, Any]) -> dict[str, Any]:
     """Return the entries with a value; a score given as an object or a list becomes its mean, kept beside its seeds."""
     kept = {key: _finite(value) for key, value in content.items()}
     kept = {key: value for key, value in kept.items() if value is not None and value != ""}
-    for key in [key for key in kept if "std" in key and isinstance(kept[key], str)]:
-        if not re.search(r"\d", kept[key]):
-            del kept[key]
+    for key in [key for key in kept if "std" in key and not re.search(r"[0-9]", str(kept[key]))]:
+        del kept[key]  # "n/a" and the like
     for key in ("val_bpb", "val_loss"):
         value = kept.get(key)
         if isinstance(value, dict):

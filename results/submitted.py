@@ -10,6 +10,10 @@ from results.printed import PrintedFloat, printed_number
 
 SEED_KEY = re.compile(r"(?:seed[ _-]?|s)?(\d{1,10})", re.IGNORECASE)
 PER_SEED_KEYS = ("seed_results", "per_seed", "seeds", "per_seed_results", "results", "runs", "seed_scores")
+SEED_MAPS = re.compile(
+    r"(mean_|final_)?(val_)?(bpb|loss|loss_nats)|(artifact_bytes|bytes_total|total_bytes|steps|(train|eval|ttt)_time\w*)",
+    re.IGNORECASE,
+)  # keys whose numbered entries are seeds; elsewhere a number may be an order, a stride, a layer
 MAPPED_FIGURES = re.compile(r"bpb|loss|nats|bytes|steps|time|seconds", re.IGNORECASE)
 FOREIGN_KEYS = re.compile(r"rerun|re_run|compliance|ablation|previous|baseline|parent|original", re.IGNORECASE)
 
@@ -60,9 +64,11 @@ def _entries(submission: dict[str, Any]) -> Iterator[tuple[int, str, Any]]:
             own = seed_of_key(key)
             if own is not None and not str(key).isdigit():
                 yield from _figures(own, value, "val_bpb")
-            elif key in PER_SEED_KEYS or "seed" in key or MAPPED_FIGURES.search(key):
+            else:
+                is_map = key in PER_SEED_KEYS or "seed" in key or SEED_MAPS.fullmatch(key)
                 for name, entry in value.items():
-                    if (seed := seed_of_key(name)) is not None:
+                    is_named = is_map or str(name).lower().startswith("seed")
+                    if is_named and (seed := seed_of_key(name)) is not None:
                         yield from _figures(seed, entry, _figure_of_key(key))
         elif isinstance(value, list):
             yield from _list_entries(key, value, submission.get("seeds"))

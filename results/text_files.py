@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+MAX_LINE_CHARS = 4000  # no figure stands farther out
 MAX_PREFIXES = 8  # a launcher, a scheduler and a logger may each put one before a line
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*(?:\x07|\x1b\\)|[\x00-\x08\x0e-\x1b\x7f\ufeff\u200b]")
 LINE_ENDS = re.compile(r"\r\n|[\n\r\x0b\x0c]")
@@ -81,7 +82,8 @@ def clean_lines(text: str) -> list[str]:
 
     What a carriage return overwrote is a line of its own. Indentation behind a prefix is kept.
     """
-    return [strip_prefixes(ESCAPES.sub("", line)).rstrip() for line in LINE_ENDS.split(_without_source(text))]
+    lines = (line[:MAX_LINE_CHARS] for line in LINE_ENDS.split(_without_source(text)))
+    return [strip_prefixes(ESCAPES.sub("", line)).rstrip() for line in lines]
 
 
 def strip_prefixes(line: str) -> str:

@@ -149,7 +149,7 @@ def test_one_equal_first_loss_may_be_chance() -> None:
 def test_logs_of_one_seed_that_start_with_different_losses_are_found() -> None:
     again = run_of(42, log_file="rerun_seed42.log", train_losses=[[1, 9.0073]])
     finding = only(record_of(run_of(42, train_losses=[[1, 9.0087]]), again))
-    assert (finding.seed, finding.check, finding.value, finding.limit) == (42, "first_loss", 9.0087, 9.0073)
+    assert (finding.seed, finding.check, finding.value, finding.limit) == (42, "first_loss", 9.0073, 9.0087)
 
 
 def test_a_clock_that_runs_backwards_is_found() -> None:

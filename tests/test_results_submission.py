@@ -191,18 +191,12 @@ def test_a_log_without_its_final_stage_is_left_out_and_said(tmp_path: Path, caps
 def test_bad_folders_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    foreign = write_submission(tmp_path / "foreign")
-    (foreign / "train_seed42.log").write_bytes("Ergebnis für Größe\n".encode("latin-1"))
-    broken = write_submission(tmp_path / "broken")
-    (broken / "submission.json").write_text("{")
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "train_seed1.log").write_text("epoch 1 loss 3.0\n")
     cases = {
         tmp_path / "absent": "no such folder",
         empty: "no training log with a line of a known form",
-        foreign: "train_seed42.log: not UTF-8 text (byte 0xfc at 10); convert it first",
-        broken: "submission.json: not JSON",
         strange: "train_seed1.log: no line of a known form",
     }
     for folder, message in cases.items():
@@ -210,6 +204,18 @@ def test_bad_folders_are_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFi
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_submission(tmp_path / "record")
+    path = folder / "train_seed42.log"
+    path.write_bytes("Größe\n".encode("latin-1") + path.read_bytes())
+    (folder / "submission.json").write_text("{")
+    submission = read_submission(folder)
+    assert "train_seed42.log: not UTF-8 text (byte 0xf6 at 2); read as Latin-1" in submission.notes
+    assert [note for note in submission.notes if note.startswith("submission.json: not JSON")]
+    finals = {run["seed"]: run["final_bpb"] for run in submission.record["runs"]}
+    assert finals == {seed: run["post_ttt"][1] for seed, run in SEEDS.items()}
 
 
 def test_an_import_does_not_replace_results_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
