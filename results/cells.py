@@ -10,7 +10,9 @@ from results.meanings import column_meaning, log_values, stage_meaning
 from results.printed import agrees, is_near, printed_numbers, printed_score, printed_seconds, text_of
 from results.published import Record, Run, one_run_a_seed
 
-NOT_A_FIGURE = re.compile(r"\bstd\b|\blines?\b|\bn/?a\b|±\s*$", re.IGNORECASE)
+NOT_A_FIGURE = re.compile(r"^[^\d]*\bstd\b|\blines?\b|\bn/?a\b|^\W*±", re.IGNORECASE)
+TIMED = re.compile(r"\d\s*(s|sec|seconds|ms|min|m)\b", re.IGNORECASE)
+TIMES = ((r"ttt", "TTT time"), (r"eval\w*", "eval time"), (r"train\w*", "train time"))
 SCORE_RANGE = {"bpb": (0.2, 6.0), "nats": (0.2, 15.0)}
 LEAST_BYTES = {"artifact bytes": 100_000, "model bytes": 100_000, "code bytes": 1_000}
 MIB_PER_MB = 2**20 / 1e6
@@ -26,6 +28,8 @@ def cell_meaning(column: str, cell: object) -> str | None:
     meaning = column_meaning(column)
     if meaning is not None:
         return meaning
+    if TIMED.search(text_of(cell)) and not printed_numbers(cell)[1:]:
+        return next((time for word, time in TIMES if re.fullmatch(rf"\W*{word}\W*", column, re.IGNORECASE)), None)
     stage = stage_meaning(column)
     is_score = re.fullmatch(r"\W*[012]\.\d{3,}\W*", text_of(cell)) is not None
     return f"{stage} bpb" if stage and is_score else None

@@ -32,6 +32,11 @@ class Finding(NamedTuple):
         return f"{place}: {self.field}: {said} [{self.check}{measured}]"
 
 
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """Return a finding as JSON shows it: its fields, and the line that the text shows."""
+    return {**finding._asdict(), "text": str(finding)}
+
+
 class Review(NamedTuple):
     """The findings of a record, and what it prints that no log can confirm (one line each)."""
 

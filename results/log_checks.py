@@ -9,6 +9,7 @@ from typing import Any
 from results.findings import Finding
 from results.meanings import evaluation_seconds
 from results.published import Record, Run, one_run_a_seed
+from results.readme_tables import seed_column, seed_in_cell, turn_table
 from results.submitted import listed_seeds
 
 SIZE_LIMIT_BYTES = 16_000_000
@@ -203,7 +204,7 @@ def check_throughput(record: Record) -> Iterator[Finding]:
 def check_seed_selection(record: Record) -> Iterator[Finding]:
     """Yield seeds that have a log but are left out of what is reported, when they score worse."""
     runs = {run["seed"]: run["final_bpb"] for run in one_run_a_seed(record)}
-    listed = set(listed_seeds(record.get("submission_json"))) or _readme_seeds(record)
+    listed = {*listed_seeds(record.get("submission_json")), *_readme_seeds(record)}
     kept = [score for seed, score in runs.items() if seed in listed]
     left = {seed: score for seed, score in runs.items() if seed not in listed}
     if not kept or not left:
@@ -217,8 +218,6 @@ def check_seed_selection(record: Record) -> Iterator[Finding]:
 
 
 def _readme_seeds(record: Record) -> set[int]:
-    from results.readme_tables import seed_column, seed_in_cell, turn_table
-
     tables = [turn_table(table) for table in record.get("readme_seed_tables") or []]
     cells = [str(row.get(seed_column(table["columns"]) or "", "")) for table in tables for row in table["rows"]]
     return {seed for cell in cells if (seed := seed_in_cell(cell)) is not None}

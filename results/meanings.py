@@ -15,7 +15,7 @@ FOREIGN = re.compile(
     r"\b(baseline|base|previous|prev|prior|sota|delta|δ|Δ|diff|difference|improvement|improve|vs|versus|target|merged|"
     r"parent|reference|ref|limit|budget|cap|headroom|margin|left|rate|lr|warmup|warm up|compile|reserve|hash|date|std|"
     r"stdev|var|min|best|rank|gap|cost|hedge|unigram|uniform|floor|expected|claimed|estimated|projected|original|"
-    r"calibration|sha|sha256|md5|hash|commit|url|path|file|name|version|params|parameters|tokens|type|format|frac|ratio|pct|percent|batch|chunk|stride|warmdown|lora|per|lines?|valid|method|p|delay|at)\b|%|Δ"
+    r"calibration|sha|sha256|md5|hash|commit|url|path|file|name|version|params|parameters|tokens|type|format|frac|ratio|pct|percent|warmdown|per|lines?|valid|method|p|delay|at)\b|%|Δ"
 )
 BYTES_WORDS = re.compile(
     r"\b(artifact|total submission|submission size|submission bytes|total size|total bytes|bytes total)\b|"
@@ -38,9 +38,7 @@ def column_meaning(column: str) -> str | None:
         return None
     if meaning := _score_meaning(words):
         return meaning
-    if re.match(
-        r"(train(ing)? )?steps?( (stop|count|completed|reached))?( mean| \(.*\))?$|(num|final|total) steps", words
-    ):
+    if re.match(r"(train(ing)? )?steps?( (stop|count|completed|reached))?( mean| \(.*\))?$|(num|final) steps$", words):
         return "steps"
     if TIME_WORDS.search(words) and "step" not in words and not re.search(r"\bbytes?\b|\bmb\b", words):
         return _time_meaning(words)

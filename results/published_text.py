@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from results.disagreements import find_disagreements
+from results.findings import finding_json
 from results.published import Record, Run, one_run_a_seed, recompute, record_number, validation_bytes
 from results.render import csv_table, fixed, markdown_table, text_table
 from results.sides import Text, side_of_record, why_not_comparable
@@ -55,7 +56,7 @@ def record_json(record: Record) -> dict[str, Any]:
         "seeds": rows,
         "summary": summary,
         "std_ddof0": None if mine is None else mine.bpb_std_ddof0,
-        "disagreements": [finding._asdict() for finding in find_disagreements(record)],
+        "disagreements": [finding_json(finding) for finding in find_disagreements(record)],
     }
 
 

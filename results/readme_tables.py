@@ -16,6 +16,8 @@ SEED_WORD = re.compile(r"\W*(?:random |rng )?seed\b(?!\s*[-_#]?\s*\d)", re.IGNOR
 SEED_CELL = re.compile(r"\W*(?:seed\s*[-_=:#]?\s*|s)?(\d{1,10})\W*(?:\([^)]*\)\W*|\[[^\]]*\]\W*)?", re.IGNORECASE)
 NAMED_SEED = re.compile(r"\W*seed\s*[-_=:#]?\s*(\d{1,10})\b.*", re.IGNORECASE)
 AGGREGATE = re.compile(r"\W*(?:\d+[- ]seed\s+)?(mean|avg|average|std|stdev|sd|σ|μ|max|min|median|spread|range)\b", re.I)
+VALUE_NAMES = ("metric", "metrics", "figure", "quantity", "measure", "item", "stat", "statistic", "result", "")
+VALUE_HEADS = ("value", "values", "result", "results", "score", "this run", "this submission", "")
 SPREAD_TEXT = re.compile(
     r"(?<![\w.])(\d\.\d{2,})\s*(?:bpb|BPB|val_bpb)?\s*(?:±|\+/?-|\\pm)\s*(\d?\.\d+(?:e-\d+)?|\d(?:\.\d+)?e-\d+)"
 )
@@ -37,6 +39,17 @@ def read_tables(text: str) -> list[dict[str, Any]]:
             columns = ["Seed", *columns[1:]]
             tables.append({"columns": columns, "rows": [dict(zip(columns, cells)) for cells in rows]})
     return tables
+
+
+def read_values(text: str) -> list[dict[str, str]]:
+    """Return the tables with one value a figure ("| Metric | Value |") as {figure: cell}."""
+    found = []
+    for block in _blocks(text):
+        heads = [name.lower() for name in block[0]]
+        if len(heads) == 2 and heads[0] in VALUE_NAMES and heads[1] in VALUE_HEADS:
+            rows = [cells for cells in block[1:] if len(cells) == 2 and not set("".join(cells)) <= set("-: ")]
+            found.append(dict(zip(_unique([cells[0] for cells in rows]), (cells[1] for cells in rows))))
+    return found
 
 
 def read_spreads(text: str) -> list[dict[str, str]]:

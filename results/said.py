@@ -16,6 +16,8 @@ from results.stats import summarize
 from results.submitted import listed_seeds, submitted_figures
 
 HEADLINES = ("final bpb", "final nats")  # results/headline.py
+WHOLE_NUMBERS = ("steps", "artifact bytes", "model bytes", "code bytes")
+Place = tuple[str, str, str, Any]  # source, place, heading or key, cell
 MIN_FOREIGN_CELLS = 3  # a table of which so many cells, and none, fit the logs is about other runs
 
 
@@ -37,6 +39,7 @@ def compare_said(record: Record) -> Said:
     _submission_seeds(record, seeds, said)
     _submission_record(record, seeds, said)
     _readme(record, seeds, said)
+    _readme_values(record, seeds, said)
     said.claims.extend(_pull_request_text(record))
     return said
 
@@ -76,29 +79,46 @@ def _submission_seeds(record: Record, seeds: Seeds, said: Said) -> None:
 def _submission_record(record: Record, seeds: Seeds, said: Said) -> None:
     """Compare the record's own keys: each is one seed's figure, the mean or the largest."""
     runs = list(seeds)
-    if not runs:
-        return
-    said.claims.extend(_unnamed_lists(record, runs))
-    for key, value in (record.get("submission_json") or {}).items():
-        meaning = column_meaning(key) if isinstance(value, int | float | str) else None
-        if meaning is None or meaning in HEADLINES or isinstance(value, bool):
-            continue
-        ways = readings(meaning, key, value)
-        actual = [number for run in record["runs"] for number in allowed(run, meaning, record)]
-        averages = means(runs, meaning)
-        if not ways:
-            continue
-        if not actual:
-            said.unchecked.append((meaning, f"submission.json {key} {text_of(value)}"))
-            continue
-        slack = 0.51 if meaning in ("steps", "artifact bytes", "model bytes", "code bytes") else 1e-8
-        is_mean = any(is_near(way, abs(mean), max(half, slack)) for way, half in ways for mean in averages)
-        log_half = max(half_unit_of_log(run, meaning) for run in runs)
-        follows = _follows_from_seeds(meaning, key, value, record, said)
-        if not is_mean and not follows and not fits(meaning, key, value, actual, log_half):
-            only = runs[0]["seed"] if len(runs) == 1 else None
-            shown = [values[0] for run in runs if (values := allowed(run, meaning, record))]
-            said.claims.append(Claim(only, meaning, "submission.json", f"submission.json {key}", value, shown))
+    if runs:
+        said.claims.extend(_unnamed_lists(record, runs))
+        for key, value in (record.get("submission_json") or {}).items():
+            if column_meaning(key) not in HEADLINES and isinstance(value, int | float | str):
+                _judge_record(record, runs, ("submission.json", f"submission.json {key}", key, value), said)
+
+
+def _readme_values(record: Record, seeds: Seeds, said: Said) -> None:
+    """Compare the README's tables of one value a figure, where they fit the logs at all."""
+    runs = list(seeds)
+    for number, values in enumerate(record.get("readme_values") or [], 1):
+        part = Said([], {}, [])
+        places = {key: ("README", f'README value table {number} "{key}"', key, cell) for key, cell in values.items()}
+        verdicts = [_judge_record(record, runs, place, part) for place in places.values()] if runs else []
+        if any(verdicts):
+            said.claims.extend(part.claims)
+            said.unchecked.extend(part.unchecked)
+
+
+def _judge_record(record: Record, runs: list[Run], where: Place, said: Said) -> bool | None:
+    """Compare a figure of the whole record with every seed's and with their mean; add a claim. Returns the verdict."""
+    source, place, key, value = where
+    meaning = None if isinstance(value, bool) else cell_meaning(key, value)
+    ways = readings(meaning, key, value) if meaning else []
+    if meaning is None or not ways:
+        return None
+    actual = [number for run in record["runs"] for number in allowed(run, meaning, record)]
+    if not actual:
+        said.unchecked.append((meaning, f"{place} {text_of(value)}"))
+        return None
+    slack = 0.51 if meaning in WHOLE_NUMBERS else 1e-8
+    is_mean = any(is_near(way, abs(mean), max(half, slack)) for way, half in ways for mean in means(runs, meaning))
+    log_half = max(half_unit_of_log(run, meaning) for run in runs)
+    is_known = is_mean or _follows_from_seeds(meaning, key, value, record, said)
+    if is_known or fits(meaning, key, value, actual, log_half):
+        return True
+    only = runs[0]["seed"] if len(runs) == 1 else None
+    shown = [values[0] for run in runs if (values := allowed(run, meaning, record))]
+    said.claims.append(Claim(only, meaning, source, place, value, shown))
+    return False
 
 
 def _follows_from_seeds(meaning: str, key: str, value: Any, record: Record, said: Said) -> bool:
@@ -125,11 +145,8 @@ def _unnamed_lists(record: Record, runs: list[Run]) -> Iterator[Claim]:
                 yield Claim(None, "final bpb", "submission.json", f"submission.json {key}", value, actual)
 
 
-def _judge(record: Record, seed: int, logs: list[Run], where: tuple[str, str, str, Any], said: Said) -> bool | None:
-    """Compare one cell with the logs of its seed; add a claim, or what could not be checked. Returns the verdict.
-
-    where: source, place, heading and cell.
-    """
+def _judge(record: Record, seed: int, logs: list[Run], where: Place, said: Said) -> bool | None:
+    """Compare one cell with the logs of its seed; add a claim, or what could not be checked. Returns the verdict."""
     source, place, heading, cell = where
     meaning = cell_meaning(heading, cell)
     if meaning is None or not readings(meaning, heading, cell):
@@ -236,13 +253,13 @@ def _means_row(name: str, row: dict[str, str], rows: list[dict[str, str]], runs:
     for column, cell in row.items():
         meaning = cell_meaning(column, cell)
         ways = readings(meaning, column, cell) if meaning else []
-        if meaning is None or not ways or ("time" in meaning and ways[0][1] >= 1.0):
+        if meaning is None or not ways:
             continue
         averages = means(runs, meaning)
         own = summarize(
             [way[0][0] if (way := readings(meaning, column, other.get(column, ""))) else None for other in rows]
         ).mean
-        slack = 0.51 if meaning in ("steps", "artifact bytes", "model bytes", "code bytes") else 1e-8
+        slack = 0.51 if meaning in WHOLE_NUMBERS else 1e-8
         choices = [abs(mean) for mean in (*averages, own) if mean is not None]
         if averages and not any(is_near(way, mean, max(half, slack)) for way, half in ways for mean in choices):
             yield Claim(None, f"mean of {meaning}", "README", f'{name} "{column}"', cell, averages[:1])

@@ -17,7 +17,7 @@ from results.folder_layout import Layout, lay_out
 from results.log_joins import join_logs, promote_variants, settle_seeds
 from results.logs import Log, parse_runs
 from results.published import RECORD_FILE, Record, Run, one_run_a_seed, submitted_seeds, text_bytes
-from results.readme_tables import read_spreads, read_tables
+from results.readme_tables import read_spreads, read_tables, read_values
 from results.scoring import reported_scores, score_record
 from results.store import commit_attempt
 from results.submission_json import read_submission_json
@@ -64,6 +64,7 @@ def read_submission(folder: Path) -> Submission:
         "submission_json": submission,
         "readme_seed_tables": tables,
         "readme_spreads": read_spreads(readme),
+        "readme_values": read_values(readme),
         "code": read_code(layout.root),
         "source_file_bytes_in_folder": _source_sizes(layout.root),
         "runs": [log.run for log in logs],

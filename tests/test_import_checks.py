@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +270,14 @@ def test_code_that_is_not_python_is_passed_over(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "record")
     (folder / "train_gpt.py").write_bytes(b"\x00\xff not python (")
     assert read_code(folder)["settings"] == {}
+
+
+def test_every_check_is_in_the_documents() -> None:
+    root = Path(__file__).parent.parent
+    text = (root / "docs" / "imports.md").read_text()
+    rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    trees = [ast.parse(path.read_text()) for path in sorted((root / "results").glob("*.py"))]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    made = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Finding"]
+    named = {args[3].value for args in made if len(args) > 3 and isinstance(args[3], ast.Constant)}
+    assert rows == {*named, "printed_figure"}

@@ -174,6 +174,20 @@ def test_one_fact_in_three_places_is_one_finding(tmp_path: Path) -> None:
     assert steps.limit == 4000
 
 
+def test_a_table_of_metrics_and_values_is_compared(tmp_path: Path) -> None:
+    rows = (
+        "Metric | Value",
+        "Sliding val_bpb | 1.1150",
+        "Steps | 4,100",
+        "Artifact size | 15,920,000 bytes",
+        "GPUs | 8",
+    )
+    (finding,) = found(folder_of(tmp_path, (Made(),), {"val_bpb": 1.115}, table_of(*rows)))
+    assert (finding.seed, finding.value, finding.limit) == (42, "4,100", 4000)
+    other = table_of("Metric | Value", "val_bpb | 1.2244", "Steps | 13,780")
+    assert found(folder_of(tmp_path / "baseline", (Made(),), {"val_bpb": 1.115}, other)) == []
+
+
 def test_a_wrong_transposed_cell_is_found(tmp_path: Path) -> None:
     table = "| Metric | Seed 42 | Seed 7 |\n|---|---|---|\n| Steps | 4000 | 4003 |\n"
     (finding,) = found(folder_of(tmp_path, TWO, None, table))
@@ -295,7 +309,7 @@ def test_text_and_json_show_the_same_list(tmp_path: Path, capsys: pytest.Capture
     assert len(content["disagreements"]) == 2
     assert f"disagreements: {len(content['disagreements'])}" in shown
     for entry in content["disagreements"]:
-        assert entry["field"] in shown
-        assert f"[{entry['check']}: " in shown
+        assert f"  {entry['text']}\n" in shown
+        assert entry["check"] in entry["text"]
     stored = json.loads((tmp_path / "out" / "record.json").read_text())["disagreements"]
     assert [entry["field"] for entry in stored] == [entry["field"] for entry in content["disagreements"]]
