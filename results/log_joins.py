@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from results.disagreements import agrees
-from results.log_lines import is_plain_variant
+from results.log_labels import base_label, is_mixture, is_plain_variant
 from results.log_stages import STAGES, unused_note
 from results.logs import SINGLE_FIGURES, Log
 
@@ -66,19 +66,25 @@ def join_logs(logs: list[Log], reported: Reported, notes: list[str]) -> list[Log
 
 
 def promote_variants(logs: list[Log]) -> None:
-    """Take the only scores of a stage as that stage, where every log has the same variant and it only names a stride.
+    """Take the only scores of a stage as that stage, where all logs that have one have the same variant of it.
 
-    Where some log has the plain score, variants stay beside it: a mean is never over two ways to evaluate.
+    Where some log has the plain score, or the variants are several or mixtures with other predictors, they stay beside
+    it: a mean is never over two ways to evaluate.
     """
-    scored = [log for log in logs if log.has_scores]
     for stage in ("post_ema", "post_quant", "sliding", "post_ttt"):
-        if any(log.run[stage] for log in scored):
+        if any(log.run[stage] for log in logs):
             continue
-        labels = [[entry["label"] for entry in log.run["other_scores"] if entry["stage"] == stage] for log in scored]
-        shared = [label for label in (labels[0] if labels else []) if all(label in entries for entries in labels)]
-        plain = [label for label in shared if is_plain_variant(label, stage)]
-        for log in scored if plain else []:
-            _promote(log, stage, plain[-1])
+        labels = [[entry["label"] for entry in log.run["other_scores"] if entry["stage"] == stage] for log in logs]
+        labels = [[label for label in entries if not is_mixture(label)] for entries in labels]
+        plain = [[label for label in entries if is_plain_variant(label, stage)] for entries in labels]
+        for choices in (plain, labels):
+            found = {base_label(entries[-1]) for entries in choices if entries}
+            is_clear = choices is plain or all(len(entries) <= 1 for entries in choices)
+            if len(found) == 1 and is_clear:
+                for log, entries in zip(logs, choices):
+                    if entries:
+                        _promote(log, stage, entries[-1])
+                break
 
 
 def _promote(log: Log, stage: str, label: str) -> None:

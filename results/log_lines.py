@@ -7,6 +7,9 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from results.log_labels import PROGRESS
+from results.text_files import strip_prefixes
+
 NUMBER = r"([-+]?(?:\d+\.\d+|\d+\.?|\.\d+)(?:e[-+]?\d{1,3})?|[-+]?(?:nan|inf)\b)"
 COUNT = r"(\d{1,3}(?:,\d{3})+|\d{1,15})(?![\d,]*\.?\d)"
 TIME = r"([\d.]*\d)\s*(ms|s|sec|secs|seconds|m|min|mins|minutes|h)?\b"
@@ -14,12 +17,15 @@ UNIT_S = {"ms": 1e-3, "m": 60.0, "min": 60.0, "mins": 60.0, "minutes": 60.0, "h"
 
 LOSS = re.compile(rf"(?<![A-Za-z])(?:val[_ ]?loss|(?<![_])(?:loss|vl|nll|nats))[\"']?\s*[:=]\s*{NUMBER}", re.IGNORECASE)
 BPB = re.compile(
-    rf"\b([A-Za-z][\w-]*?)?(?:val[_ ]?)?bpb(?:_exact)?[\"']?\s*(?:\([^)]*\)\s*)?[:=]\s*{NUMBER}", re.IGNORECASE
+    r"\b([A-Za-z][\w-]*?)?(?:val[_ ]?)?bpb(?:_exact)?[\"']?\s*(?:\([^)]*\)\s*)?"
+    rf"(?:[:=]\s*|\s(?=\d\.\d{{3}})){NUMBER}",
+    re.IGNORECASE,
 )
+STAGE_TIME = re.compile(rf"^\s*([\w -]*?)[_ ](?:eval(?:uation)?[_ ])?time\s*[:=]\s*{TIME}\s*$", re.IGNORECASE)
 SEPARATORS = " \t:=|,;-"
 STEP = re.compile(
-    r"^[\[(]?(?:(?:train|val|eval|validation)\s+)?(?:(?:step|iter|iteration|it)\s*[:=#]?\s*(\d{1,12})"
-    r"(?:\s*(?:/|of)\s*(\d{1,12}))?|(\d{1,12})\s*/\s*(\d{1,12}))[\])]?(?=$|[\s:|,;-])",
+    r"^[\[(]?(?:(?:train|val|eval|validation)\s+)?(?:(?:step|iter|iteration|it)\s*[:=#]?\s*(\d[\d,]{0,14})"
+    r"(?:\s*(?:/|of)\s*(\d[\d,]{0,14}))?|(\d[\d,]{0,14})\s*/\s*(\d[\d,]{0,14}))[\])]?(?=$|[\s:|,;-])",
     re.IGNORECASE,
 )
 TRAIN_LOSS = re.compile(rf"(?<![A-Za-z_])(?:train[_ ]?loss|loss)\s*[:=]\s*{NUMBER}", re.IGNORECASE)
@@ -29,9 +35,16 @@ RATE = re.compile(r"tok(?:ens)?/s(?:ec)?\s*[:=]\s*([\d,]*\d(?:\.\d+)?)", re.IGNO
 EVAL_TIME = re.compile(
     rf"(?<![A-Za-z])(?:(?:eval|total|ttt|elapsed)[_ ]?time|time|elapsed|t)\s*[:=]\s*{TIME}", re.IGNORECASE
 )
-MODE = re.compile(r"\b(?:eval[_ ]?)?(?:mode|method)\s*[:=]\s*([\w+-]+)", re.IGNORECASE)
-STOP = re.compile(r"stop(?:ping|ped)?[_ ]early|early[_ ]stop|stopping\s*:|wall_?clock[_ ](?:cap|limit)", re.IGNORECASE)
-STOP_STEP = re.compile(r"\bstep\s*[:=]?\s*(\d{1,12})\b", re.IGNORECASE)
+STOP = re.compile(
+    r"stop(?:ping|ped)?[_ ]early|early[_ ]stop|stopp(?:ing|ed)\b|wall_?clock[_ ](?:cap|limit)|"
+    r"\btrain(?:ing)?[_ ](?:is[_ ])?(?:complete|done|finish|stop|end)", re.IGNORECASE,
+)  # fmt: skip
+STOP_STEP = re.compile(r"\bsteps?\s*[:=]?\s*(\d{1,12})\b|(?<![\d/.])(\d{1,12}) steps\b", re.IGNORECASE)
+STOP_TIME = re.compile(
+    r"(?:\b(?:train[_ ]?time|time|elapsed|in|after|at)\s*[:=]?\s*|[(,]\s*)"
+    r"([\d.]*\d)\s*(ms|s|sec|seconds|m|min|minutes)\b",
+    re.IGNORECASE,
+)
 STOP_REASON = re.compile(r"stopp(?:ing|ed)[_ ]early\s*:\s*([A-Za-z_]+)", re.IGNORECASE)
 SETTING_LINE = re.compile(r"^\s{2,4}([A-Za-z]\w*): (.*)$")
 SETTING = re.compile(r"(?:^|(?<=[\s,(]))([A-Za-z][\w.]*)[:=]([^\s:=,()]+)(?=$|[\s,)])")
@@ -42,29 +55,6 @@ SEED_INSIDE = re.compile(
     re.IGNORECASE,
 )
 
-# Words of a score label that change nothing about its meaning.
-PLAIN_WORDS = re.compile(
-    r"final|exact|eval|evaluation|val|validation|score|result|results|model|quantized|quantised|quant|quantization|"
-    r"quantisation|dequantized|dequant|gptq|full|window|windows|windowed|after|with|on|of|the|metrics|bpb|loss|mixed|"
-    r"ternary|binary|qat|int\d+|fp\d+|bf16|nf4|w\d|zlib|zstd\d*|lzma\d*|brotli\d*|xz|roundtrip|rt|"
-    r"round|trip|diagnostic|stage|only|weights|standard|compressed|serialized|submission"
-)
-TTT_WORDS = re.compile(
-    r"ttt\w*|lora|phased|legal|score|first|doc|docs|document|documents|per|global|sgd|adam|adamw|muon|post|sliding|"
-    r"slide|online|adapted|causal"
-)
-STRIDE_WORDS = re.compile(r"s\d+|stride\d*|t|temp|temperature|\d+(?:\.\d+)?|diagnostic|ema|post|swa")
-BEFORE_QUANTIZATION = re.compile(
-    r"\b(?:post|after) ?(?:ema|swa|lawa|average|averaging|avg)\b|\b(?:pre|before) ?(?:quant\w*|gptq)\b|\bunquantized\b|"
-    r"^(?:diagnostic )?raw(?: (?:eval|model|weights))?(?: exact)?$|^(?:final )?ema(?: exact)?$"
-)
-BEFORE_WORDS = re.compile(
-    r"pre|before|post|after|ema|swa|lawa|average|averaging|avg|unquantized|prequant\w*|raw|applied"
-)
-PROGRESS = re.compile(
-    r"progress|chunk|batch|running|partial|cumulative|\bdocs?\s*[:=]?\s*\d|\d\s*%|\d+\s*/\s*\d+|\biter\b|\bwindow\s+\d|"
-    r"\bstep\b|\bepoch\b|\bphase\s*[:=]?\s*\d", re.IGNORECASE,
-)  # fmt: skip
 NOT_A_SCORE = re.compile(
     r"\b(?:mean|avg|std|gain|delta|diff|improvement|target|sota|record|vs|expected|reported|baseline|train|best|gap|"
     r"cost|threshold|reference|previous|order ?0)\b", re.IGNORECASE,
@@ -80,13 +70,6 @@ class Score(NamedTuple):
     decimals: int
     seconds: float | None
     rest: str
-
-
-class Meaning(NamedTuple):
-    """The stage that a label names, None for an unknown one, and whether extra words make it a variant of it."""
-
-    stage: str | None
-    is_variant: bool = False
 
 
 def read_score(line: str) -> Score | None:
@@ -122,42 +105,6 @@ def read_score(line: str) -> Score | None:
     )
 
 
-def is_progress(label: str) -> bool:
-    """Return whether a label is that of an unfinished pass, such as `ttt_chunk 3/90`."""
-    return PROGRESS.search(label) is not None
-
-
-def meaning_of(label: str, rest: str = "") -> Meaning:
-    """Return what a score label means; the rest of its line may name an evaluation mode."""
-    mode = MODE.search(rest)
-    words = re.sub(r"[^a-z0-9.]+", " ", f"{label} {mode.group(1) if mode else ''}".lower()).split()
-    text = " ".join(words)
-    if re.search(r"\blr ?0\b", text):
-        return Meaning("ttt_lr0")
-    has_ttt = any(word.startswith("ttt") for word in words)
-    is_before_ttt = re.search(r"\b(?:pre|before|no|without) ttt\b", text) is not None
-    if has_ttt and not is_before_ttt:
-        extra = [word for word in words if not TTT_WORDS.fullmatch(word) and not PLAIN_WORDS.fullmatch(word)]
-        return Meaning("post_ttt", bool(extra) or "diagnostic" in words)
-    words = [word for word in words if not (is_before_ttt and word in ("pre", "before", "no", "without", "ttt"))]
-    extra = [word for word in words if not PLAIN_WORDS.fullmatch(word)]
-    if BEFORE_QUANTIZATION.search(text) or any(word.startswith("prequant") for word in words):
-        return Meaning("post_ema", any(not BEFORE_WORDS.fullmatch(word) for word in extra))
-    if "sliding" in words or "slide" in words:
-        return Meaning("sliding", any(word not in ("sliding", "slide") for word in extra))
-    is_quantized = re.search(r"roundtrip|round trip|\b(?:de)?quanti[sz]ed\b|\bpost ?quant\w*\b|\bgptq\b|\brt\b", text)
-    if is_quantized or (is_before_ttt and not extra) or re.fullmatch(r"final int\d+(?: \w+)?(?: exact)?", text):
-        return Meaning("post_quant", any(word not in ("post", "postquant", "base") for word in extra))
-    return Meaning(None)
-
-
-def is_plain_variant(label: str, stage: str) -> bool:
-    """Return whether a variant's extra words are only a stride or a temperature, not another way to predict."""
-    words = re.sub(r"[^a-z0-9.]+", " ", label.lower()).split()
-    stage_words = TTT_WORDS if stage == "post_ttt" else re.compile("sliding|slide|post")
-    return all(any(form.fullmatch(word) for form in (PLAIN_WORDS, STRIDE_WORDS, stage_words)) for word in words)
-
-
 def seconds_of(number: str, unit: str | None) -> float | None:
     """Return a printed time in seconds; a bare number is seconds; None where it is no number."""
     try:
@@ -178,18 +125,23 @@ def step_of(line: str) -> tuple[int, int | None] | None:
     if not match:
         return None
     step, total = (match.group(1), match.group(2)) if match.group(1) else (match.group(3), match.group(4))
-    return int(step), int(total) if total else None
+    return count_of(step), count_of(total) if total else None
 
 
 def flatten_json(line: str) -> str:
-    """Return a line that holds a JSON object as `label name:value ...`; other lines unchanged."""
+    """Return a line that holds a JSON object as `label name:value ...`, or the line that it wraps; others unchanged."""
     if not line.lstrip().startswith("{"):
         return line
     try:
         content = json.loads(line)
     except (ValueError, RecursionError):
         return line
-    return " ".join(_pairs(content)) if isinstance(content, dict) else line
+    if not isinstance(content, dict):
+        return line
+    wrapped = next(
+        (content[name] for name in ("log", "message", "msg", "line") if isinstance(content.get(name), str)), None
+    )
+    return strip_prefixes(wrapped.rstrip()) if wrapped is not None else " ".join(_pairs(content))
 
 
 def _pairs(content: dict[str, Any]) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from results.log_lines import SEED_LINE, SETTING_LINE, STOP, TRAIN_LOSS, is_progress, read_score, step_of
+from results.log_labels import is_progress
+from results.log_lines import SEED_LINE, SETTING_LINE, STOP, TRAIN_LOSS, read_score, step_of
 
 HEAD = re.compile(
     r"^\s*(?:Hyperparameters:|model_params|val_tokens|val_loader|train_loader|world_size|Running Python)", re.IGNORECASE

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 from results.log_lines import COUNT, count_of
 
-BYTES = rf"\s*[:=]\s*{COUNT}\s*(bytes|byte|B)?\b"
+BYTES = rf"\s*[:=]\s*(?:[\d.]+\s*[MKG]i?B\s*[(/|,=]\s*)?{COUNT}\s*(bytes|byte|B)?\b"
 COMPRESSOR = re.compile(
     r"int\d|zlib|zstd|brotli|lzma|\bxz|quant|compress|ternary|binary|packed|gptq|\+|\bbr\b|fp\d|nf4|rans|ans\b",
     re.IGNORECASE,
 )
 MODEL = re.compile(
     r"\b((?:serialized|compressed|quantized|packed|final)[ _](?:\w+[ _])?model(?:[ _](?:size|bytes))?|"
-    rf"model[ _](?:bytes|size)|bytes_model)([^:=]{{0,60}}){BYTES}",
+    rf"compressed[ _]size|model[ _](?:bytes|size)|bytes_model)([^:=]{{0,60}}){BYTES}",
     re.IGNORECASE,
 )
 CODE = re.compile(rf"\b(code(?:[ _](?:size|bytes))?(?:\s*\(\w+\))?|bytes_code){BYTES}", re.IGNORECASE)
@@ -28,6 +28,7 @@ TOTAL = re.compile(
     re.IGNORECASE,
 )
 OF_LIMIT = re.compile(rf"(?<![\d,]){COUNT}\s*(?:bytes)?\s*/\s*16[,_]?000[,_]?000\b", re.IGNORECASE)
+LIMIT = re.compile(r"\b16[,_]?000[,_]?000\b")
 OF_OTHER_THINGS = re.compile(r"mem|token|param|val|train|text|cache", re.IGNORECASE)
 OTHER_BYTES = re.compile(r"code|raw|val|text|data|train|token|param|mem|payload|uncompressed|header", re.IGNORECASE)
 
@@ -91,5 +92,6 @@ def _is_total(match: re.Match[str]) -> bool:
     label = match.group(1).lower()
     if OF_OTHER_THINGS.search(match.string[max(0, match.start() - 16) : match.start()]):
         return False
-    has_unit = bool(match.group(4)) or "bytes" in label or "size" in label
-    return has_unit and not OTHER_BYTES.search(match.group(2)) and count_of(match.group(3)) >= 1000
+    has_unit = bool(match.group(4)) or "bytes" in label or "size" in label or LIMIT.search(match.string)
+    is_other = OTHER_BYTES.search(match.group(2)) and "model" not in match.group(2).lower()
+    return bool(has_unit) and not is_other and count_of(match.group(3)) >= 1000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from results.log_lines import Score, meaning_of
+from results.log_labels import base_label, meaning_of
+from results.log_lines import Score
 
 STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
@@ -118,7 +119,7 @@ def entry_of(score: Score) -> dict[str, Any]:
 
 
 def _base(label: str) -> str:
-    return label.lower().strip().removesuffix("_exact").removesuffix(" exact")
+    return base_label(label.lower().strip())
 
 
 def _is_exact(score: Score) -> bool:

@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from results.log_labels import is_progress, meaning_of
 from results.log_lines import (
     COUNT,
     RATE,
@@ -17,17 +18,17 @@ from results.log_lines import (
     SEED_LINE,
     SETTING,
     SETTING_LINE,
+    STAGE_TIME,
     STEP_AVERAGE,
     STOP,
     STOP_REASON,
     STOP_STEP,
+    STOP_TIME,
     TRAIN_LOSS,
     TRAIN_TIME,
     Score,
     count_of,
     flatten_json,
-    is_progress,
-    meaning_of,
     read_score,
     seconds_of,
     step_of,
@@ -42,8 +43,8 @@ LOOP_LINE = re.compile(r"layer_loop:\s*enabled\s+step:\s*(\d{1,12})")
 SECONDS = r"([\d.]*\d)\s*s"
 # figure -> (form of the line, what to convert the match to); the last match in a log counts
 SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], Any]] = {
-    "total_eval_s": (re.compile(rf"^total_eval_time:\s*{SECONDS}"), float),
-    "total_eval_with_compile_s": (re.compile(rf"^total_eval_time_with_compile:\s*{SECONDS}"), float),
+    "total_eval_s": (re.compile(rf"^total[_ ]eval[_ ]time\s*[:=]\s*{SECONDS}"), float),
+    "total_eval_with_compile_s": (re.compile(rf"^total[_ ]eval[_ ]time[_ ]with[_ ]compile\s*[:=]\s*{SECONDS}"), float),
     "ttt_compile_warmup_s": (re.compile(rf"compile warmup done \({SECONDS}\)"), float),
     "gptq_hessian_s": (re.compile(rf"collected (?:\d+ )?Hessians in {SECONDS}"), float),
     "gptq_reserve_s": (re.compile(rf"gptq:reserving {SECONDS}"), float),
@@ -141,6 +142,7 @@ class _LogReader:
         self.clock: list[list[float]] = []
         self.sizes: list[Size] = []
         self.seeds_inside: list[int] = []
+        self.stage_times: dict[str, float | None] = {}
         self.looped_from: int | None = None
         self.last_step: tuple[int, int | None] | None = None
 
@@ -196,15 +198,15 @@ class _LogReader:
 
     def _take_stop(self, line: str) -> bool:
         """Take the line that says where training stopped; return whether it was one."""
-        step, time = STOP_STEP.search(line), TRAIN_TIME.search(line)
-        seconds = seconds_of(*time.groups()) if time else None
-        if step is None or seconds is None:
+        step, time = STOP_STEP.search(line), TRAIN_TIME.search(line) or STOP_TIME.search(line)
+        if step is None or time is None or self.scores.is_past_training:
             return False
+        seconds = seconds_of(*time.groups())
         reason = STOP_REASON.search(line)
         self.log.run.update(
             stop_reason=reason.group(1) if reason else "stopped",
-            train_ms=round(1000 * seconds),
-            steps=int(step.group(1)),
+            train_ms=None if seconds is None else round(1000 * seconds),
+            steps=int(step.group(1) or step.group(2)),
         )
         self.log.provenance["steps"] = f"{self.log.run['log_file']}: stopping_early"
         return True
@@ -220,6 +222,8 @@ class _LogReader:
             if match := form.search(line):
                 run[name] = convert(match.group(1))
                 self.log.provenance[name] = f"{run['log_file']}: {line.strip().partition(':')[0]}"
+        if (match := STAGE_TIME.match(line)) and (stage := stage_of(match.group(1))):
+            self.stage_times[stage] = seconds_of(*match.groups()[1:])
         if match := SEED_LINE.match(line):
             run["seed_in_log"] = int(match.group(1))
         else:
@@ -233,6 +237,9 @@ class _LogReader:
         """Fill in what follows from several lines, and list what was not found."""
         run, log = self.log.run, self.log
         self.scores.write_to(run, log.provenance, log.unknown)
+        for stage, seconds in self.stage_times.items():
+            if run[stage] and run[stage]["seconds"] is None and seconds is not None:
+                run[stage]["seconds"], run["eval_times"][stage] = seconds, round(1000 * seconds, 3)
         self._finish_steps()
         sizes = choose_sizes(self.sizes)
         for name, size in (("model_bytes", sizes.model), ("total_bytes", sizes.total)):

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from results.disagreements import agrees, printed_number
+from results.log_labels import base_label
 from results.log_stages import unused_note
 from results.published import Record, Run, submitted_seeds
 from results.submission_json import headline_of
@@ -45,7 +46,7 @@ def score_record(record: Record, notes: list[str], readme_numbers: list[str]) ->
             notes[:] = [line for line in notes if line != note]
     if stage is None:
         return
-    _mark_chosen(record, runs, stage, notes)
+    _mark_chosen(record, runs, stage, notes, readme_numbers)
     scored = {run["seed"] for run in runs if entry_of(run, stage)}
     for run in runs:
         if entry_of(run, stage) is None and run["seed"] not in scored:
@@ -71,11 +72,6 @@ def entry_of(run: Run, stage: str | None) -> dict[str, Any] | None:
         }  # fmt: skip
     entry: dict[str, Any] | None = run.get(stage)
     return entry
-
-
-def base_label(label: str) -> str:
-    """Return a label without the word that says how many decimals it was printed with."""
-    return re.sub(r"[_ ]exact$", "", label, flags=re.IGNORECASE)
 
 
 def reported_scores(submission: dict[str, Any] | None, seed: int | None, num_seeds: int) -> list[Any]:
@@ -174,7 +170,7 @@ def _stage_by_readme(numbers: list[str], runs: list[Run], stages: list[str]) -> 
     return None
 
 
-def _mark_chosen(record: Record, runs: list[Run], stage: str, notes: list[str]) -> None:
+def _mark_chosen(record: Record, runs: list[Run], stage: str, notes: list[str], readme_numbers: list[str]) -> None:
     """Mark one log a seed: the one whose figures submission.json reports, else the one that gives its headline."""
     headline = headline_of(record.get("submission_json") or {})
     by_seed = _by_seed(runs, stage)
@@ -186,7 +182,8 @@ def _mark_chosen(record: Record, runs: list[Run], stage: str, notes: list[str]) 
         said = submitted_seeds(record).get(run["seed"], {}) if run["seed"] is not None else {}
         return (
             _num_agreeing(run, said, stage), int(any(run is other for other in fitting)),
-            int(is_said and agrees(headline, _bpb(run, stage))), int(_settings(run) == settings),
+            int(is_said and agrees(headline, _bpb(run, stage))),
+            int(any(agrees(text, _bpb(run, stage)) for text in readme_numbers)), int(_settings(run) == settings),
             int(run["steps"] is not None), _place_in_file(run),
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,14 @@ PREFIX = re.compile(
     |\s*(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s(?=[A-Z][a-z]{2}\s)
     |\s*[\[(]?(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\s+\d{1,2}\s\d{2}:\d{2}:\d{2}(?:\s\d{4})?[\])]?
         (?:\s[\w.-]+\s[\w./-]+(?:\[\d+\])?:)?(?=\s)                                     # syslog
-    |\s?[-|]?\s?[\[(]?(?:DEBUG|INFO|WARNING|WARN|ERROR|NOTICE|CRITICAL)\b[\])]?(?::(?:root|__main__|\w+\.[\w.]+):|\s?[:|>-]?)
+    |\s?[-|]?\s?[\[(]?(?:DEBUG|INFO|SUCCESS|TRACE|WARNING|WARN|ERROR|NOTICE|CRITICAL)\b[\])]?(?::(?:root|__main__|\w+\.[\w.]+):|\s?[:|>-]?)
     |\s*[DIWE]\d{4}\s\d{2}:\d{2}:\d{2}[.\d]*\s+\d+\s[\w./-]+:\d+\]
     |\s*[\[(]\s*\+?\d+(?:\.\d+)?\s?(?:ms|s|m)?[\])]:?(?=\s)                             # [ 12.3s] and [0]
     |\s?(?:std(?:out|err)|wandb|trainer|main|__main__|root|logger|[\w/.-]+\.py(?::\d+)?)\s?(?:[|:>]|-(?=\s))(?=\s)
     |\d{1,3}:(?=\s)                                                                     # srun --label
+    |\s*\d{1,7}\t                                                                       # cat -n
+    |\s?std(?:out|err)\s[FP](?=\s)                                                      # Kubernetes
+    |\s*\|\s(?:__main__|[\w.]+):[\w.<>]+:\d+\s-(?=\s)                                    # loguru
     |[>|-]\s(?=\S)
     |.*?\d{1,3}%\|[^|]*\|[^\]]*\]                                                       # a bar that ended no line
     )[ \t]?""",
@@ -82,8 +86,21 @@ def clean_lines(text: str) -> list[str]:
 
     What a carriage return overwrote is a line of its own. Indentation behind a prefix is kept.
     """
-    lines = (line[:MAX_LINE_CHARS] for line in LINE_ENDS.split(_without_source(text)))
-    return [strip_prefixes(ESCAPES.sub("", line)).rstrip() for line in lines]
+    lines = [ESCAPES.sub("", line[:MAX_LINE_CHARS]) for line in LINE_ENDS.split(_without_source(text))]
+    shared = _shared_prefix(lines)
+    return [strip_prefixes(shared.sub("", line, count=1) if shared else line).rstrip() for line in lines]
+
+
+def _shared_prefix(lines: list[str]) -> re.Pattern[str] | None:
+    """Return what stands before most lines: one word, such as a host's name and a colon, or the line's number."""
+    filled = [line for line in lines if line.strip()]
+    words = Counter(match.group() for line in filled if (match := re.match(r"[^\s{\"]{1,60} ?[:|>\]] ", line)))
+    word, count = words.most_common(1)[0] if words else ("", 0)
+    if count >= 10 and count >= 0.8 * len(filled):
+        return re.compile("^" + re.escape(word))
+    numbers = [int(match.group(1)) for line in filled if (match := re.match(r"(\d{1,7}):", line))]
+    is_numbered = len(numbers) >= 10 and len(numbers) == len(filled) and numbers == sorted(set(numbers))
+    return re.compile(r"^\d{1,7}:") if is_numbered else None
 
 
 def strip_prefixes(line: str) -> str:

@@ -69,6 +69,27 @@ def test_a_stride_in_the_label_of_every_log_is_the_sliding_score(tmp_path: Path)
     assert all(run["sliding"] is None for run in mixed.record["runs"] if run["seed"] != 1)
 
 
+@pytest.mark.parametrize(
+    ("label", "stage_name"),
+    [
+        ("Sliding window eval (stride=64)", "sliding"), ("legal_ttt_e3", "post_ttt"),
+        ("quantized_ttt_cosine", "post_ttt"),
+        ("final_int6_roundtrip_perchannel", "post_quant"), ("ttt_ngram", None), ("final_ppm_sliding_window", None),
+    ],
+)  # fmt: skip
+def test_the_only_variant_of_a_stage_is_that_stage_unless_it_mixes(
+    tmp_path: Path, label: str, stage_name: str | None
+) -> None:
+    logs: dict[str, str | bytes] = {
+        f"train_seed{seed}.log": made_log(seed=seed, sliding=None, quantized=None, more=score_line(label, 1.1))
+        for seed in (42, 7)
+    }
+    logs["train_seed1.log"] = made_log(seed=1, sliding=None, quantized=None)  # without this pass
+    runs = read_submission(write_folder(tmp_path / "r", logs)).record["runs"]
+    found = {name for run in runs for name in ("post_quant", "sliding", "post_ttt") if run[name]}
+    assert found == ({stage_name} if stage_name else set())
+
+
 TWO = {42: Made(sliding=1.1150, ttt=1.1180), 7: Made(seed=7, sliding=1.1160, ttt=1.1190)}
 
 
@@ -157,6 +178,12 @@ def test_of_two_runs_in_one_file_the_reported_one_counts(tmp_path: Path) -> None
     text = made_log(sliding=1.2) + made_log(steps=4100, sliding=1.115)
     submission = read_submission(write_folder(tmp_path / "r", {"train_seed42.log": text}, submission={"val_bpb": 1.2}))
     assert finals(submission) == {42: 1.2}
+
+
+def test_without_a_submission_the_readme_chooses_the_log(tmp_path: Path) -> None:
+    logs: dict[str, str | bytes] = {"a_seed42.log": V1, "b_seed42.log": V2}
+    readme = readme_table([{"Seed": 42, "Post-TTT BPB": "1.1120"}])
+    assert finals(read_submission(write_folder(tmp_path / "r", logs, readme=readme))) == {42: 1.11203}
 
 
 # --- seeds ---

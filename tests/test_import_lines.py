@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -99,20 +101,29 @@ def test_a_known_word_with_another_one_is_kept_beside_its_stage(label: str) -> N
     assert others(text) == [(label, 1.143)]
 
 
+@pytest.mark.parametrize(
+    ("label", "stage"),
+    [
+        ("final_int6", "post_quant"), ("int8_zlib", "post_quant"), ("after quantization", "post_quant"),
+        ("post-quant", "post_quant"), ("Quantized model", "post_quant"), ("dequantized_eval", "post_quant"),
+        ("pre-TTT", "post_quant"), ("no_ttt", "post_quant"), ("sliding_eval", "sliding"),
+        ("pre-ttt sliding", "sliding"), ("final_sliding_window:done", "sliding"), ("ttt_sliding:done", "post_ttt"),
+        ("legal_ttt", "post_ttt"), ("ema", "post_ema"), ("TTT", "post_ttt"), ("doc_ttt_lora", "post_ttt"), ("final", None), ("seed 42", None),
+    ],
+)  # fmt: skip
+def test_labels_are_read_word_by_word(label: str, stage: str | None) -> None:
+    assert stage_of(label) == stage
+
+
 @pytest.mark.parametrize("line", [
     f"quantized sliding val_loss:{nats(1.115):.8f} sliding val_bpb:1.11500000 eval_time:90000ms",
-    f"quantized sliding val_loss:{nats(1.115):.8f} (stride 64) val_bpb:1.11500000 eval_time:90000ms",
     f"final_sliding | val_loss:{nats(1.115):.8f} | val_bpb:1.11500000 | time:90000ms",
     f"final_sliding val_bpb:1.11500000 val_loss:{nats(1.115):.8f} elapsed:90.0s",
     f"quantized sliding: loss={nats(1.115):.8f}, bpb=1.11500000, eval_time=90s",
     f'{{"stage": "sliding", "val_loss": {nats(1.115):.8f}, "val_bpb": 1.115, "eval_time_ms": 90000}}',
 ])  # fmt: skip
 def test_words_and_signs_inside_a_score_line_do_not_hide_it(line: str) -> None:
-    run = parse_log(line, "train_seed42.log").run
-    entry = run["sliding"] or {}
-    if not entry:  # a stride is a variant, and promoted when a folder has nothing plainer
-        assert (run["other_scores"][0]["stage"], run["other_scores"][0]["bpb"]) == ("sliding", 1.115)
-        return
+    entry = parse_log(line, "train_seed42.log").run["sliding"]
     assert (entry["val_bpb"], round(entry["val_loss_nats"], 8)) == (1.115, round(nats(1.115), 8))
 
 
@@ -159,6 +170,9 @@ RAW = ["Serialized model: 67224983 bytes", "Code size: 20000 bytes", "Total subm
         ["Serialized model int8+zlib: 15900000 bytes", "Total: 15920000 bytes (15.92 MB)"],
         ["Serialized model int8+zlib: 15900000 bytes (payload:17178912 raw_torch:17224025)", "bytes_total: 15920000"],
         ["serialized_model_int6_lzma: 15900000 bytes", "total_submission_size: 15920000 bytes"],
+        ["Compressed model: 15.90 MB (15900000 bytes)", "Total submission size: 15.92 MB (15920000 bytes)"],
+        ["Compressed size: 15900000 bytes", "Total submission size (model + code): 15920000 bytes"],
+        ["Serialized model int6+xz: 15900000 bytes", "size_check total=15920000 limit=16000000"],
     ],
 )
 def test_size_lines_of_every_form_are_read(lines: list[str]) -> None:
@@ -198,6 +212,43 @@ def test_other_sizes_are_not_the_artifact(lines: list[str]) -> None:
 def test_a_run_without_a_stop_line_ends_at_its_last_validation(line: str, steps: int, ms: int) -> None:
     run = parse_log(made_log(swap={"live": line, "stop": []}), "train_seed42.log").run
     assert (run["steps"], run["train_ms"], run["live_weights_bpb_at_stop"]) == (steps, ms, 1.12)
+
+
+@pytest.mark.parametrize(
+    ("line", "ms"),
+    [
+        ("stopping_early: wallclock_cap train_time:598000ms step:4000/20000", 598_000),
+        ("stopping_early:wallclock_cap step: 4000/20000 train_time: 598.0s", 598_000),
+        ("Stopped early at step 4000 after 598.0s", 598_000),
+        ("wallclock cap reached at step 4000 (598.0s)", 598_000),
+        ("Training complete: 4000 steps in 598.0s", 598_000),
+        ("training done steps=4000 time=598000ms", 598_000),
+        ("Training finished at step 4000, elapsed 598000 ms", 598_000),
+    ],
+)
+def test_lines_that_say_where_training_stopped(line: str, ms: int) -> None:
+    run = parse_log(made_log(swap={"stop": line}), "train_seed42.log").run
+    assert (run["steps"], run["train_ms"]) == (4000, ms)
+
+
+@pytest.mark.parametrize(
+    "line", ["sliding eval time: 90.0s", "sliding_window_eval_time:90000ms", "sliding time: 90.0 s"]
+)
+def test_the_time_of_a_stage_may_have_a_line_of_its_own(line: str) -> None:
+    score = score_line("quantized_sliding_window", 1.115, time_ms=None)
+    run = parse_log(made_log(swap={"sliding": [score, line]}), "train_seed42.log").run
+    assert (run["eval_times"]["sliding"], run["sliding"]["seconds"]) == (90_000, 90.0)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda line: json.dumps({"log": line + "\n", "stream": "stdout", "time": "2026-03-20T12:00:00Z"}),
+    lambda line: json.dumps({"level": "info", "message": line}),
+])  # fmt: skip
+def test_lines_wrapped_in_json_are_unwrapped(wrap: Callable[[str], str]) -> None:
+    text = "\n".join(wrap(line) for line in made_log().splitlines())
+    run = parse_log(text, "train.log").run
+    assert (run["seed"], run["steps"], run["total_bytes"]) == (42, 4000, 15_920_000)
+    assert scores(text) == scores(made_log())
 
 
 def test_a_run_that_was_cut_off_has_no_steps() -> None:
