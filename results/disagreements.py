@@ -27,6 +27,9 @@ __all__ = [
 SAME_IN_ALL_SEEDS_EXCEPT = re.compile(
     r"seed|run_id|run_name|logfile|path|dir|files|rank|wandb|port|host|device|time_stamp"
 )
+MEASURED = re.compile(r"\d+(\.\d+)?\s*(s|ms|sec|seconds|bytes|MiB|MB|GiB|GB)")
+MAX_SINGLE_SETTINGS = 3
+MAX_SHOWN_SETTINGS = 12
 LOG_CHECKS: tuple[Callable[[Record], Iterator[Finding]], ...] = (
     log_checks.check_limits, log_checks.check_evaluation_time, log_checks.check_seed_names,
     log_checks.check_several_logs, log_checks.check_worse_ttt, log_checks.check_near_duplicates,
@@ -54,11 +57,21 @@ def find_disagreements(record: Record) -> list[Finding]:
 
 
 def _different_settings(record: Record) -> Iterator[Finding]:
-    """Yield the hyperparameters that differ between seeds, as one finding each."""
+    """Yield the hyperparameters that differ between seeds: one finding each, or one for many."""
     runs = one_run_a_seed(record)
     dumps = {run["seed"]: run.get("hparams") or run.get("settings") or {} for run in runs}
+    differing: dict[str, dict[str, str]] = {}
     for name in sorted({name for dump in dumps.values() for name in dump}):
-        values = {str(seed): dump[name] for seed, dump in dumps.items() if name in dump}
-        if not SAME_IN_ALL_SEEDS_EXCEPT.search(name) and len(set(map(str, values.values()))) > 1:
-            field = f"hyperparameter {name} differs between the seeds"
-            yield Finding(None, field, dict(values), "one_configuration", len(set(map(str, values.values()))), 1)
+        values = {str(seed): str(dump[name]) for seed, dump in dumps.items() if name in dump}
+        is_measured = any(MEASURED.fullmatch(value) for value in values.values())
+        if not SAME_IN_ALL_SEEDS_EXCEPT.search(name) and len(set(values.values())) > 1 and not is_measured:
+            differing[name] = values
+    if len(differing) > MAX_SINGLE_SETTINGS:
+        field = f"{len(differing)} hyperparameters differ between the seeds: not one configuration"
+        values = {name: ", ".join(f"seed {seed} {value}" for seed, value in shown.items())
+                  for name, shown in list(differing.items())[:MAX_SHOWN_SETTINGS]}  # fmt: skip
+        yield Finding(None, field, values, "one_configuration", len(differing), 0)
+        return
+    for name, values in differing.items():
+        field = f"hyperparameter {name} differs between the seeds"
+        yield Finding(None, field, dict(values), "one_configuration", len(set(values.values())), 1)

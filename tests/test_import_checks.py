@@ -154,6 +154,21 @@ def test_logs_of_one_seed_that_start_with_different_losses_are_found() -> None:
     assert (finding.seed, finding.check, finding.value, finding.limit) == (42, "first_loss", 9.0073, 9.0087)
 
 
+def test_logs_of_one_seed_with_different_scores_are_found() -> None:
+    again = run_of(42, 1.0832, log_file="rerun_seed42.log")
+    finding = only(record_of(run_of(42), again))
+    assert (finding.seed, finding.check, finding.value, finding.limit) == (42, "several_logs", 2, 1)
+    assert find_disagreements(record_of(run_of(42), {**run_of(42), "log_file": "copy_seed42.log"})) == []
+
+
+def test_many_settings_that_differ_are_one_finding() -> None:
+    other = dict.fromkeys(("matrix_lr", "beta", "num_layers", "model_dim"), "1") | {"vocab_size": "8192"}
+    runs = [run_of(42, hparams=dict.fromkeys(other, "2") | {"vocab_size": "8192", "quantize": "12.1s"}),
+            run_of(7, 1.0819, hparams={**other, "quantize": "12.2s"})]  # fmt: skip
+    finding = only(record_of(*runs))
+    assert (finding.check, finding.value) == ("one_configuration", 4)
+
+
 def test_a_clock_that_runs_backwards_is_found() -> None:
     clock = [[1, 120], [500, 60_123], [1000, 55_017], [1500, 180_211]]
     finding = only(record_of(run_of(42, clock=clock)))
