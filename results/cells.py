@@ -10,7 +10,11 @@ from results.meanings import column_meaning, log_values, stage_meaning
 from results.printed import agrees, is_near, printed_numbers, printed_score, printed_seconds, text_of
 from results.published import Record, Run, one_run_a_seed
 
-NOT_A_FIGURE = re.compile(r"^[^\d]*\bstd\b|\blines?\b|\bn/?a\b|^\W*±", re.IGNORECASE)
+NOT_A_FIGURE = re.compile(
+    r"^\W*(?:[<≤>≥]|(?:under|below|over|above|less|more|up to|at most)\b)|^[^\d]*\bstd\b|\blines?\b|\bn/?a\b|^\W*±",
+    re.IGNORECASE,
+)
+SEVERAL = re.compile(r"\d\s*(?:→|->|=>|/|vs\.?|to)\s*\d", re.IGNORECASE)  # "before → after" in one cell
 TIMED = re.compile(r"\d\s*(s|sec|seconds|ms|min|m)\b", re.IGNORECASE)
 TIMES = ((r"ttt", "TTT time"), (r"eval\w*", "eval time"), (r"train\w*", "train time"))
 SCORE_RANGE = {"bpb": (0.2, 6.0), "nats": (0.2, 15.0)}
@@ -50,7 +54,7 @@ def readings(meaning: str, column: str, cell: Any) -> list[tuple[float, float]]:
         found = [(value, half) for value, half in numbers if low < value < high and half < 0.05]
         if found and isinstance(cell, float):
             return [(found[0][0], printed_score(cell)[1])]
-        return found[:1]
+        return found if SEVERAL.search(text) else found[:1]
     if kind == "time":
         value, unit = printed_seconds(cell, column)
         return [] if value is None or value <= 0 else [(value, unit)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice, product
 from typing import Any, NamedTuple
 
+from results.cells import stage_with_value
 from results.findings import Claim, Finding, Review
 from results.printed import is_near, printed_score, text_of
 from results.published import Record, Run, one_run_a_seed
@@ -56,7 +57,9 @@ def check_headline(record: Record) -> Review:
             field = f"headline is the mean of the {len(lowest)} lowest of {len(runs)} seeds"
             found.append(Finding(None, field, values, "seed_selection", score.said, mean))
         elif mean is not None:
-            claims.append(Claim(None, f"headline {score.kind}", score.source, score.source, score.said, [mean]))
+            equals = stage_with_value(runs, score.said) if score.kind == "bpb" else None
+            extra = {"equals_log_stage": equals} if equals else {}
+            claims.append(Claim(None, f"headline {score.kind}", score.source, score.source, score.said, [mean], extra))
     for seed, places in one_seed.items():
         found.append(_one_seed_finding(seed, places, runs))
     found += [_claimed(claim, len(runs)) for claim in claims]
@@ -183,7 +186,7 @@ def _claimed(claim: Claim, num_seeds: int) -> Finding:
         if claim.source == "leaderboard"
         else f"headline {name}: submission.json vs mean of logs"
     )
-    values = {claim.source: claim.said, "log_mean": claim.actual[0], "n": num_seeds}
+    values = {claim.source: claim.said, "log_mean": claim.actual[0], "n": num_seeds, **claim.extra}
     return Finding(None, field, values, "headline", claim.said, claim.actual[0])
 
 

@@ -140,7 +140,7 @@ def _scores(run: Run, stage: str, kind: str) -> list[float]:
         "post_quant/sliding": [shown.get(name) for name in ("post_quant", "sliding", "ttt_lr0", "live", "post_ema")],
         "post_ema": [shown.get("post_ema"), live, *others],
         "live": [live, shown.get("post_ema"), *others],
-        "other": [*others, final, shown.get("post_ttt"), shown.get("sliding")],
+        "other": [*others, *([final] if others else [])],  # a log without such a score shows nothing of it
         "final": every,
     }
     return [value for value in orders.get(stage, every) if value is not None]

@@ -13,7 +13,7 @@ from typing import Any
 
 NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
 IN_TEXT = re.compile(rf"(?<![A-Za-z\d.])({NUMBER})\s*(?:(MiB|KiB|MB|kB|KB|M|k|K)\b)?")
-APPROXIMATE = re.compile(r"[~≈∼]|\b(?:about|approx\w*|around|ca\.)", re.IGNORECASE)
+APPROXIMATE = re.compile(r"[~≈∼]|\b(?:about|approx\w*|around|ca\.)|\d\s*\+\W*$", re.IGNORECASE)
 SCALES = {"MiB": 2.0**20, "KiB": 1024.0, "MB": 1e6, "M": 1e6, "kB": 1e3, "KB": 1e3, "k": 1e3, "K": 1e3}
 MINUTES_AND_SECONDS = re.compile(r"(\d+)\s*(?:m|min|minutes?)\s*(\d+(?:\.\d+)?)\s*s|\b(\d+):(\d{2})(?!\d)")
 TIME_UNIT = re.compile(r"(?<![A-Za-z])(ms|milliseconds|s|secs?|seconds|m|mins?|minutes|h|hours?)(?![A-Za-z/])", re.I)

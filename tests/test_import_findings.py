@@ -71,6 +71,11 @@ AGREE: dict[str, tuple[tuple[Made, ...], dict[str, Any], list[dict[str, object]]
         [{"Seed": 42, "Cache gain": "-0.0400", "Total eval time": "250.0s", "Baseline BPB": "1.2244"}],
     ),
     "approximate cells": ((Made(steps=7204),), {}, [{"Seed": 42, "Steps": "~7200", "Artifact": "~15.9 MB"}]),
+    "limits, ranges and changes in a cell": (
+        (Made(ttt=1.111),), {"val_bpb": 1.111},
+        [{"Seed": 42, "Artifact": "< 16,000,000", "Eval time": "<600s", "TTT BPB": "1.1150 → 1.1110", "Steps": "4,000+"}],
+    ),
+    "a score that the log does not have": ((Made(),), {}, [{"Seed": 42, "N-gram BPB": "0.9680"}]),
     "steps in thousands": ((Made(steps=7204),), {}, [{"Seed": 42, "Steps": "7.2k"}]),
     "MiB": ((Made(),), {}, [{"Seed": 42, "Artifact": "15.18 MiB"}]),
     "MB cut instead of rounded": ((Made(model_bytes=15_975_000),), {}, [{"Seed": 42, "Artifact": "15.99 MB"}]),
