@@ -117,10 +117,10 @@ def _differences(
 
 
 def _shared_seeds(a: Side, b: Side, notes: list[str]) -> list[int]:
-    shared = sorted(set(a.bpb) & set(b.bpb))
+    shared = sorted(seed for seed in set(a.bpb) & set(b.bpb) if seed is not None)  # None: logs that name no seed
     if not shared:
         raise ValueError(f"--paired needs seeds that both sides have; {a.name} and {b.name} share none")
-    alone = sorted(set(a.bpb) ^ set(b.bpb))
+    alone = sorted(set(a.bpb) ^ set(b.bpb), key=str)
     if alone:
         notes.append(f"seeds on one side only are left out: {', '.join(map(str, alone))}")
     return shared

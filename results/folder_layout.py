@@ -17,13 +17,25 @@ MAX_DEPTH = 5  # folders below the submission
 MAX_LOG_BYTES = 300_000_000
 
 
+RESULT_FILES = re.compile(r"[\w.-]*(?:result|metric|eval|log|seed|summary|score|final)[\w.-]*\.json", re.IGNORECASE)
+# logs that their names set apart from the runs of a submission
+ASIDE = re.compile(
+    r"(?:^|[_\-./])(?:ablations?|abl|old|failed|smoke|debug|sanity|dry_?run|archive|previous|aborted|crash(?:ed)?|baselines?|"
+    r"partial|exploration|scratch|discarded|superseded|warmup)(?=[_\-./]|$)", re.IGNORECASE,
+)  # fmt: skip
+
+
 class Layout(NamedTuple):
-    """The folder that holds the submission, its logs, its submission.json (None: not there), and remarks."""
+    """The folder that holds the submission, its logs, its submission.json (None: not there), and remarks.
+
+    results: JSON files that may hold scores, for folders whose logs hold none.
+    """
 
     root: Path
     logs: list[Path]
     submission: Path | None
     notes: list[str]
+    results: list[Path]
 
 
 def lay_out(folder: Path) -> Layout:
@@ -37,12 +49,13 @@ def lay_out(folder: Path) -> Layout:
     files = _files_below(folder, notes)
     submissions = [path for path in files if re.fullmatch(r"submission[\w.-]*\.json", path.name, re.IGNORECASE)]
     logs = [path for path in files if _may_be_log(path, folder, notes)]
+    results = [path for path in files if RESULT_FILES.fullmatch(path.name) and path not in submissions]
     own = [path for path in submissions if path.parent == folder]
     nested = sorted({path.parent for path in submissions if path.parent != folder})
     with_logs = [parent for parent in nested if any(parent in path.parents for path in logs)]
     if own:
         logs = _without_nested(folder, logs, with_logs, notes)
-        return Layout(folder, logs, _first_submission(own, notes), notes)
+        return Layout(folder, logs, _first_submission(own, notes), notes, results)
     if len(with_logs) > 1:
         names = ", ".join(parent.relative_to(folder).as_posix() for parent in with_logs)
         raise ValueError(f"{folder}: holds {len(with_logs)} submissions ({names}); import them one at a time")
@@ -51,13 +64,15 @@ def lay_out(folder: Path) -> Layout:
         outside = [path for path in logs if root not in path.parents]
         if not outside:
             notes.append(f"{root.relative_to(folder).as_posix()}: the folder with submission.json; it is the one read")
-            return Layout(root, logs, _first_submission([p for p in submissions if p.parent == root], notes), notes)
+            return Layout(
+                root, logs, _first_submission([p for p in submissions if p.parent == root], notes), notes, results
+            )
     found = submissions if len(nested) == 1 else []
     if len(nested) > 1:
         notes.append(f"{len(nested)} submission.json lie in folders without logs: none of them is used")
     elif not found:
         notes.append("submission.json not found")
-    return Layout(folder, logs, _first_submission(found, notes) if found else None, notes)
+    return Layout(folder, logs, _first_submission(found, notes) if found else None, notes, results)
 
 
 def _files_below(folder: Path, notes: list[str]) -> list[Path]:

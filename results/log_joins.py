@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from results.disagreements import agrees
+from results.folder_layout import ASIDE
 from results.log_labels import base_label, is_mixture, is_plain_variant
 from results.log_stages import STAGES, unused_note
 from results.logs import SINGLE_FIGURES, Log
@@ -47,6 +48,22 @@ def settle_seeds(logs: list[Log], known: list[int], reported: Reported, notes: l
             )
 
 
+def leave_aside(logs: list[Log], known: list[int], reported: Reported, notes: list[str]) -> list[Log]:
+    """Return the logs without those that their names set apart, such as ablations, unless these are reported."""
+    kept = []
+    apart = [log for log in logs if ASIDE.search(log.run["log_file"])]
+    main = [log for log in logs if log not in apart and log.has_scores]
+    for log in logs:
+        seed = log.run["seed"]
+        is_needed = seed in known and not any(other.run["seed"] == seed for other in main)
+        is_said = any(agrees(said, score) for said in reported(seed) for score in _scores(log))
+        if log not in apart or not main or is_needed or is_said:
+            kept.append(log)
+        else:
+            notes.append(f"{log.run['log_file']}: by its name not a run of this submission; left out")
+    return kept
+
+
 def join_logs(logs: list[Log], reported: Reported, notes: list[str]) -> list[Log]:
     """Return one log a run: logs that hold only evaluations are joined to the log that trained their seed."""
     kept: list[Log] = []
@@ -58,7 +75,7 @@ def join_logs(logs: list[Log], reported: Reported, notes: list[str]) -> list[Log
             same.run["files"] |= {name: ["the same figures"] for name in log.run["files"]}
             notes.append(f"{log.run['log_file']}: the same figures as {same.run['log_file']}; left out")
     for log in [log for log in kept if not _has_training(log) and log.has_scores]:
-        base = _training_of(log, kept)
+        base = _training_of(log, kept) or _other_evaluation(log, kept)
         if base is not None:
             _join(base, log, reported(base.run["seed"]), notes)
             kept.remove(log)
@@ -158,6 +175,15 @@ def _training_of(log: Log, logs: list[Log]) -> Log | None:
     unscored = [other for other in trained if not other.has_scores]
     choices = shared or unscored or trained
     return choices[-1] if choices else None
+
+
+def _other_evaluation(log: Log, logs: list[Log]) -> Log | None:
+    """Return an earlier log of the same seed that scored other stages, where no log shows the training."""
+    for other in logs[: logs.index(log)]:
+        is_same = other.run["seed"] == log.run["seed"] and other.run["seed"] is not None and other.has_scores
+        if is_same and not any(other.run[stage] and log.run[stage] for stage in STAGES):
+            return other
+    return None
 
 
 def _join(base: Log, log: Log, said: list[Any], notes: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from results.log_labels import PROGRESS
@@ -22,6 +23,7 @@ BPB = re.compile(
     re.IGNORECASE,
 )
 STAGE_TIME = re.compile(rf"^\s*([\w -]*?)[_ ](?:eval(?:uation)?[_ ])?time\s*[:=]\s*{TIME}\s*$", re.IGNORECASE)
+NAMES = ("stage", "label", "phase", "name", "event", "key", "type", "split")  # what JSON calls a score's label
 SEPARATORS = " \t:=|,;-"
 STEP = re.compile(
     r"^[\[(]?(?:(?:train|val|eval|validation)\s+)?(?:(?:step|iter|iteration|it)\s*[:=#]?\s*(\d[\d,]{0,14})"
@@ -144,9 +146,34 @@ def flatten_json(line: str) -> str:
     return strip_prefixes(wrapped.rstrip()) if wrapped is not None else " ".join(_pairs(content))
 
 
+def json_lines(text: str) -> list[str] | None:
+    """Return a file that is one JSON document as lines of a log, None for other files."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return list(_document_lines(json.loads(text), ""))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _document_lines(content: Any, label: str) -> Iterator[str]:
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    scores = []
+    for name, value in entries:
+        if isinstance(value, dict | list):
+            yield from _document_lines(value, str(name) if isinstance(content, dict) else label)
+        elif re.search("bpb|loss", str(name)) and isinstance(value, int | float):
+            scores.append(f"{name}:{value}")
+        elif isinstance(value, int | float | str):
+            yield f"{name}: {value}"
+    if scores:
+        named = content if isinstance(content, dict) else {}
+        label = next((str(named[name]) for name in NAMES if isinstance(named.get(name), str)), label)
+        yield f"{label} {' '.join(scores)}"
+
+
 def _pairs(content: dict[str, Any]) -> list[str]:
-    names = ("stage", "label", "phase", "name", "event", "key", "type", "split")
-    label = next((str(content[name]) for name in names if isinstance(content.get(name), str)), "")
+    label = next((str(content[name]) for name in NAMES if isinstance(content.get(name), str)), "")
     pairs = [f"{name}:{value}" for name, value in content.items() if isinstance(value, int | float | str)]
     step = [pair for pair in pairs if pair.startswith("step:")]
-    return [*step, label, *(pair for pair in pairs if pair not in step and pair.partition(":")[0] not in names)]
+    return [*step, label, *(pair for pair in pairs if pair not in step and pair.partition(":")[0] not in NAMES)]

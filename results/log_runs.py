@@ -5,10 +5,16 @@ from __future__ import annotations
 import re
 
 from results.log_labels import is_progress
-from results.log_lines import SEED_LINE, SETTING_LINE, STOP, TRAIN_LOSS, read_score, step_of
+from results.log_lines import SETTING_LINE, STOP, TRAIN_LOSS, read_score, step_of
 
 HEAD = re.compile(
     r"^\s*(?:Hyperparameters:|model_params|val_tokens|val_loader|train_loader|world_size|Running Python)", re.IGNORECASE
+)
+
+SEED_HEADING = re.compile(
+    r"^\W*(?:running |starting |start |begin |training |run |evaluating )?(?:with )?(?:random_?)?"
+    r"seed\s*[:=#]?\s*(\d{1,18})\W*$",
+    re.IGNORECASE,
 )
 
 
@@ -17,25 +23,23 @@ def split_runs(lines: list[str]) -> list[list[str]]:
 
     A part whose lines are those of an earlier one is left out: a log that was written twice is one run.
     """
-    starts = [0, *_starts(lines)]
-    parts = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)])]
-    kept: list[list[str]] = []
-    for part in parts:
-        figures = [line.strip() for line in part if _kind(line) in ("curve", "tail")]
-        if not any(figures == [line.strip() for line in other if _kind(line) in ("curve", "tail")] for other in kept):
-            kept.append(part)
-    return kept
+    kinds = [_kind(line) for line in lines]
+    starts = [0, *_starts(lines, kinds)]
+    kept: dict[tuple[str, ...], list[str]] = {}
+    for start, end in zip(starts, [*starts[1:], len(lines)]):
+        figures = tuple(lines[place].strip() for place in range(start, end) if kinds[place] in ("curve", "tail"))
+        kept.setdefault(figures, lines[start:end])
+    return list(kept.values())
 
 
-def _starts(lines: list[str]) -> list[int]:
+def _starts(lines: list[str], kinds: list[str | None]) -> list[int]:
     """Return the index of the first line of every run but the first."""
     starts: list[int] = []
     last_figure, top_step, has_tail, seed, head = -1, -1, False, None, None
-    for index, line in enumerate(lines):
-        kind = _kind(line)
+    for index, (line, kind) in enumerate(zip(lines, kinds)):
         if kind == "head":
             head = index if head is None or head < last_figure else head
-            match = SEED_LINE.match(line)
+            match = SEED_HEADING.match(line)
             is_other = match is not None and seed is not None and match.group(1) != seed
             seed = match.group(1) if match else seed
             if not (is_other and has_tail):
@@ -63,7 +67,7 @@ def _start(head: int | None, last_figure: int) -> int:
 
 def _kind(line: str) -> str | None:
     """Return head, curve or tail for a line that stands for this part of a run."""
-    if SEED_LINE.match(line) or HEAD.match(line) or SETTING_LINE.match(line):
+    if SEED_HEADING.match(line) or HEAD.match(line) or SETTING_LINE.match(line):
         return "head"
     if step_of(line) is not None:
         return "curve" if TRAIN_LOSS.search(line) or read_score(line) else None

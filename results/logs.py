@@ -29,12 +29,13 @@ from results.log_lines import (
     Score,
     count_of,
     flatten_json,
+    json_lines,
     read_score,
     seconds_of,
     step_of,
 )
 from results.log_names import seed_in_name
-from results.log_runs import split_runs
+from results.log_runs import SEED_HEADING, split_runs
 from results.log_sizes import Size, choose_sizes, read_sizes
 from results.log_stages import ScoreBoard
 from results.text_files import clean_lines
@@ -54,7 +55,10 @@ SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], Any]] = {
     "ttt_s": (re.compile(rf"^ttt_time:\s*{SECONDS}"), float),
     "order0_bpb": (re.compile(r"^order0_bpb:\s*([\d.]*\d)"), float),
     "peak_mem_mib": (re.compile(r"peak memory(?: allocated)?:\s*(\d{1,12}) MiB"), int),
-    "val_tokens": (re.compile(rf"(?:^\s*val[_ ]tokens\s*[:=]\s*|^val_loader:.*\btokens:){COUNT}"), count_of),
+    "val_tokens": (
+        re.compile(rf"(?:(?<![A-Za-z_])val(?:idation)?[_ ]tokens\s*[:=]\s*|^val_loader:.*\btokens:){COUNT}"),
+        count_of,
+    ),
     "val_bytes": (re.compile(rf"^\s*val[_ ]bytes\s*[:=]\s*{COUNT}"), count_of),
     "val_documents_hash": (re.compile(r"^val_documents_hash:\s*([0-9a-f]{16,64})\b"), str),
     "train_shards": (re.compile(r"\btrain_shards:\s*(\d{1,12})"), int),
@@ -117,7 +121,7 @@ def parse_log(text: str, file_name: str) -> Log:
 
 def parse_runs(text: str, file_name: str) -> list[Log]:
     """Return the runs that a log file holds one after the other, each as a log; mostly one."""
-    parts = split_runs([flatten_json(line) for line in clean_lines(text)])
+    parts = split_runs(json_lines(text) or [flatten_json(line) for line in clean_lines(text)])
     names = [
         file_name if len(parts) == 1 else f"{file_name} (run {place + 1} of {len(parts)})"
         for place in range(len(parts))
@@ -157,8 +161,8 @@ class _LogReader:
     def _take(self, line: str) -> None:
         if match := LOOP_LINE.search(line):
             self.looped_from = int(match.group(1))
-        elif line.lstrip().startswith(("#", "//")):
-            return  # a comment of a script that was printed into the log
+        elif line.lstrip().startswith(("#", "//")):  # a heading, or a comment of a script printed into the log
+            self.seeds_inside += [int(match.group(1))] if (match := SEED_HEADING.match(line)) else []
         elif (step := step_of(line)) is not None:
             self._take_step(line, *step)
         elif STOP.search(line) and self._take_stop(line):

@@ -44,13 +44,26 @@ def score_record(record: Record, notes: list[str], readme_numbers: list[str]) ->
         if stage and stage.startswith(OTHER) and entry:
             note = unused_note(run["log_file"], entry["label"], entry["stage"])
             notes[:] = [line for line in notes if line != note]
-    if stage is None:
-        return
-    _mark_chosen(record, runs, stage, notes, readme_numbers)
-    scored = {run["seed"] for run in runs if entry_of(run, stage)}
-    for run in runs:
-        if entry_of(run, stage) is None and run["seed"] not in scored:
-            notes.append(f"{run['log_file']}: stage {stage}, on which the others are scored, not found: left out")
+    if stage is not None:
+        _mark_chosen(record, runs, stage, notes, readme_numbers)
+        _leave_out_unscored(record, stage, notes)
+
+
+def _leave_out_unscored(record: Record, stage: str, notes: list[str]) -> None:
+    """Take logs without the final score off the record where another log of their seed has it, and those of no seed."""
+    scored = {run["seed"] for run in record["runs"] if run["final_bpb"] is not None}
+    is_known = any(run["seed"] is not None for run in record["runs"])
+    kept = []
+    for run in record["runs"]:
+        if is_known and run["seed"] is None:
+            notes.append(f"{run['log_file']}: no seed in its name or its lines; not used")
+        elif run["final_bpb"] is None and run["seed"] in scored:
+            notes.append(f"{run['log_file']}: does not show stage {stage}, as another log of its seed does; not used")
+        else:
+            kept.append(run)
+            if run["final_bpb"] is None:
+                notes.append(f"{run['log_file']}: stage {stage}, on which the others are scored, not found: left out")
+    record["runs"] = kept
 
 
 def entry_of(run: Run, stage: str | None) -> dict[str, Any] | None:

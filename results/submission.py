@@ -14,7 +14,7 @@ import numpy as np
 from results.code_files import read_code
 from results.disagreements import Finding, find_disagreements, review
 from results.folder_layout import Layout, lay_out
-from results.log_joins import join_logs, promote_variants, settle_seeds
+from results.log_joins import join_logs, leave_aside, promote_variants, settle_seeds
 from results.logs import Log, parse_runs
 from results.published import RECORD_FILE, Record, Run, one_run_a_seed, submitted_seeds, text_bytes
 from results.readme_tables import read_spreads, read_tables, read_values
@@ -53,9 +53,10 @@ def read_submission(folder: Path) -> Submission:
     known = _known_seeds(submission, tables)
     reported = partial(reported_scores, submission, num_seeds=len(known))
     settle_seeds(logs, known, reported, notes)
-    logs = join_logs(logs, reported, notes)
+    logs = join_logs(leave_aside(logs, known, reported, notes), reported, notes)
     promote_variants(logs)
-    notes += _notes_on(logs)
+    for log in logs:
+        notes += log.unknown
     record: Record = {
         "pr": None,
         "folder": layout.root.resolve().name,
@@ -70,6 +71,8 @@ def read_submission(folder: Path) -> Submission:
         "runs": [log.run for log in logs],
     }
     score_record(record, notes, re.findall(r"(?<![\d.])\d\.\d{3,10}(?!\d)", readme))
+    used = [run["log_file"] for run in _runs_to_commit(record)]
+    notes += _notes_on([log for log in logs if log.run["log_file"] in used])
     notes += review(record).unchecked
     return Submission(record, {log.run["log_file"]: log for log in logs}, list(dict.fromkeys(notes)))
 
@@ -128,26 +131,38 @@ def _read_logs(layout: Layout, notes: list[str]) -> list[Log]:
     logs: list[Log] = []
     quoted: list[str] = []
     for path in layout.logs:
-        name = path.relative_to(layout.root).as_posix() if layout.root in path.parents else path.name
-        try:
-            decoded = read_text(path)
-        except ValueError as error:
-            notes.append(f"{name}: left out ({str(error).removeprefix(f'{path}: ')})")
-            continue
-        found = [log for log in parse_runs(decoded.text, name) if log.is_recognized]
+        found = _read_log(path, layout.root, notes, quoted)
         logs += found
-        if found and decoded.remark:
-            notes.append(f"{name}: {decoded.remark}")
         if len(found) > 1:
-            notes.append(f"{name}: holds {len(found)} runs, one after the other")
-        if not found and path.suffix.lower() == ".log":
-            quoted.append(f"{name}: no line of a known form; not a training log we can read{_last_score(decoded.text)}")
+            notes.append(
+                f"{found[0].run['log_file'].partition(' (run')[0]}: holds {len(found)} runs, one after the other"
+            )
+    if not any(log.has_scores for log in logs):
+        for path in layout.results:
+            logs += [log for log in _read_log(path, layout.root, notes, []) if log.has_scores]
     if not logs:
         said = [*quoted, *notes]
         detail = f"; {said[0]}" if said else ""
         raise ValueError(f"{layout.root}: no training log with a line of a known form (*.log, *.txt, logs/*){detail}")
     notes += quoted
     return logs
+
+
+def _read_log(path: Path, root: Path, notes: list[str], quoted: list[str]) -> list[Log]:
+    """Return the runs in one file, none where it is not a log; `quoted` takes what is said then."""
+    name = path.relative_to(root).as_posix() if root in path.parents else path.name
+    try:
+        decoded = read_text(path)
+    except ValueError as error:
+        notes.append(f"{name}: left out ({str(error).removeprefix(f'{path}: ')})")
+        return []
+    found = [log for log in parse_runs(decoded.text, name) if log.is_recognized]
+    if found and decoded.remark:
+        notes.append(f"{name}: {decoded.remark}")
+    last = _last_score(decoded.text)
+    if not found and (last or path.suffix.lower() == ".log"):
+        quoted.append(f"{name}: no line of a known form; not a training log we can read{last}")
+    return found
 
 
 def _last_score(text: str) -> str:
@@ -157,7 +172,7 @@ def _last_score(text: str) -> str:
 
 
 def _notes_on(logs: list[Log]) -> list[str]:
-    """Return what the logs lack or do not explain; a stage is only missed where another log has it."""
+    """Return what the logs of the table's rows lack; a stage is only missed where another log has it."""
     notes = []
     for log in logs:
         shown = {name for other in logs for name in STAGE_NAMES if other is not log and other.run[name] is not None}
@@ -165,11 +180,9 @@ def _notes_on(logs: list[Log]) -> list[str]:
             name = line.removeprefix(f"{log.run['log_file']}: ").partition(" ")[0]
             if log.run[name] is None and (name in shown or name not in STAGE_NAMES):
                 notes.append(line)
-        notes += log.unknown
-    if any(log.run["seed"] is not None for log in logs):
-        unnamed = [log.run["log_file"] for log in logs if log.run["seed"] is None]
-        return notes + [f"{name}: no seed in its name or its lines; not used" for name in unnamed]
-    return [*notes, "no log, name or submission.json says which seed this is: shown as seed ?"]
+    if any(log.run["seed"] is None for log in logs):
+        notes.append("no log, name or submission.json says which seed this is: shown as seed ?")
+    return notes
 
 
 def _known_seeds(submission: dict[str, Any] | None, tables: list[dict[str, Any]]) -> list[int]:

@@ -73,7 +73,7 @@ AGREE: dict[str, tuple[tuple[Made, ...], dict[str, Any], list[dict[str, object]]
     "approximate cells": ((Made(steps=7204),), {}, [{"Seed": 42, "Steps": "~7200", "Artifact": "~15.9 MB"}]),
     "limits, ranges and changes in a cell": (
         (Made(ttt=1.111),), {"val_bpb": 1.111},
-        [{"Seed": 42, "Artifact": "< 16,000,000", "Eval time": "<600s", "TTT BPB": "1.1150 → 1.1110", "Steps": "4,000+"}],
+        [{"Seed": 42, "Artifact": "< 16,000,000", "Eval time": "<600s", "TTT BPB": "1.1150 → 1.111", "Steps": "4k+"}],
     ),
     "a score that the log does not have": ((Made(),), {}, [{"Seed": 42, "N-gram BPB": "0.9680"}]),
     "steps in thousands": ((Made(steps=7204),), {}, [{"Seed": 42, "Steps": "7.2k"}]),

@@ -283,6 +283,17 @@ def test_an_evaluation_without_a_seed_is_joined_to_the_only_training(tmp_path: P
     assert [(run["steps"], run["final_bpb"]) for run in submission.record["runs"]] == [(4000, 1.11)]
 
 
+def test_evaluations_without_a_training_are_joined_to_each_other(tmp_path: Path) -> None:
+    logs: dict[str, str | bytes] = {
+        "eval_sliding_seed42.log": "seed: 42\n" + score_line("sliding_window", 1.115),
+        "eval_ttt_seed42.log": "seed: 42\n" + score_line("quantized_ttt", 1.109),
+    }
+    submission = read_submission(write_folder(tmp_path / "r", logs, submission={"val_bpb": 1.109}))
+    (run,) = submission.record["runs"]
+    assert (run["sliding"]["val_bpb"], run["final_bpb"], len(run["files"])) == (1.115, 1.109, 2)
+    assert fields(submission) == []
+
+
 def test_the_same_log_twice_is_one(tmp_path: Path) -> None:
     logs: dict[str, str | bytes] = {"train_seed42.log": made_log(), "train.log": made_log()}
     submission = read_submission(write_folder(tmp_path / "r", logs))
@@ -360,6 +371,47 @@ def test_a_log_of_another_kind_gives_its_reported_score(tmp_path: Path, line: st
     out = tmp_path / "out"
     assert main(["import-logs", str(folder), "--out", str(out)]) == 0
     assert main(["compare", str(out), str(folder), "--force"]) == 0
+
+
+ASIDE = ["ablations/no_ttt_seed{}.log", "smoke_test_seed{}.log", "old/train_seed{}.log", "failed_seed{}.log"]
+
+
+@pytest.mark.parametrize("name", ASIDE)
+@pytest.mark.parametrize("seed", [42, 3])
+def test_logs_that_their_names_set_apart_are_left_out_and_said(tmp_path: Path, name: str, seed: int) -> None:
+    logs: dict[str, str | bytes] = {"train_seed42.log": made_log(), name.format(seed): made_log(seed=seed, sliding=1.3)}
+    submission = read_submission(write_folder(tmp_path / "r", logs, submission={"val_bpb": 1.115}))
+    assert (finals(submission), fields(submission)) == ({42: 1.115}, [])
+    assert f"{name.format(seed)}: by its name not a run of this submission; left out" in submission.notes
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_a_log_set_apart_counts_where_it_is_reported_or_alone(tmp_path: Path, name: str) -> None:
+    alone: dict[str, str | bytes] = {name.format(42): made_log()}
+    assert finals(read_submission(write_folder(tmp_path / "alone", alone))) == {42: 1.115}
+    both = {"train_seed42.log": made_log(sliding=1.2), **alone}
+    said = {"seed_results": {"42": {"val_bpb": 1.115}}}
+    assert finals(read_submission(write_folder(tmp_path / "both", both, submission=said))) == {42: 1.115}
+
+
+def test_a_crashed_log_beside_a_finished_one_is_only_a_note(tmp_path: Path) -> None:
+    logs: dict[str, str | bytes] = {"a_seed42.log": made_log(quantized=None, sliding=None), "b_seed42.log": made_log()}
+    submission = read_submission(write_folder(tmp_path / "r", logs, submission={"val_bpb": 1.115}))
+    assert (finals(submission), fields(submission)) == ({42: 1.115}, [])
+    assert any(note.startswith("a_seed42.log: does not show stage sliding") for note in submission.notes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"seed": 42, "val_bpb": 1.115},
+        {"seed": 42, "steps": 4000, "sliding": {"val_loss": 2.88, "val_bpb": 1.115}},
+        [{"seed": 42, "stage": "sliding", "val_loss": 2.88, "val_bpb": 1.115}],
+    ],
+)
+def test_scores_in_a_json_file_count_where_no_log_has_any(tmp_path: Path, content: object) -> None:
+    logs: dict[str, str | bytes] = {"train.log": "hello\n", "results.json": json.dumps(content)}
+    assert finals(read_submission(write_folder(tmp_path / "r", logs, submission={"val_bpb": 1.115}))) == {42: 1.115}
 
 
 def test_configurations_of_one_folder_are_told_apart(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_a_known_word_with_another_one_is_kept_beside_its_stage(label: str) -> N
         ("post-quant", "post_quant"), ("Quantized model", "post_quant"), ("dequantized_eval", "post_quant"),
         ("pre-TTT", "post_quant"), ("no_ttt", "post_quant"), ("sliding_eval", "sliding"),
         ("pre-ttt sliding", "sliding"), ("final_sliding_window:done", "sliding"), ("ttt_sliding:done", "post_ttt"),
-        ("legal_ttt", "post_ttt"), ("ema", "post_ema"), ("TTT", "post_ttt"), ("doc_ttt_lora", "post_ttt"), ("final", None), ("seed 42", None),
+        ("legal_ttt", "post_ttt"), ("ema", "post_ema"), ("TTT", "post_ttt"), ("doc_ttt_lora", "post_ttt"),
+        ("final", None), ("seed 42", None),
     ],
 )  # fmt: skip
 def test_labels_are_read_word_by_word(label: str, stage: str | None) -> None:
@@ -301,6 +302,24 @@ def test_runs_of_several_seeds_in_one_file_keep_their_seeds() -> None:
     text = "".join(made_log(seed=seed, sliding=bpb) for seed, bpb in ((42, 1.115), (7, 1.116), (1337, 1.117)))
     found = {log.run["seed"]: log.run["sliding"]["val_bpb"] for log in parse_runs(text, "all.log")}
     assert found == {42: 1.115, 7: 1.116, 1337: 1.117}
+
+
+@pytest.mark.parametrize(
+    "heading", ["===== seed 42 =====", "Running seed 42", "--- seed: 42 ---", "SEED=42", "# seed 42"]
+)
+def test_headings_tell_the_seeds_of_one_file_apart(heading: str) -> None:
+    text = "".join(
+        f"{heading.replace('42', str(seed))}\n{made_log(seed=None, sliding=bpb)}"
+        for seed, bpb in ((42, 1.115), (7, 1.116), (1337, 1.117))
+    )
+    found = {log.run["seed"]: log.run["sliding"]["val_bpb"] for log in parse_runs(text, "all.log")}
+    assert found == {42: 1.115, 7: 1.116, 1337: 1.117}
+
+
+def test_evaluations_of_several_seeds_in_one_file_keep_their_seeds() -> None:
+    text = "".join(f"seed: {seed}\n{score_line('quantized_ttt', bpb)}\n" for seed, bpb in ((42, 1.11), (7, 1.12)))
+    found = {log.run["seed"]: log.run["post_ttt"]["val_bpb"] for log in parse_runs(text, "eval.log")}
+    assert found == {42: 1.11, 7: 1.12}
 
 
 def test_a_log_written_twice_is_one_run() -> None:
