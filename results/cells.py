@@ -45,6 +45,8 @@ def readings(meaning: str, column: str, cell: Any) -> list[tuple[float, float]]:
     A size in "MB" may be MiB; a duration may be cut instead of rounded.
     """
     text = text_of(cell)
+    if not isinstance(cell, int | float | str):
+        return []
     if NOT_A_FIGURE.search(text.replace("+-", "±")):
         return []
     kind = meaning.rpartition(" ")[2]
@@ -59,7 +61,7 @@ def readings(meaning: str, column: str, cell: Any) -> list[tuple[float, float]]:
         value, unit = printed_seconds(cell, column)
         return [] if value is None or value <= 0 else [(value, unit)]
     if kind == "bytes" and isinstance(cell, int):
-        return [(float(cell), 0.0)]
+        return numbers[:1]  # a key of submission.json: bytes, however few
     if kind == "bytes":
         return _sizes(meaning, column, text, numbers)
     if meaning == "TTT gain":

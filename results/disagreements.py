@@ -45,10 +45,23 @@ def review(record: Record) -> Review:
     findings = [finding for check in LOG_CHECKS for finding in check(record)]
     findings += _different_settings(record)
     headline, spread, said = check_headline(record), check_stds(record), compare_said(record)
-    findings += [*headline.findings, *spread.findings]
-    findings += [*missing_seeds(record, said), *merge_claims(said.claims)]
+    printed = merge_claims(said.claims)
+    findings += [_with_mean_rows(finding, printed) for finding in headline.findings]
+    findings += [*spread.findings, *missing_seeds(record, said), *printed]
     unchecked = [*headline.unchecked, *spread.unchecked, *say_unchecked(said.unchecked)]
     return Review(findings, list(dict.fromkeys(unchecked)))
+
+
+def _with_mean_rows(finding: Finding, printed: list[Finding]) -> Finding:
+    """Return a headline with the README's rows of means that repeat it, which are taken out of `printed`."""
+    said = printed_number(finding.value)[0]
+    for other in [other for other in printed if other.field.startswith("mean of ") and finding.check == "headline"]:
+        value, half_unit = printed_number(other.value)
+        if said is not None and value is not None and abs(value - said) <= half_unit + 1e-9:
+            printed.remove(other)
+            places = {place: cell for place, cell in other.values.items() if place.startswith("README")}
+            finding = finding._replace(values={**finding.values, **places})
+    return finding
 
 
 def find_disagreements(record: Record) -> list[Finding]:

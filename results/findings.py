@@ -27,7 +27,12 @@ class Finding(NamedTuple):
     def __str__(self) -> str:
         """Return the finding as one line."""
         place = "record" if self.seed is None else f"seed {self.seed}"
-        said = ", ".join(f"{source} {_short(value)}" for source, value in self.values.items())
+        verbs = {"log": "the log shows"} if self.check == "printed_figure" else {}
+        says = " says" if verbs else ""
+        said = ", ".join(
+            f"{verbs.get(source, source + says * (not source.startswith('equals')))} {_short(value)}"
+            for source, value in self.values.items()
+        )
         measured = "" if self.value is None else f": {_short(self.value)}, limit {_short(self.limit)}"
         return f"{place}: {self.field}: {said} [{self.check}{measured}]"
 

@@ -7,7 +7,6 @@ digits up to the last one that is not a zero; sizes may be in MB or MiB; seconds
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any
 
@@ -17,6 +16,7 @@ APPROXIMATE = re.compile(r"[~≈∼]|\b(?:about|approx\w*|around|ca\.)|\d\s*\+\W
 SCALES = {"MiB": 2.0**20, "KiB": 1024.0, "MB": 1e6, "M": 1e6, "kB": 1e3, "KB": 1e3, "k": 1e3, "K": 1e3}
 MINUTES_AND_SECONDS = re.compile(r"(\d+)\s*(?:m|min|minutes?)\s*(\d+(?:\.\d+)?)\s*s|\b(\d+):(\d{2})(?!\d)")
 TIME_UNIT = re.compile(r"(?<![A-Za-z])(ms|milliseconds|s|secs?|seconds|m|mins?|minutes|h|hours?)(?![A-Za-z/])", re.I)
+LARGEST = 1e18  # no figure of a record is larger
 LEAST_SLACK_S = 0.5  # between two clocks of one pass
 FEWEST_SCORE_DECIMALS = 3  # of a number in JSON, whose last zeros most writers drop: 1.110 has become 1.11
 
@@ -53,14 +53,15 @@ def printed_numbers(said: object) -> list[tuple[float, float]]:
     found = []
     for match in IN_TEXT.finditer(text):
         digits = match.group(1).replace(",", "")
+        if not abs(float(digits)) < LARGEST:
+            continue
         scale = SCALES.get(match.group(2) or "", 1.0)
         mantissa, _, exponent = digits.lower().partition("e")
         decimals = len(mantissa.partition(".")[2]) - int(exponent or 0)
         half_unit = 0.5 * 10.0**-decimals * scale if "." in mantissa or scale > 1 or exponent else 0.0
         if half_unit == 0.0 and APPROXIMATE.search(text):
             half_unit = 0.5 * 10.0 ** (len(digits) - len(digits.rstrip("0")))
-        if math.isfinite(float(digits)):
-            found.append((float(digits) * scale, half_unit))
+        found.append((float(digits) * scale, half_unit))
     return found
 
 

@@ -111,4 +111,5 @@ def _number(value: Any) -> Any:
 
 
 def _is_figure(value: Any) -> bool:
-    return not isinstance(value, bool) and (isinstance(value, int | float) or printed_number(value)[0] is not None)
+    """Return whether a JSON value is a number, or text that holds one."""
+    return isinstance(value, int | float | str) and printed_number(value)[0] is not None

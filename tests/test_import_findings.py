@@ -281,7 +281,9 @@ def test_a_headline_that_is_one_seeds_score_says_so(tmp_path: Path) -> None:
 
 
 def test_a_headline_that_no_log_shows_is_found_once(tmp_path: Path) -> None:
-    (finding,) = found(folder_of(tmp_path, THREE, {"val_bpb": 1.1234}))
+    readme = table_of("Seed | Sliding BPB", "42 | 1.1150", "7 | 1.1170", "1337 | 1.1190", "Mean | 1.1234")
+    (finding,) = found(folder_of(tmp_path, THREE, {"val_bpb": 1.1234}, readme))
+    assert finding.values['README table 1 "Sliding BPB"'] == "1.1234"
     assert (finding.check, finding.value, finding.limit) == ("headline", 1.1234, pytest.approx(1.117))
 
 
@@ -319,3 +321,41 @@ def test_text_and_json_show_the_same_list(tmp_path: Path, capsys: pytest.Capture
         assert entry["check"] in entry["text"]
     stored = json.loads((tmp_path / "out" / "record.json").read_text())["disagreements"]
     assert [entry["field"] for entry in stored] == [entry["field"] for entry in content["disagreements"]]
+
+
+STRANGE: list[Any] = [
+    None, True, "", "n/a", [], {}, [[]], [None], {"mean": None}, {"42": None}, {"42": [1.1]}, {"seed": 42}, [1.1, None],
+    [{"seed": None}], [{"seed": 42, "val_bpb": {}}], -1, 0, 1e308, "1e999", "∞", "1.1.1", "--", {"42": {"val_bpb": []}},
+    10**400, "9" * 400, {"": 1}, {"seed_42": {"val_bpb": "about 1.1"}},
+]  # fmt: skip
+KEYS = ("val_bpb", "val_loss", "val_bpb_std", "seeds", "seed_results", "val_bpb_seeds", "steps", "bytes_total",
+        "eval_time_ms", "results", "seed_42", "bytes_code", "metrics")  # fmt: skip
+
+
+def test_strange_values_in_submission_json_and_cells_are_passed_over(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, TWO, {"val_bpb": 1.116})
+    record = read_submission(folder).record
+    for value in STRANGE:
+        submission = {**dict.fromkeys(KEYS, value), "mean_val_bpb": 1.116}
+        assert isinstance(review({**record, "submission_json": submission}).findings, list)
+    columns = ["Seed", "Steps", "Artifact", "TTT BPB", "TTT gain", "Eval time", "ms/step", "val_loss"]
+    for cell in (
+        "",
+        "-",
+        "±",
+        "| x",
+        "1e999",
+        "9" * 400,
+        "~",
+        "0",
+        "-0",
+        "1:2:3",
+        "nan",
+        "∞ MB",
+        "1.1 ±",
+        "((",
+        "42 42",
+    ):
+        rows = [dict.fromkeys(columns, cell) | {"Seed": first} for first in ("42", "Mean", "Std", "", cell)]
+        tables = [{"columns": columns, "rows": rows}]
+        assert isinstance(review({**record, "readme_seed_tables": tables}).findings, list)

@@ -91,7 +91,7 @@ def test_pr_1536s_pull_request_text_is_flagged(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "mean 1.07747, sample std 0.00078 (ddof=1), population std 0.00064 (ddof=0), n = 3" in shown
     assert "stated std: 0.00064 (the population one, ddof=0)" in shown
-    assert "seed 42: pre-TTT bpb and TTT gain: PR text vs log: pr_text (pre_ttt_bpb 1.0849" in shown
+    assert "seed 42: pre-TTT bpb and TTT gain: PR text vs log: pr_text says (pre_ttt_bpb 1.0849" in shown
 
 
 def test_an_altered_readme_cell_is_found() -> None:
