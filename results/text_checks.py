@@ -11,6 +11,7 @@ from results.published import Record, Run, one_run_a_seed
 
 WHOLE_TEXT_BYTES = 151.08e6  # of the challenge, under every tokenizer
 SAME_SIZE_FRAC = 2e-3
+FEWEST_DECIMALS = 4
 STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
 
@@ -91,10 +92,14 @@ def _first_loss(run: Run) -> float | None:
 
 
 def _ratios(run: Run) -> dict[str, float]:
+    """Return nats over bits per byte of each stage; of scores with few digits it says nothing."""
     return {
         stage: _nats(run, stage) / run[stage]["val_bpb"]
         for stage in STAGES
-        if run.get(stage) and run[stage]["val_bpb"] and run[stage]["val_loss_nats"]
+        if run.get(stage)
+        and run[stage]["val_bpb"]
+        and run[stage]["val_loss_nats"]
+        and max(_decimals(run[stage]["val_bpb"]), _decimals(run[stage]["val_loss_nats"])) >= FEWEST_DECIMALS
     }
 
 
@@ -104,10 +109,12 @@ def _nats(run: Run, stage: str) -> float:
 
 
 def _rounding(run: Run, stage: str) -> float:
-    """Return the share of a ratio that the printed decimals leave open."""
-    decimals = (run.get("score_decimals") or {}).get(stage)
-    if decimals is None:
-        shown = (run[stage]["val_bpb"], run[stage]["val_loss_nats"])
-        decimals = max(len(repr(float(value)).partition(".")[2]) for value in shown)
-    half_unit = 0.5 * 10.0 ** -int(decimals)
-    return float(half_unit / run[stage]["val_bpb"] + half_unit / run[stage]["val_loss_nats"])
+    """Return the share of a ratio that the digits of its two figures leave open; one line prints both alike."""
+    bpb, nats = run[stage]["val_bpb"], run[stage]["val_loss_nats"]
+    half_unit = 0.5 * 10.0 ** -max(_decimals(bpb), _decimals(nats))
+    return float(half_unit / bpb + half_unit / nats)
+
+
+def _decimals(value: float) -> int:
+    """Return the decimals of a figure without its last zeros."""
+    return len(repr(float(value)).partition(".")[2])
