@@ -21,7 +21,7 @@ RESULT_FILES = re.compile(r"[\w.-]*(?:result|metric|eval|log|seed|summary|score|
 # logs that their names set apart from the runs of a submission
 ASIDE = re.compile(
     r"(?:^|[_\-./])(?:ablations?|abl|old|failed|smoke|debug|sanity|dry_?run|archive|previous|aborted|crash(?:ed)?|baselines?|"
-    r"partial|exploration|scratch|discarded|superseded|warmup)(?=[_\-./]|$)", re.IGNORECASE,
+    r"scratch|discarded|superseded)(?=[_\-./]|$)", re.IGNORECASE,
 )  # fmt: skip
 
 
@@ -56,10 +56,12 @@ def lay_out(folder: Path) -> Layout:
     if own:
         logs = _without_nested(folder, logs, with_logs, notes)
         return Layout(folder, logs, _first_submission(own, notes), notes, results)
+    if not nested:
+        with_logs = _readme_folders(folder, files, logs)
     if len(with_logs) > 1:
         names = ", ".join(parent.relative_to(folder).as_posix() for parent in with_logs)
         raise ValueError(f"{folder}: holds {len(with_logs)} submissions ({names}); import them one at a time")
-    if with_logs:
+    if with_logs and nested:
         root = with_logs[0]
         outside = [path for path in logs if root not in path.parents]
         if not outside:
@@ -89,6 +91,15 @@ def _files_below(folder: Path, notes: list[str]) -> list[Path]:
         found += [Path(place) / name for name in files if not name.startswith(".")]
     found = [path for path in found if path.is_file()]
     return sorted(found, key=lambda path: (len(path.parts), path.as_posix()))
+
+
+def _readme_folders(folder: Path, files: list[Path], logs: list[Path]) -> list[Path]:
+    """Return the folders with a README and logs of their own, where the top has neither."""
+    readmes = {path.parent for path in files if path.name.lower() == "readme.md"}
+    if folder in readmes or any(path.parent == folder for path in logs):
+        return []
+    tops = [place for place in sorted(readmes) if not any(other in place.parents for other in readmes)]
+    return [place for place in tops if any(place in path.parents for path in logs)]
 
 
 def _may_be_log(path: Path, folder: Path, notes: list[str]) -> bool:

@@ -33,7 +33,7 @@ BEFORE_WORDS = re.compile(
     r"pre|before|post|after|ema|swa|lawa|average|averaging|avg|unquantized|prequant\w*|raw|applied"
 )
 PROGRESS = re.compile(
-    r"progress|chunk|batch|running|partial|cumulative|\bdocs?\s*[:=]?\s*\d|\d\s*%|\d+\s*/\s*\d+|\biter\b|\bwindow\s+\d|"
+    r"(?<![a-z])(?:progress|chunk|batch|running|partial|cumulative)(?![a-z])|\bdocs?\s*[:=]?\s*\d|\d\s*%|\d+\s*/\s*\d+|\biter\b|\bwindow\s+\d|"
     r"\bstep\b|\bepoch\b|\bphase\s*[:=]?\s*\d", re.IGNORECASE,
 )  # fmt: skip
 

@@ -35,7 +35,7 @@ TRAIN_TIME = re.compile(rf"\btrain[_ ]?time\s*[:=]\s*{TIME}", re.IGNORECASE)
 STEP_AVERAGE = re.compile(rf"\bstep[_ ]?avg\s*[:=]\s*{TIME}", re.IGNORECASE)
 RATE = re.compile(r"tok(?:ens)?/s(?:ec)?\s*[:=]\s*([\d,]*\d(?:\.\d+)?)", re.IGNORECASE)
 EVAL_TIME = re.compile(
-    rf"(?<![A-Za-z])(?:(?:eval|total|ttt|elapsed)[_ ]?time|time|elapsed|t)\s*[:=]\s*{TIME}", re.IGNORECASE
+    rf"(?<![A-Za-z_])(?:(?:eval|total|ttt|elapsed)[_ ]?time|time|elapsed|t)\s*[:=]\s*{TIME}", re.IGNORECASE
 )
 STOP = re.compile(
     r"stop(?:ping|ped)?[_ ]early|early[_ ]stop|stopp(?:ing|ed)\b|wall_?clock[_ ](?:cap|limit)|"

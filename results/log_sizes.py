@@ -27,6 +27,7 @@ TOTAL = re.compile(
     rf"total[ _](?:size|bytes)|bytes_total|total|artifact|submission)([^:=\d]{{0,4}}[^:=]{{0,56}}?){BYTES}",
     re.IGNORECASE,
 )
+BESIDE_CODE = re.compile(rf"\b(artifact|model|weights|payload)\s*[:=]\s*{COUNT}", re.IGNORECASE)
 OF_LIMIT = re.compile(rf"(?<![\d,]){COUNT}\s*(?:bytes)?\s*/\s*16[,_]?000[,_]?000\b", re.IGNORECASE)
 LIMIT = re.compile(r"\b16[,_]?000[,_]?000\b")
 OF_OTHER_THINGS = re.compile(r"mem|token|param|val|train|text|cache", re.IGNORECASE)
@@ -61,8 +62,9 @@ def read_sizes(line: str) -> list[Size]:
         is_compressed = bool(COMPRESSOR.search(label)) and "uncompressed" not in label.lower()
         found.append(Size("model", label, count_of(model.group(3)), is_compressed))
     totals = [match for match in TOTAL.finditer(line) if _is_total(match)]
-    if code and len(totals) > 1 and totals[0].group(1).lower().startswith("artifact"):
-        found.append(Size("model", totals[0].group(1), count_of(totals[0].group(3)), True))  # beside code and total
+    part = BESIDE_CODE.search(line)
+    if code and part and totals and model is None and totals[-1].start() != part.start():
+        found.append(Size("model", part.group(1), count_of(part.group(2)), True))
     if totals:
         label = totals[-1].group(1) + totals[-1].group(2)
         is_compressed = bool(COMPRESSOR.search(label)) or any(size.is_compressed for size in found)

@@ -18,6 +18,7 @@ class ScoreBoard:
         self.log_file = log_file
         self.stages: dict[str, Score] = {}
         self.bare: dict[str, Score] = {}
+        self.at_steps: dict[str, Score] = {}  # printed behind a step of the training: the last ones may be all there is
         self.others: list[tuple[Score, str | None]] = []
         self.notes: list[str] = []
 
@@ -84,8 +85,9 @@ class ScoreBoard:
 
     def write_to(self, run: dict[str, Any], provenance: dict[str, str], unknown: list[str]) -> None:
         """Write the stages and the other scores into a run, with the label that each was printed under."""
-        for stage, score in self.bare.items():
-            self.stages.setdefault(stage, score)
+        for stage, score in (*self.bare.items(), *self.at_steps.items()):
+            if math.isfinite(score.bpb):
+                self.stages.setdefault(stage, score)
         for stage, score in self.stages.items():
             run[stage] = entry_of(score)
             provenance[stage] = f"{self.log_file}: {score.label}"

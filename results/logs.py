@@ -16,9 +16,11 @@ from results.log_lines import (
     RATE,
     SEED_INSIDE,
     SEED_LINE,
+    SEPARATORS,
     SETTING,
     SETTING_LINE,
     STAGE_TIME,
+    STEP,
     STEP_AVERAGE,
     STOP,
     STOP_REASON,
@@ -181,7 +183,11 @@ class _LogReader:
         if score is None and loss is None:
             return
         elapsed_s = seconds_of(*time.groups()) if time else None
-        if score is not None and math.isfinite(score.bpb):
+        words = STEP.sub("", score.label).strip(SEPARATORS) if score is not None else ""
+        if score is not None and (meaning := meaning_of(words)).stage is not None:
+            if not meaning.is_variant:
+                self.scores.at_steps[meaning.stage] = score._replace(label=words)  # not of the live weights
+        elif score is not None and math.isfinite(score.bpb):
             self._take_live(score, step, total, elapsed_s)
         elif loss is not None and score is None:
             rate = RATE.search(line)
@@ -259,11 +265,12 @@ class _LogReader:
         run["token_rates"] = [[step, rate] for step, rate in rates if rate is not None]
         run["clock"] = self.clock
         run["settings"] |= run["hparams"]
-        if run["seed_in_log"] is None and len(set(self.seeds_inside)) == 1:
-            run["seed_in_log"] = self.seeds_inside[0]
+        named = seed_in_name(self.file_name)
+        if run["seed_in_log"] is None and len(set(self.seeds_inside)) == 1 and named in (None, self.seeds_inside[0]):
+            run["seed_in_log"] = self.seeds_inside[0]  # a word in passing does not stand against the file's name
         if run["seed_in_log"] is not None:
             log.provenance["seed"] = f"{run['log_file']}: seed"
-        run["seed_in_filename"] = seed_in_name(self.file_name)
+        run["seed_in_filename"] = named
         run["seed"] = run["seed_in_log"] if run["seed_in_log"] is not None else run["seed_in_filename"]
         run["files"] = {self.file_name: sorted(log.provenance)}
         for name, form in EXPECTED.items():

@@ -200,11 +200,35 @@ def _mark_chosen(record: Record, runs: list[Run], stage: str, notes: list[str], 
             int(run["steps"] is not None), _place_in_file(run),
         )  # fmt: skip
 
+    unlisted = _unlisted_seeds(record, by_seed, stage)
     for seed, choices in by_seed.items():
+        if seed in unlisted:
+            notes.append(f"seed {seed}: has a log but is not among the seeds of submission.json: not in the mean")
+            for run in choices:
+                run["is_chosen"] = False
+            continue
         chosen = max(choices, key=rank)
         for run in choices:
             run["is_chosen"] = run is chosen
         _note_choice(seed, choices, chosen, stage, notes)
+
+
+def _unlisted_seeds(record: Record, by_seed: dict[int | None, list[Run]], stage: str) -> set[int | None]:
+    """Return the seeds that submission.json does not list, where its headline is the mean over those that it lists."""
+    submission = record.get("submission_json") or {}
+    listed = submission.get("seeds")
+    seeds = {str(seed) for seed in listed} if isinstance(listed, list) else set(map(str, submitted_seeds(record)))
+    others = {seed for seed in by_seed if str(seed) not in seeds}
+    value, half_unit = printed_number(headline_of(submission))
+    if value is None or not others or len(others) == len(by_seed):
+        return set()
+
+    def is_mean(kept: dict[int | None, list[Run]]) -> bool:
+        means = _seed_means([run for runs in kept.values() for run in runs], stage)
+        return any(abs(value - mean) <= half_unit * (1 + 1e-6) + 1e-8 for mean in means)
+
+    only_listed = {seed: runs for seed, runs in by_seed.items() if seed not in others}
+    return others if is_mean(only_listed) and not is_mean(by_seed) else set()
 
 
 def _note_choice(seed: int | None, choices: list[Run], chosen: Run, stage: str, notes: list[str]) -> None:

@@ -25,7 +25,7 @@ from results.text_files import read_text
 
 OUR_NAMES = {"post_ema": "post_ema", "post_quant": "pre_ttt", "sliding": "sliding", "ttt_lr0": "ttt_lr0",
              "post_ttt": "post_ttt"}  # fmt: skip
-STAGE_NAMES = ("post_ema", "post_quant", "post_ttt", "total_eval_s")  # a log has those that its recipe has
+NOT_STAGES = ("steps", "model_bytes", "total_bytes")  # what every log should show
 SOURCE_SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h")
 UNKNOWN_SEED = -1  # in the tables, whose key is a number; shown as "?"
 
@@ -111,7 +111,7 @@ def _runs_to_commit(record: Record) -> list[Run]:
     chosen = {run["seed"]: run for run in one_run_a_seed(record)}
     is_known = any(run["seed"] is not None for run in record["runs"])
     for run in record["runs"]:
-        if run["seed"] is not None or not is_known:
+        if run.get("is_chosen") is not False and (run["seed"] is not None or not is_known):
             chosen.setdefault(run["seed"], run)
     return list(chosen.values())
 
@@ -172,14 +172,11 @@ def _last_score(text: str) -> str:
 
 
 def _notes_on(logs: list[Log]) -> list[str]:
-    """Return what the logs of the table's rows lack; a stage is only missed where another log has it."""
+    """Return what the logs of the table's rows lack, stages apart: a log has those that its recipe has."""
     notes = []
     for log in logs:
-        shown = {name for other in logs for name in STAGE_NAMES if other is not log and other.run[name] is not None}
-        for line in log.missing:
-            name = line.removeprefix(f"{log.run['log_file']}: ").partition(" ")[0]
-            if log.run[name] is None and (name in shown or name not in STAGE_NAMES):
-                notes.append(line)
+        missing = {name: f"{log.run['log_file']}: {name} not found" for name in NOT_STAGES if log.run[name] is None}
+        notes += [line for line in log.missing if line.startswith(tuple(missing.values()))]
     if any(log.run["seed"] is None for log in logs):
         notes.append("no log, name or submission.json says which seed this is: shown as seed ?")
     return notes

@@ -341,6 +341,15 @@ def test_several_submissions_in_a_folder_are_refused_by_name(
     assert error.count("\n") == 1
 
 
+def test_folders_with_a_readme_each_are_submissions_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("rec_a", "rec_b"):
+        write_folder(tmp_path / "parent" / name, readme="# A record\n")
+    assert main(["import-logs", str(tmp_path / "parent"), "--out", str(tmp_path / "out")]) == 2
+    assert "rec_a, rec_b" in capsys.readouterr().err
+    (tmp_path / "parent" / "README.md").write_text("# One record of two seeds\n")
+    assert main(["import-logs", str(tmp_path / "parent"), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_submission_inside_another_is_left_out_and_said(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "r", submission={"val_bpb": 1.115})
     write_folder(folder / "old", {"train_seed7.log": made_log(seed=7)}, submission={"val_bpb": 1.2})
@@ -392,6 +401,17 @@ def test_a_log_set_apart_counts_where_it_is_reported_or_alone(tmp_path: Path, na
     both = {"train_seed42.log": made_log(sliding=1.2), **alone}
     said = {"seed_results": {"42": {"val_bpb": 1.115}}}
     assert finals(read_submission(write_folder(tmp_path / "both", both, submission=said))) == {42: 1.115}
+
+
+def test_seeds_that_the_submission_does_not_list_are_named_and_not_in_its_mean(tmp_path: Path) -> None:
+    scores = {42: 1.115, 7: 1.116, 3: 1.13}
+    logs: dict[str, str | bytes] = {f"seed{seed}.log": made_log(seed=seed, sliding=bpb) for seed, bpb in scores.items()}
+    said: dict[str, Any] = {"val_bpb": 1.1155, "seeds": [42, 7]}
+    submission = read_submission(write_folder(tmp_path / "listed", logs, submission=said))
+    assert finals(submission) == {42: 1.115, 7: 1.116}
+    assert "seed 3: has a log but is not among the seeds of submission.json: not in the mean" in submission.notes
+    other = read_submission(write_folder(tmp_path / "other", logs, submission={**said, "val_bpb": 1.1203}))
+    assert finals(other) == scores  # the headline is the mean over all of them
 
 
 def test_a_crashed_log_beside_a_finished_one_is_only_a_note(tmp_path: Path) -> None:
@@ -540,10 +560,12 @@ def test_a_stage_that_no_log_has_is_not_missed(tmp_path: Path) -> None:
     assert not [note for note in notes if "not found" in note]
 
 
-def test_a_stage_that_other_logs_have_is_missed(tmp_path: Path) -> None:
-    logs: dict[str, str | bytes] = {"train_seed42.log": made_log(), "train_seed7.log": made_log(seed=7, post_ema=None)}
-    notes = read_submission(write_folder(tmp_path / "r", logs)).notes
-    assert [note for note in notes if note.startswith("train_seed7.log: post_ema not found")]
+def test_steps_and_sizes_are_missed(tmp_path: Path) -> None:
+    logs: dict[str, str | bytes] = {"train_seed42.log": made_log(swap={"stop": [], "sizes": []})}
+    notes = read_submission(write_folder(tmp_path / "r", logs, submission={})).notes
+    assert [note.split(" (")[0] for note in notes] == [
+        f"train_seed42.log: {name} not found" for name in ("steps", "model_bytes", "total_bytes")
+    ]
 
 
 def test_the_record_of_an_import_is_json_without_nan(tmp_path: Path) -> None:

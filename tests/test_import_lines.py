@@ -171,6 +171,7 @@ RAW = ["Serialized model: 67224983 bytes", "Code size: 20000 bytes", "Total subm
         ["Serialized model int8+zlib: 15900000 bytes", "Total: 15920000 bytes (15.92 MB)"],
         ["Serialized model int8+zlib: 15900000 bytes (payload:17178912 raw_torch:17224025)", "bytes_total: 15920000"],
         ["serialized_model_int6_lzma: 15900000 bytes", "total_submission_size: 15920000 bytes"],
+        ["model: 15900000 bytes, code: 20000 bytes, total: 15920000 bytes"],
         ["Compressed model: 15.90 MB (15900000 bytes)", "Total submission size: 15.92 MB (15920000 bytes)"],
         ["Compressed size: 15900000 bytes", "Total submission size (model + code): 15920000 bytes"],
         ["Serialized model int6+xz: 15900000 bytes", "size_check total=15920000 limit=16000000"],
@@ -213,6 +214,16 @@ def test_other_sizes_are_not_the_artifact(lines: list[str]) -> None:
 def test_a_run_without_a_stop_line_ends_at_its_last_validation(line: str, steps: int, ms: int) -> None:
     run = parse_log(made_log(swap={"live": line, "stop": []}), "train_seed42.log").run
     assert (run["steps"], run["train_ms"], run["live_weights_bpb_at_stop"]) == (steps, ms, 1.12)
+
+
+def test_other_scores_at_a_step_are_not_the_live_one() -> None:
+    lines = [
+        score_line(f"step:4000/20000 {words}", bpb) for words, bpb in (("", 1.12), ("ema", 1.119), ("roundtrip", 1.14))
+    ]
+    run = parse_log(made_log(post_ema=None, swap={"live": lines}), "train_seed42.log").run
+    assert (run["live_weights_bpb_at_stop"], run["post_ema"]["val_bpb"]) == (1.12, 1.119)
+    assert run["post_quant"]["val_bpb"] == 1.13  # the line behind training counts
+    assert run["steps"] == 4000
 
 
 @pytest.mark.parametrize(
@@ -265,6 +276,17 @@ def test_a_run_that_was_cut_off_has_no_steps() -> None:
 ])  # fmt: skip
 def test_seeds_are_found_in_every_form(line: str) -> None:
     assert parse_log(made_log(seed=None, swap={"seed": line}), "train.log").run["seed"] == 42
+
+
+def test_a_seed_in_passing_does_not_stand_against_the_file_name() -> None:
+    run = parse_log(made_log(seed=None, more="calibration seed: 0 for 64 batches"), "train_seed42.log").run
+    assert (run["seed"], run["seed_in_log"]) == (42, None)
+
+
+@pytest.mark.parametrize("label", ["final_batched_ttt", "ttt_chunked_exact", "quantized_ttt_partially_tied"])
+def test_a_label_with_the_letters_of_a_progress_word_is_a_score(label: str) -> None:
+    text = made_log(more=score_line(label, 1.1))
+    assert 1.1 in [*scores(text).values(), *(bpb for _, bpb in others(text))]
 
 
 def test_several_numbers_called_seed_name_none() -> None:
