@@ -203,7 +203,10 @@ def check_throughput(record: Record) -> Iterator[Finding]:
 
 def check_seed_selection(record: Record) -> Iterator[Finding]:
     """Yield seeds that have a log but are left out of what is reported, when they score worse."""
-    runs = {run["seed"]: run["final_bpb"] for run in one_run_a_seed(record)}
+    runs = {
+        run["seed"]: run["final_bpb"] for run in record["runs"] if isinstance(run["seed"], int) and run["final_bpb"]
+    }
+    runs |= {run["seed"]: run["final_bpb"] for run in one_run_a_seed(record)}  # of several logs the one that counts
     listed = {*listed_seeds(record.get("submission_json")), *_readme_seeds(record)}
     kept = [score for seed, score in runs.items() if seed in listed]
     left = {seed: score for seed, score in runs.items() if seed not in listed}

@@ -202,6 +202,18 @@ def test_worse_seeds_that_are_left_out_are_found() -> None:
     )  # fmt: skip
 
 
+def test_worse_seeds_left_out_of_a_folders_mean_are_found(tmp_path: Path) -> None:
+    scores = {1: 1.1151, 2: 1.1152, 3: 1.1153, 4: 1.1250}
+    logs: dict[str, str | bytes] = {
+        f"train_seed{seed}.log": made_log(Made(seed=seed, sliding=score)) for seed, score in scores.items()
+    }
+    results = {str(seed): {"val_bpb": scores[seed]} for seed in (1, 2, 3)}
+    submission = {"val_bpb": 1.1152, "seeds": [1, 2, 3], "seed_results": results}
+    folder = write_folder(tmp_path / "record", logs, submission=submission)
+    finding = only(read_submission(folder).record)
+    assert (finding.check, finding.values["seed 4"]) == ("seed_selection", 1.125)
+
+
 def test_a_headline_that_is_the_mean_of_the_lowest_seeds_is_found() -> None:
     runs = [run_of(seed, bpb) for seed, bpb in ((1, 1.0801), (2, 1.0812), (3, 1.0823), (4, 1.0890))]
     finding = only(record_of(*runs, submission_json={"val_bpb": 1.08065}))
