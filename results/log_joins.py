@@ -19,6 +19,7 @@ FILLED = (
     "code_bytes_implied",
     "live_weights_bpb_at_stop",
     "train_losses",
+    "token_rates",
     "clock",
     *SINGLE_FIGURES,
 )

@@ -261,6 +261,8 @@ class _LogReader:
         for point in log.steps:
             point["is_looped"] = None if self.looped_from is None else point["step"] > self.looped_from
         run["train_losses"] = [[point["step"], _finite(point["loss"])] for point in log.steps]
+        rates = [(point["step"], point["tokens_per_s"]) for point in log.steps]
+        run["token_rates"] = [[step, rate] for step, rate in rates if rate is not None]
         run["clock"] = self.clock
         run["settings"] |= run["hparams"]
         named = seed_in_name(self.file_name)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 from functools import cache
 from importlib import resources
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from results.stats import Summary, bits_per_byte, population_std, summarize
+from results.submitted import submitted_figures
 
 RECORD_FILE = "record.json"  # where an imported folder's record lies, beside its tables
 STAGES = ("post_ema", "post_quant", "sliding", "post_ttt")
@@ -85,13 +85,8 @@ def record_number(record: Record) -> str:
 
 
 def submitted_seeds(record: Record) -> dict[int, dict[str, Any]]:
-    """Return the per-seed figures of submission.json, whichever of the published layouts it has."""
-    submission = record.get("submission_json") or {}
-    for key in ("seed_results", "per_seed", "seeds"):
-        if isinstance(submission.get(key), dict):
-            entries = submission[key].items()
-            return {int(seed): values for seed, values in entries if _is_integer(seed) and isinstance(values, dict)}
-    return {}
+    """Return the per-seed figures of submission.json, whichever of the layouts in use it has."""
+    return submitted_figures(record.get("submission_json"))
 
 
 def one_run_a_seed(record: Record) -> list[Run]:
@@ -185,10 +180,6 @@ def pack(content: dict[str, Any]) -> str:
     ]
     listed = json.dumps(content["disagreements"], separators=(",", ":"))
     return f'{head},\n"disagreements":{listed},\n"records":[\n' + ",\n".join(lines) + "\n]}\n"
-
-
-def _is_integer(text: str) -> bool:
-    return re.fullmatch(r"-?[0-9]{1,18}", str(text)) is not None
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from results.disagreements import find_disagreements
+from results.findings import finding_json
 from results.published import Record, Run, one_run_a_seed, recompute, record_number, validation_bytes
 from results.render import csv_table, fixed, markdown_table, text_table
 from results.sides import Text, side_of_record, why_not_comparable
+from results.spread import convention_of, stated_std
 from results.stats import Summary, summarize
 
 # heading, JSON key, decimals
@@ -54,7 +56,7 @@ def record_json(record: Record) -> dict[str, Any]:
         "seeds": rows,
         "summary": summary,
         "std_ddof0": None if mine is None else mine.bpb_std_ddof0,
-        "disagreements": [finding._asdict() for finding in find_disagreements(record)],
+        "disagreements": [finding_json(finding) for finding in find_disagreements(record)],
     }
 
 
@@ -137,23 +139,10 @@ def _facts(record: Record) -> list[str]:
     if mine.bpb.std_ddof1 is not None:
         spread = f"sample std {mine.bpb.std_ddof1:.5f} (ddof=1), population std {mine.bpb_std_ddof0:.5f} (ddof=0)"
     lines = [f"{mine.stage} bpb: mean {mine.bpb.mean:.5f}, {spread}, n = {mine.bpb.n}"]
-    submission = record.get("submission_json") or {}
-    stated = submission.get("val_bpb_std", submission.get("std_bpb"))
+    stated = stated_std(record)
     if stated is not None:
-        lines.append(f"stated std: {stated} ({_convention(record)})")
+        lines.append(f"stated std: {stated} ({convention_of(record)})")
     return lines
-
-
-def _convention(record: Record) -> str:
-    """Return which convention a stated std follows."""
-    seeds = (record.get("submission_json") or {}).get("seeds")
-    runs = one_run_a_seed(record)
-    if len(runs) < 2 or (isinstance(seeds, list) and len(seeds) != len(runs)):
-        return "cannot be checked: not every seed has a log"
-    for finding in find_disagreements(record):
-        if finding.field == "std convention":
-            return "the population one, ddof=0" if finding.values["convention"] == "ddof=0" else "neither convention"
-    return "the sample one, ddof=1"
 
 
 def _disagreement_lines(record: Record) -> list[str]:

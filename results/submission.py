@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from results.disagreements import Finding, find_disagreements, seed_column
+from results.code_files import read_code
+from results.disagreements import Finding, find_disagreements, review
 from results.folder_layout import Layout, lay_out
 from results.log_joins import join_logs, leave_aside, promote_variants, settle_seeds
 from results.logs import Log, parse_runs
 from results.published import RECORD_FILE, Record, Run, one_run_a_seed, submitted_seeds, text_bytes
+from results.readme_tables import read_spreads, read_tables, read_values
 from results.scoring import reported_scores, score_record
 from results.store import commit_attempt
 from results.submission_json import read_submission_json
@@ -25,7 +27,6 @@ OUR_NAMES = {"post_ema": "post_ema", "post_quant": "pre_ttt", "sliding": "slidin
              "post_ttt": "post_ttt"}  # fmt: skip
 NOT_STAGES = ("steps", "model_bytes", "total_bytes")  # what every log should show
 SOURCE_SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".cuh", ".h")
-SAME_IN_ALL_SEEDS_EXCEPT = re.compile(r"seed|run_id|logfile|path|dir|files|rank|wandb|port|host")
 UNKNOWN_SEED = -1  # in the tables, whose key is a number; shown as "?"
 
 
@@ -48,7 +49,7 @@ def read_submission(folder: Path) -> Submission:
     logs = _read_logs(layout, notes)
     submission = read_submission_json(layout.submission, notes)
     readme = _readme_text(layout.root, notes)
-    tables = _readme_tables(readme)
+    tables = read_tables(readme)
     known = _known_seeds(submission, tables)
     reported = partial(reported_scores, submission, num_seeds=len(known))
     settle_seeds(logs, known, reported, notes)
@@ -63,18 +64,22 @@ def read_submission(folder: Path) -> Submission:
         "track": None,
         "submission_json": submission,
         "readme_seed_tables": tables,
+        "readme_spreads": read_spreads(readme),
+        "readme_values": read_values(readme),
+        "code": read_code(layout.root),
         "source_file_bytes_in_folder": _source_sizes(layout.root),
         "runs": [log.run for log in logs],
     }
     score_record(record, notes, re.findall(r"(?<![\d.])\d\.\d{3,10}(?!\d)", readme))
     used = [run["log_file"] for run in _runs_to_commit(record)]
     notes += _notes_on([log for log in logs if log.run["log_file"] in used])
+    notes += review(record).unchecked
     return Submission(record, {log.run["log_file"]: log for log in logs}, list(dict.fromkeys(notes)))
 
 
 def findings_of(record: Record) -> list[Finding]:
-    """Return every disagreement inside an imported record, its hyperparameters included."""
-    return [*find_disagreements(record), *_different_settings(record)]
+    """Return every disagreement inside an imported record."""
+    return find_disagreements(record)
 
 
 def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding]]:
@@ -207,34 +212,6 @@ def _readme_text(root: Path, notes: list[str]) -> str:
     except ValueError as error:
         notes.append(f"README.md: left out ({str(error).removeprefix(f'{path}: ')})")
         return ""
-
-
-def _readme_tables(text: str) -> list[dict[str, Any]]:
-    """Return the Markdown tables that have a seed column, cells as text."""
-    tables: list[dict[str, Any]] = []
-    block: list[list[str]] = []
-    for line in [*text.splitlines(), ""]:
-        if line.strip().startswith("|"):
-            block.append([cell.strip().strip("*`").strip() for cell in line.strip().strip("|").split("|")])
-            continue
-        if len(block) > 2 and seed_column(block[0]):
-            columns = block[0]
-            rows = [dict(zip(columns, cells)) for cells in block[1:] if not set("".join(cells)) <= set("-: ")]
-            tables.append({"columns": columns, "rows": rows})
-        block = []
-    return tables
-
-
-def _different_settings(record: Record) -> list[Finding]:
-    """Return the hyperparameters that differ between seeds, as one finding each."""
-    runs = one_run_a_seed(record)
-    names = sorted({name for run in runs for name in run.get("hparams") or {}})
-    findings = []
-    for name in names:
-        values = {str(run["seed"]): (run.get("hparams") or {}).get(name) for run in runs}
-        if not SAME_IN_ALL_SEEDS_EXCEPT.search(name) and len(set(values.values())) > 1:
-            findings.append(Finding(None, f"hyperparameter {name} differs between the seeds", dict(values)))
-    return findings
 
 
 def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:

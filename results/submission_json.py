@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from results.printed import parse_json
 from results.text_files import read_text
 
 NAMES_DROPPED = ("author", "github_id", "name", "blurb", "authors", "co_authors")
@@ -23,7 +24,7 @@ def read_submission_json(path: Path | None, notes: list[str]) -> dict[str, Any] 
         return None
     try:
         text = read_text(path).text.strip()
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         notes.append(f"{path.name}: not JSON ({error.msg} in line {error.lineno}); left out")
         return None

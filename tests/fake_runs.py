@@ -33,13 +33,13 @@ def fake_documents(num_documents: int = 40, *, seed: int = 0) -> dict[str, np.nd
     }
 
 
-def fake_steps(num_steps: int = 60) -> dict[str, np.ndarray]:
-    """Return a loss curve with looping on from 35 % and a linear decay."""
+def fake_steps(num_steps: int = 60, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return a loss curve with looping on from 35 % and a linear decay; every seed has its own."""
     step = np.arange(1, num_steps + 1)
     frac = (step - 1) / num_steps
     return {
         "step": step,
-        "loss": 2.8 + 6.2 * np.exp(-4 * frac) + 0.02 * np.sin(step),
+        "loss": 2.8 + 6.2 * np.exp(-4 * frac) + 0.02 * np.sin(step + seed),
         "grad_norm": 0.3 + np.exp(-3 * frac),
         "lr_factor": np.minimum(1.0, (1 - frac) / 0.667),
         "momentum": 0.92 + 0.05 * np.minimum(step / 30, 1),
@@ -96,7 +96,7 @@ def commit_fake(out: Path | str, seed: int, *, num_documents: int = 40, **change
     documents = fake_documents(num_documents, seed=seed) if num_documents else {}
     if documents:
         run |= _sums_of(documents, run) | {name: value for name, value in changes.items() if name != "shift"}
-    return commit_attempt(out, run=run, stages=fake_stages(seed), steps=fake_steps(), documents=documents)
+    return commit_attempt(out, run=run, stages=fake_stages(seed), steps=fake_steps(seed=seed), documents=documents)
 
 
 def _sums_of(documents: dict[str, np.ndarray], run: dict[str, Any]) -> dict[str, Any]:

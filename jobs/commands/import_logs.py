@@ -21,10 +21,9 @@ def execute(args: argparse.Namespace) -> int:
     from results.submission import import_submission, unscored_seeds
 
     out = args.out or Path("runs/imported") / args.folder.resolve().name
-    submission, findings = import_submission(args.folder, out)
+    submission, _ = import_submission(args.folder, out)
     if args.format == "json":
         content = {**record_json(submission.record), "notes": submission.notes, "out": str(out)}
-        content["disagreements"] = [finding._asdict() for finding in findings]
         print(json.dumps(content, indent=2))
     else:
         print(render_record(submission.record, args.format))
