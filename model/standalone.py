@@ -28,6 +28,7 @@ from model.own_code import own_source
 from model.pipeline import run_seed
 from model.quantized import dequantize
 from model.stages import build_model
+from model.train import Report
 from model.ttt import score_documents
 
 PROGRESS_EVERY_S = 10.0
@@ -81,7 +82,7 @@ def train_seed(config: RunConfig, args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     dist = Dist.from_environment(config.runtime.device)
     try:
-        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", Progress())
+        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", progress_of(dist))
     finally:
         dist.close()
     if dist.is_main:
@@ -107,7 +108,7 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
         model = build_model(config.model, dist, embedding_dtype=config.train.embedding_dtype)
         model.load_state_dict(dequantize(state))
         model.requires_grad_(False)
-        report, table = Progress(), tokenizer.byte_table
+        report, table = progress_of(dist), tokenizer.byte_table
         scores: dict[str, DocumentScores] = {
             "pre_ttt": evaluate_plain(model, validation, table, config.evaluation, dist, report)
         }
@@ -194,6 +195,11 @@ def show_scores(metrics: dict[str, Any], path: Path | None) -> None:
     print(text, flush=True)
     if path is not None:
         path.write_text(text + "\n")
+
+
+def progress_of(dist: Dist) -> Report:
+    """Return whom a rank tells of its progress: rank 0 speaks."""
+    return Progress() if dist.is_main else lambda *_: None
 
 
 class Progress:

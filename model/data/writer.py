@@ -10,7 +10,8 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,7 @@ from model.data.shards import TOKEN_DTYPE, shard_header
 from model.data.tokenizer import Tokenizer
 
 LOCK_NAME = ".seedsweep-data.lock"
+WAIT_S = 0.5  # between looks at a folder that another process holds
 SHARD_TOKENS = 100_000_000  # as the published shards
 CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 SPLITS = ("train", "val")
@@ -64,8 +66,10 @@ def is_intact(folder: Path, *, name: str | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def hold_folder(out: Path, *, is_patient: bool = False) -> Iterator[None]:
-    """Make folder out if need be and keep other seedsweep data commands off it; is_patient waits for them to end.
+def hold_folder(out: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Make folder out if need be and keep other seedsweep data commands off it.
+
+    With on_wait, they are waited for, and it is called every WAIT_S meanwhile.
 
     Raises ValueError if out is not writable, or is held by another process and nobody waits.
     """
@@ -78,8 +82,12 @@ def hold_folder(out: Path, *, is_patient: bool = False) -> Iterator[None]:
             raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX if is_patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if on_wait is not None:
+                    on_wait()
+                    time.sleep(WAIT_S)
+                    continue
                 raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
             try:
                 if os.fstat(lock.fileno()).st_nlink == 0:

@@ -1,0 +1,92 @@
+"""Which rank is to blame: the one that all others wait for, and how that reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.causes import Seen, most_idle
+from runner.decisions import Release, Situation, decide_one
+from runner.errors import Failure, Kind
+from runner.rank import Beat
+from runner.spec import Gang, Limits, RunKey
+from runner.states import Failed, Idle, Progress, Run, State, after
+from tests.test_runner_worker import make_rank
+
+LIMITS = Limits(stall_s=10.0, start_s=300.0, heartbeat_s=100.0)
+KEY = RunKey(seed=1)
+
+
+def rank_at(moved_at: float, *, waits: bool = False, phase: str = "ttt", step: int = 3) -> Seen:
+    """Return a rank that last got further at that time."""
+    return Seen(Beat(phase=phase, step=step, waits=waits), moved_at)
+
+
+def test_the_rank_that_works_and_is_silent_is_named_though_rank_0_goes_on() -> None:
+    assert most_idle({0: rank_at(100.0), 1: rank_at(20.0, step=7)}) == Idle(rank=1, where="ttt step 7", since=20.0)
+
+
+def test_a_rank_that_waits_for_the_others_is_as_well_as_they_are() -> None:
+    assert most_idle({0: rank_at(100.0), 1: rank_at(20.0, waits=True)}) == Idle(rank=0, where="ttt step 3", since=100.0)
+
+
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0), 2: rank_at(5.0, waits=True)})
+    assert found == Idle(rank=1, where="ttt step 3", since=30.0)
+
+
+def test_where_all_wait_the_last_to_come_tells_since_when() -> None:
+    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0, waits=True)})
+    assert found is not None
+    assert (found.rank, found.since) == (1, 30.0)
+    assert most_idle({}) is None
+
+
+def stalled(run: Run, now: float) -> Failure | None:
+    """Return the failure for which a run is released at that time."""
+    command = decide_one(run, Situation(now=now, gang=Gang(), limits=LIMITS, slots=1))
+    return command.failure if isinstance(command, Release) else None
+
+
+def test_a_gang_is_stalled_when_one_rank_is_though_rank_0_reports() -> None:
+    run = Run(key=KEY, state=State.TTT, group=1, has_group=True, attempt=2, facts={"ranks": []})
+    idle = Idle(rank=3, where="ttt step 7", since=89.0)
+    run = after(run, Progress(key=KEY, group=1, phase="ttt", step=50, idle=idle), 98.0, LIMITS)
+    assert stalled(run, 98.5) is None
+    failure = stalled(run, 99.5)
+    assert failure is not None
+    assert (failure.kind, failure.rank, failure.at) == (Kind.STALLED, 3, "ttt step 7")
+
+
+def test_before_the_first_work_the_limit_is_that_of_the_start() -> None:
+    run = Run(key=KEY, state=State.STARTING, group=1, has_group=True, placed_at=1.0, progress_at=1.0, facts={"a": 1})
+    run = after(run, Progress(key=KEY, group=1, phase="start", step=0), 5.0, LIMITS)
+    assert stalled(run, 200.0) is None
+    assert (stalled(run, 302.0) or Failure(kind=Kind.USER, message="")).kind is Kind.START
+
+
+def test_ticks_and_waits_are_signs_of_life_beside_reports(tmp_path: Any) -> None:
+    rank = make_rank(tmp_path)
+    rank.report("train", 5, 10, {})
+    beats = [rank.beat()]
+    rank.tick()
+    beats.append(rank.beat())
+    rank.wait(True)
+    beats.append(rank.beat())
+    rank.wait(False)
+    beats.append(rank.beat())
+    assert len({(beat.ticks, beat.waits) for beat in beats}) == 4
+    assert {(beat.phase, beat.step, beat.serial) for beat in beats} == {("train", 5, 1)}
+
+
+def test_a_failure_is_one_line_with_rank_node_step_advice_and_file() -> None:
+    run = Run(key=KEY, state=State.TRAIN, group=1, has_group=True, attempt=2, facts={"ranks": []})
+    failure = Failure(
+        kind=Kind.DIED, rank=1, node="10.0.0.4", message="process killed by SIGKILL", at="train step 120",
+        advice="the node ran out of memory",
+    )  # fmt: skip
+    failed = after(run, Failed(key=KEY, group=1, failure=failure), 5.0, LIMITS).failure
+    assert failed is not None
+    assert failed.one_line == (
+        "rank 1 on 10.0.0.4: process killed by SIGKILL, at train step 120; the node ran out of memory; "
+        "look at seeds/seed=1-repeat=0/logs/attempt=2-rank=1.log"
+    )
