@@ -359,17 +359,17 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     plain, adapted = results["ttt_lr0"], results["post_ttt"]
     metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
     metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "ttt_lr0", "post_ttt"))
-    with run.long_call(SET_UP_S):
+    with run.long_call():
         events = gather_events(adapted.events, dist)
-    if dist.is_main:
-        counts = times_scored(events, validation.document_starts, validation.num_targets)
-        metrics |= {
-            "score_chain": events.chain,
-            "num_targets": validation.num_targets,
-            "targets_scored_once": int((counts == 1).sum()),
-        }
-        run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
-        run.write(SCORE_LOG, {**events.arrays(), "nll": adapted.nll.astype(np.float32)})
+        if dist.is_main:
+            counts = times_scored(events, validation.document_starts, validation.num_targets)
+            metrics |= {
+                "score_chain": events.chain,
+                "num_targets": validation.num_targets,
+                "targets_scored_once": int((counts == 1).sum()),
+            }
+            run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
+            run.write(SCORE_LOG, {**events.arrays(), "nll": adapted.nll.astype(np.float32)})
     return metrics, [ADAPTED, SCORE_LOG]
 
 

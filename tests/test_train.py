@@ -196,7 +196,7 @@ def test_told_to_stop_before_the_first_step_it_still_leaves_a_checkpoint(tmp_pat
 def test_a_loss_that_is_no_number_ends_training_at_its_step(tmp_path: Path, broken: str) -> None:
     rates = {"matrix_lr": 1e6, "embedding_lr": 1e6, "vector_lr": 1e6} if broken == "learning rates" else {}
     store = CheckpointStore(tmp_path / "checkpoints")
-    trainer = start(tmp_path, micro_train(max_steps=500, **rates), checkpoints=store, runtime=EVERY_STEP)
+    trainer = start(tmp_path, micro_train(max_steps=40, **rates), checkpoints=store, runtime=EVERY_STEP)
     if not rates:
         trainer.model.register_forward_hook(lambda *_: torch.tensor(torch.inf) if trainer.step == 3 else None)
         trainer.model.register_forward_hook(lambda _m, _i, loss: loss.requires_grad_())
