@@ -125,6 +125,11 @@ class Dist:
         """Whether this is rank 0, the one that reports and writes."""
         return self.rank == 0
 
+    def tick(self) -> None:
+        """Say that this rank got further."""
+        if self.on_wait is not None:
+            self.on_wait(False)
+
     @contextmanager
     def _meeting(self) -> Iterator[None]:
         """Say that this rank waits, while the block does; that all have met is progress, alone too."""
@@ -133,8 +138,7 @@ class Dist:
         try:
             yield
         finally:
-            if self.on_wait is not None:
-                self.on_wait(False)
+            self.tick()
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum tensor over the ranks in place and return it."""

@@ -38,7 +38,7 @@ class Interrupted(Exception):
 
 
 class Diverged(ValueError):
-    """The loss is no number any more; the same run would diverge again."""
+    """The loss is not finite any more; the same run would diverge again."""
 
 
 class TrainResult(NamedTuple):
@@ -364,6 +364,7 @@ def accumulate_gradients(
         loss = model(batch.inputs, batch.targets, is_looped=is_looped, packing=batch.packing)
         losses.append(loss.detach())
         loss.backward()  # not of loss / len(batches): scaling a loss costs a pass over the gradient of its logits
+        dist.tick()
         if clip != "per_micro_batch":
             continue
         grads = gradients(parameters)

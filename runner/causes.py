@@ -11,27 +11,37 @@ from runner.states import Idle
 
 # Words in errors of a rank whose peer is gone: a consequence, never the root cause.
 PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", "gloo", "nccl", "peer", "tcpstore")
+CRASH_MARKS = ("Fatal Python error:", "*** SIG")  # how faulthandler and Ray begin
+LAST_LINE_LENGTH = 160
 
 
 class Seen(NamedTuple):
-    """A rank's newest sign of life, and when it last was another one."""
+    """A rank's newest sign of life, and how long it has gone without progress by now."""
 
     beat: Beat
-    moved_at: float
+    idle_s: float
 
 
-def most_idle(seen: Mapping[int, Seen]) -> Idle | None:
+def most_idle(seen: Mapping[int, Seen], now: float) -> Idle | None:
     """Return which of the ranks at work has gone without progress for longest, None where none is at work.
 
     One that waits to meet the others is as well as they are: it counts only where all of them wait.
     """
     at_work = {rank: one for rank, one in seen.items() if not one.beat.waits}
     if not at_work:  # all wait, and nobody is missing: the last to come tells since when
-        at_work = dict(sorted(seen.items(), key=lambda item: -item[1].moved_at)[:1])
+        at_work = dict(sorted(seen.items(), key=lambda item: item[1].idle_s)[:1])
     if not at_work:
         return None
-    rank = min(at_work, key=lambda rank: at_work[rank].moved_at)
-    return Idle(rank=rank, where=at_work[rank].beat.where, since=at_work[rank].moved_at)
+    rank = max(at_work, key=lambda rank: at_work[rank].idle_s)
+    return Idle(rank=rank, where=at_work[rank].beat.where, since=now - at_work[rank].idle_s)
+
+
+def last_words(log_tail: str) -> str:
+    """Return the last line of a log, what the handlers of a crash wrote left out; "" where there is none."""
+    crash = min((place for mark in CRASH_MARKS if (place := log_tail.find(mark)) >= 0), default=-1)
+    if crash >= 0:
+        log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
+    return next((line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if line.strip()), "")
 
 
 def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:

@@ -77,7 +77,7 @@ class Failure:
         if self.node:
             where = f"{where} on {self.node}" if where else f"node {self.node}"
         what = f"{self.error_type}: {self.message}" if self.error_type else self.message
-        if self.at:
+        if self.at and self.kind is not Kind.USER:
             what = f"{what}, at {self.at}"
         parts = [
             f"{where}: {what}" if where else what,

@@ -7,7 +7,6 @@ and a fresh one takes its place.
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from runner import states
-from runner.causes import Seen, most_idle, root_cause
+from runner.causes import Seen, last_words, most_idle, root_cause
 from runner.errors import Failure, Kind, first_line
 from runner.inquest import End, learn_ends, write_stacks
 from runner.rank import Beat, Job, Outcome, Rank
@@ -32,7 +31,6 @@ BEAT_EVERY_S = 1.0
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
 INQUEST_S = 6.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
-LAST_LINE_LENGTH = 160
 PROBE_S = 0.5  # for a node's daemon to accept a connection
 NODE_ID_LABEL = "ray.io/node-id"
 
@@ -74,7 +72,7 @@ class RayGang:
         self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
         self.next_beat = 0.0
         self.next_told = 0.0
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[int, Beat] = {}  # the newest of each rank
         self.inquest: Any = None  # what the gang's node is asked once it hangs or lost a rank
         self.dead: dict[int, RayError] = {}
         self.since = time.monotonic()
@@ -157,7 +155,7 @@ class RayGang:
         gpus = tuple(sorted({gpu for facts in self.facts for gpu in facts["gpus"]}, key=lambda gpu: (len(gpu), gpu)))
         refs = [actor.run.remote(port=port, visible_gpus=gpus) for actor in self.actors]
         self.pending = {ref: rank for rank, ref in enumerate(refs)}
-        self.seen = {rank: Seen(Beat(), time.monotonic()) for rank in range(len(refs))}
+        self.seen = {rank: Beat() for rank in range(len(refs))}
         self.turn(Phase.WORKING)
         return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts, "gpus": gpus})]
 
@@ -213,8 +211,9 @@ class RayGang:
             except RayError:
                 ends = {}  # the node cannot say; the failure has Ray's words
         for rank, error in self.dead.items():
-            failure = self.death(error, rank, ends.get(rank, End()))
-            self.outcomes[rank] = dataclasses.replace(self.outcomes[rank], failure=failure)
+            end = ends.get(rank, End())
+            at = end.at or self.outcomes[rank].at
+            self.outcomes[rank] = Outcome(kind="failed", at=at, failure=self.death(error, rank, end))
         self.inquest = None
 
     def fail(self, failure: Failure) -> list[states.Event]:
@@ -233,11 +232,11 @@ class RayGang:
         """Return the failure of a rank whose process ended without an outcome."""
         tail = end.log_tail or self.tail(rank)
         words = end.words or ray_words(error)
-        last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
-        message = f"process {words}" + f", last in its log: {last[:LAST_LINE_LENGTH]!r}" * bool(last)
+        last = last_words(tail)
+        message = f"process {words}" + f", last in its log: {last!r}" * bool(last)
         return Failure(
             kind=Kind.NODE_LOST if is_node_lost(self.node_id) else Kind.DIED, rank=rank, node=self.node,
-            message=message, at=self.seen[rank].beat.where if rank in self.seen else "", advice=end.advice,
+            message=message, at=self.seen[rank].where if rank in self.seen else "", advice=end.advice,
             log_tail=tail,
         )  # fmt: skip
 
@@ -255,9 +254,8 @@ class RayGang:
                     beat = ray.get(ref)
                 except RayError:
                     continue  # its outcome will say the same, with more words
-                if beat != self.seen[rank].beat:
-                    is_new = is_new or (rank == 0 and beat.serial != self.seen[rank].beat.serial)
-                    self.seen[rank] = Seen(beat, now)
+                is_new = is_new or (rank == 0 and beat.serial != self.seen[rank].serial)
+                self.seen[rank] = beat
         silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
         if now >= self.next_beat:
             self.next_beat = now + BEAT_EVERY_S
@@ -266,12 +264,14 @@ class RayGang:
         if not is_new and now < self.next_told:
             return []
         self.next_told = now + BEAT_EVERY_S
-        beat = self.seen[0].beat  # rank 0 speaks for the gang
+        beat = self.seen[0]  # rank 0 speaks for the gang
+        asked_at = {rank: sent for rank, (_, sent) in self.beats.items()}
+        seen = {r: Seen(self.seen[r], self.seen[r].idle_s + now - asked_at.get(r, now)) for r in self.pending.values()}
         return [
             states.Progress(
                 key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
                 metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1],
-                idle=most_idle({rank: self.seen[rank] for rank in self.pending.values()}),
+                idle=most_idle(seen, now),
             )
         ]  # fmt: skip
 
@@ -343,9 +343,10 @@ def rank_environment(job: Job) -> dict[str, str]:
 
 def ray_words(error: RayError) -> str:
     """Return what Ray knows of a process that ended; it takes everything but an exit code for a lost connection."""
-    words = str(error).rpartition("Worker exit detail: ")[2]
-    known = "" if "connection error code" in words else first_line(words).rstrip(".")
-    return f"ended without a word ({known or 'nothing on its node says how'})"
+    text = str(getattr(error, "cause", "") or error)
+    detail = text.rpartition("Worker exit detail: ")[2] if "Worker exit detail: " in text else text.splitlines()[-1]
+    known = "" if "connection error code" in detail else first_line(detail).rstrip(".")
+    return f"ended ({known})" if known else "ended without a word, and nothing on its node says how"
 
 
 def is_node_lost(node_id: str) -> bool:

@@ -36,6 +36,7 @@ class End:
 
     status: int | None = None  # as wait gives it
     num_oom_kills: int = 0  # on that node, while the rank lived
+    at: float = 0.0  # seconds since 1970
     log_tail: str = ""
 
     @property
@@ -159,7 +160,10 @@ def learn_ends(job: Job, ranks: Sequence[int]) -> dict[int, End]:
         except (OSError, ValueError):
             note = {}
         ends[rank] = End(
-            status=note.get("status"), num_oom_kills=note.get("num_oom_kills", 0), log_tail=Rank(job, rank).log_tail()
+            status=note.get("status"),
+            num_oom_kills=note.get("num_oom_kills", 0),
+            at=note.get("at", 0.0),
+            log_tail=Rank(job, rank).log_tail(),
         )
     put_logs(job)
     return ends

@@ -30,7 +30,7 @@ from runner.storage import local_root
 logger = logging.getLogger(__name__)
 
 PIPELINE = "runner.worker:run_pipeline"
-LOG_TAIL_BYTES = 4096
+LOG_TAIL_BYTES = 8192  # what a crash leaves at the end, and some lines before it
 LOG_EVERY_S = 10.0  # progress in a rank's own log
 STOPPED = "Interrupted"  # the name of the exception with which work obeys should_stop, ours and model.train's
 
@@ -76,7 +76,7 @@ class Beat:
     step: int = 0
     total: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    ticks: int = 0  # signs of progress between two reports: a meeting of the ranks, a second of a known long call
+    idle_s: float = 0.0  # since it last got further, by its own clock: a driver that slept cannot mistake it
     waits: bool = False  # it is where it meets the other ranks, and one of them is not there yet
 
     @property
@@ -101,7 +101,7 @@ class Rank:
         self.job = job
         self.rank = rank
         self.newest = Beat()
-        self.num_ticks = 0
+        self.moved_at = time.monotonic()  # when it last got further
         self.waits = False
         self.logged_at = 0.0
         self.stop_event = threading.Event()
@@ -118,10 +118,11 @@ class Rank:
             self.logged_at = time.monotonic()
             logger.info("%s step=%d total=%s %s", phase, step, total, " ".join(f"{k}={v}" for k, v in plain.items()))
         self.newest = Beat(serial=self.newest.serial + 1, phase=phase, step=step, total=total, metrics=plain)
+        self.tick()
 
     def tick(self) -> None:
         """Note that this rank got further, though there is nothing to show."""
-        self.num_ticks += 1
+        self.moved_at = time.monotonic()
 
     def wait(self, is_waiting: bool) -> None:
         """Note that this rank begins to wait for the others, or that all have met."""
@@ -135,7 +136,7 @@ class Rank:
 
     def beat(self) -> Beat:
         """Return the newest progress."""
-        return dataclasses.replace(self.newest, ticks=self.num_ticks, waits=self.waits)
+        return dataclasses.replace(self.newest, idle_s=time.monotonic() - self.moved_at, waits=self.waits)
 
     def stop(self) -> None:
         """Ask the work to end at the next step, leaving a checkpoint."""
@@ -154,10 +155,13 @@ class Rank:
             self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
             work = load_target(self.job.target)
             work(self)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if type(error).__name__ == STOPPED:
                 return Outcome(kind="interrupted", at=time.time())
-            logger.exception("rank %d failed", self.rank)
+            if isinstance(error, ValueError):  # a person's mistake: one line, the traceback is in the events
+                logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
+            else:
+                logger.exception("rank %d failed", self.rank)
             puts_logs = True  # rank 0 may be waiting for this one, and end without another word
             return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
         finally:
@@ -232,7 +236,9 @@ def redirect_output(path: Path) -> None:
     os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    faulthandler.enable()  # a crash in compiled code leaves its signal and its stacks at the end of the file
+    faulthandler.enable(
+        all_threads=False
+    )  # a crash in compiled code leaves its signal and its stacks at the end of the file
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, force=True,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

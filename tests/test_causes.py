@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from pathlib import Path
 
-from runner.causes import Seen, most_idle
+import pytest
+
+from runner import worker
+from runner.causes import Seen, last_words, most_idle
 from runner.decisions import Release, Situation, decide_one
 from runner.errors import Failure, Kind
 from runner.rank import Beat
@@ -14,31 +18,44 @@ from tests.test_runner_worker import make_rank
 
 LIMITS = Limits(stall_s=10.0, start_s=300.0, heartbeat_s=100.0)
 KEY = RunKey(seed=1)
+NOW = 200.0
 
 
 def rank_at(moved_at: float, *, waits: bool = False, phase: str = "ttt", step: int = 3) -> Seen:
-    """Return a rank that last got further at that time."""
-    return Seen(Beat(phase=phase, step=step, waits=waits), moved_at)
+    """Return a rank that last got further at that time, seen at NOW."""
+    return Seen(Beat(phase=phase, step=step, waits=waits), NOW - moved_at)
 
 
 def test_the_rank_that_works_and_is_silent_is_named_though_rank_0_goes_on() -> None:
-    assert most_idle({0: rank_at(100.0), 1: rank_at(20.0, step=7)}) == Idle(rank=1, where="ttt step 7", since=20.0)
+    found = most_idle({0: rank_at(100.0), 1: rank_at(20.0, step=7)}, NOW)
+    assert found == Idle(rank=1, where="ttt step 7", since=20.0)
 
 
 def test_a_rank_that_waits_for_the_others_is_as_well_as_they_are() -> None:
-    assert most_idle({0: rank_at(100.0), 1: rank_at(20.0, waits=True)}) == Idle(rank=0, where="ttt step 3", since=100.0)
+    found = most_idle({0: rank_at(100.0), 1: rank_at(20.0, waits=True)}, NOW)
+    assert found == Idle(rank=0, where="ttt step 3", since=100.0)
 
 
 def test_the_rank_that_others_wait_for_is_named() -> None:
-    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0), 2: rank_at(5.0, waits=True)})
+    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0), 2: rank_at(5.0, waits=True)}, NOW)
     assert found == Idle(rank=1, where="ttt step 3", since=30.0)
 
 
 def test_where_all_wait_the_last_to_come_tells_since_when() -> None:
-    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0, waits=True)})
+    found = most_idle({0: rank_at(10.0, waits=True), 1: rank_at(30.0, waits=True)}, NOW)
     assert found is not None
     assert (found.rank, found.since) == (1, 30.0)
-    assert most_idle({}) is None
+    assert most_idle({}, NOW) is None
+
+
+def test_the_last_words_are_those_before_a_crash_was_written_down() -> None:
+    crash = (
+        "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1:\n  File a\nExtension modules: numpy (total: 1)\n"
+    )
+    assert last_words("one\ntwo\n\n") == "two"
+    assert last_words(f"one\ntwo\n{crash}") == "two"
+    assert last_words(f"one\ntwo\n[2026-01-01 E 1 2] *** SIGSEGV received at time=1 ***\n{crash}") == "two"
+    assert last_words(crash) == last_words("") == ""
 
 
 def stalled(run: Run, now: float) -> Failure | None:
@@ -64,18 +81,26 @@ def test_before_the_first_work_the_limit_is_that_of_the_start() -> None:
     assert (stalled(run, 302.0) or Failure(kind=Kind.USER, message="")).kind is Kind.START
 
 
-def test_ticks_and_waits_are_signs_of_life_beside_reports(tmp_path: Any) -> None:
+@pytest.mark.parametrize("sign", ["report", "tick", "meet"])
+def test_reports_ticks_and_meetings_are_signs_of_progress(sign: str, tmp_path: Path) -> None:
     rank = make_rank(tmp_path)
     rank.report("train", 5, 10, {})
-    beats = [rank.beat()]
-    rank.tick()
-    beats.append(rank.beat())
+    rank.moved_at -= 100.0
+    assert rank.beat().idle_s >= 100
     rank.wait(True)
-    beats.append(rank.beat())
-    rank.wait(False)
-    beats.append(rank.beat())
-    assert len({(beat.ticks, beat.waits) for beat in beats}) == 4
-    assert {(beat.phase, beat.step, beat.serial) for beat in beats} == {("train", 5, 1)}
+    assert rank.beat().idle_s >= 100  # to begin to wait is none
+    assert rank.beat().waits
+    {"report": lambda: rank.report("train", 5, 10, {}), "tick": rank.tick, "meet": lambda: rank.wait(False)}[sign]()
+    assert rank.beat().idle_s < 100
+    assert (rank.beat().phase, rank.beat().step) == ("train", 5)
+
+
+def test_a_rank_that_calls_exit_fails_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "run_pipeline", lambda _rank: sys.exit(3))
+    failure = make_rank(tmp_path).run().failure
+    assert failure is not None
+    assert (failure.error_type, failure.message) == ("SystemExit", "3")
+    assert "sys.exit(3)" in failure.traceback
 
 
 def test_a_failure_is_one_line_with_rank_node_step_advice_and_file() -> None:

@@ -15,6 +15,8 @@ from model.data.writer import hold_folder
 from model.distributed import Dist
 from model.pace import Pace, ticking
 from model.pipeline import run_seed
+from model.train import Trainer
+from tests.micro_model import ignore, micro_loader, micro_train, random_model
 from tests.ray_tools import wait_until
 from tests.test_pipeline import Corpus, Killed, corpus
 
@@ -59,6 +61,15 @@ def test_a_meeting_says_when_it_begins_and_ends() -> None:
     dist.on_wait = heard.append
     dist.broadcast_floats([1.0])  # as in every step of training
     assert heard == [True, False]
+
+
+def test_every_micro_batch_of_training_ticks(tmp_path: Path) -> None:
+    heard: list[bool] = []
+    dist, config = Dist.single(), micro_train(max_steps=3)
+    dist.on_wait = heard.append
+    Trainer(random_model(), micro_loader(tmp_path, config=config), config, dist, ignore).run()
+    assert heard.count(True) == 3 + 1  # what the ranks agree on before each step, and before the end
+    assert heard.count(False) == heard.count(True) + 3 * config.micro_batches_per_step
 
 
 def test_who_waits_for_a_folder_says_so(tmp_path: Path) -> None:
