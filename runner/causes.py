@@ -13,27 +13,31 @@ from runner.states import Idle
 PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", "gloo", "nccl", "peer", "tcpstore")
 CRASH_MARKS = ("Fatal Python error:", "*** SIG")  # how faulthandler and Ray begin
 LAST_LINE_LENGTH = 160
+MUTE_S = 5.0  # a healthy rank answers within a second
 
 
 class Seen(NamedTuple):
-    """A rank's newest sign of life, and how long it has gone without progress by now."""
+    """A rank's newest answer, and for how long it has owed the next one."""
 
     beat: Beat
-    idle_s: float
+    unanswered_s: float = 0.0
 
 
 def most_idle(seen: Mapping[int, Seen], now: float) -> Idle | None:
-    """Return which of the ranks at work has gone without progress for longest, None where none is at work.
+    """Return for how long a gang has gone without progress, and because of which rank; None where none is at work.
 
-    One that waits to meet the others is as well as they are: it counts only where all of them wait.
+    A rank is idle for as long as it says itself; one that says nothing is the heartbeat's affair, but it is the one to
+    name. One that waits to meet the others is as well as they are: it counts only where all of them wait.
     """
     at_work = {rank: one for rank, one in seen.items() if not one.beat.waits}
     if not at_work:  # all wait, and nobody is missing: the last to come tells since when
-        at_work = dict(sorted(seen.items(), key=lambda item: item[1].idle_s)[:1])
+        at_work = dict(sorted(seen.items(), key=lambda item: item[1].beat.idle_s)[:1])
     if not at_work:
         return None
-    rank = max(at_work, key=lambda rank: at_work[rank].idle_s)
-    return Idle(rank=rank, where=at_work[rank].beat.where, since=now - at_work[rank].idle_s)
+    idle = max(at_work, key=lambda rank: at_work[rank].beat.idle_s)
+    mute = max(at_work, key=lambda rank: at_work[rank].unanswered_s)
+    rank = mute if at_work[mute].unanswered_s > MUTE_S else idle
+    return Idle(rank=rank, where=at_work[rank].beat.where, since=now - at_work[idle].beat.idle_s)
 
 
 def last_words(log_tail: str) -> str:

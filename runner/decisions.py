@@ -155,8 +155,10 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
             advice="raise it if imports or the network are slow there",
         )  # fmt: skip
     if run.silent_s > limits.heartbeat_s:
+        is_named = run.idle is not None and run.idle.rank == run.silent_rank
         return Failure(
-            kind=Kind.STALLED, rank=run.silent_rank, node=run.node, at=f"{run.phase or 'start'} step {run.step}",
+            kind=Kind.STALLED, rank=run.silent_rank, node=run.node,
+            at=run.idle.where if run.idle is not None and is_named else "",
             message=f"no heartbeat for {run.silent_s:.0f} s (limits.heartbeat_s={limits.heartbeat_s:g})",
             advice="its process is stopped, or its node too busy to answer",
         )  # fmt: skip

@@ -254,7 +254,12 @@ class RayGang:
                     beat = ray.get(ref)
                 except RayError:
                     continue  # its outcome will say the same, with more words
-                is_new = is_new or (rank == 0 and beat.serial != self.seen[rank].serial)
+                if rank == 0 and beat.serial != self.seen[rank].serial:
+                    is_new = True
+                    if (
+                        self.seen[rank].is_starting and not beat.is_starting
+                    ):  # imports may have kept ranks from answering
+                        self.beats = {late: (ref, now) for late, (ref, _) in self.beats.items()}
                 self.seen[rank] = beat
         silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
         if now >= self.next_beat:
@@ -265,8 +270,8 @@ class RayGang:
             return []
         self.next_told = now + BEAT_EVERY_S
         beat = self.seen[0]  # rank 0 speaks for the gang
-        asked_at = {rank: sent for rank, (_, sent) in self.beats.items()}
-        seen = {r: Seen(self.seen[r], self.seen[r].idle_s + now - asked_at.get(r, now)) for r in self.pending.values()}
+        owed = {rank: now - sent for rank, (_, sent) in self.beats.items()}
+        seen = {rank: Seen(self.seen[rank], owed.get(rank, 0.0)) for rank in self.pending.values()}
         return [
             states.Progress(
                 key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,

@@ -84,6 +84,11 @@ class Beat:
         """The place in words."""
         return f"{self.phase or 'start'} step {self.step}"
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether the ranks have not met yet."""
+        return self.phase in ("", "start")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:

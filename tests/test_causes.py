@@ -23,7 +23,7 @@ NOW = 200.0
 
 def rank_at(moved_at: float, *, waits: bool = False, phase: str = "ttt", step: int = 3) -> Seen:
     """Return a rank that last got further at that time, seen at NOW."""
-    return Seen(Beat(phase=phase, step=step, waits=waits), NOW - moved_at)
+    return Seen(Beat(phase=phase, step=step, waits=waits, idle_s=NOW - moved_at))
 
 
 def test_the_rank_that_works_and_is_silent_is_named_though_rank_0_goes_on() -> None:
@@ -46,6 +46,13 @@ def test_where_all_wait_the_last_to_come_tells_since_when() -> None:
     assert found is not None
     assert (found.rank, found.since) == (1, 30.0)
     assert most_idle({}, NOW) is None
+
+
+def test_a_rank_that_does_not_answer_is_named_and_does_not_lengthen_the_silence() -> None:
+    mute = Seen(Beat(phase="train", step=7, idle_s=0.5), 11.0)
+    found = most_idle({0: rank_at(NOW - 12.0), 1: mute}, NOW)
+    assert found == Idle(rank=1, where="train step 7", since=NOW - 12.0)
+    assert most_idle({0: rank_at(NOW), 1: mute}, NOW) == Idle(rank=1, where="train step 7", since=NOW - 0.5)
 
 
 def test_the_last_words_are_those_before_a_crash_was_written_down() -> None:

@@ -139,7 +139,7 @@ def test_a_driver_that_slept_takes_nobody_for_stalled(pair: RayGang, monkeypatch
     assert event.silent_s < 10
 
 
-def test_a_rank_that_does_not_answer_grows_silent(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_answer_is_the_heartbeats_affair(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.actors[1].answers = False
     poll(pair)
     awake = time.monotonic
@@ -147,7 +147,18 @@ def test_a_rank_that_does_not_answer_grows_silent(pair: RayGang, monkeypatch: py
     event = poll(pair)
     assert event.idle is not None
     assert (event.idle.rank, event.silent_rank) == (1, 1)
-    assert awake() + 50.0 - event.idle.since >= 50
+    assert event.silent_s >= 50
+    assert awake() + 50.0 - event.idle.since < 10
+
+
+def test_what_a_rank_owed_while_it_was_starting_is_forgotten(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.actors[0].now, pair.actors[1].answers = Beat(serial=1, phase="start"), False
+    poll(pair)
+    awake = time.monotonic
+    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 50.0)
+    assert poll(pair).silent_s >= 50
+    pair.actors[0].now = Beat(serial=2, phase="check")
+    assert poll(pair).silent_s < 10
 
 
 def die(gang: RayGang, error: RayError, note: dict[str, Any] | None) -> states.Failed:

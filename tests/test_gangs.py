@@ -36,7 +36,7 @@ def run(out: Path, address: str, *faults: dict[str, Any], seconds: float, limits
     """Run gangs of two that work for so long together, and as long again on rank 0 alone."""
     write_faults(out, *faults)
     (out / "patience.json").write_text(json.dumps(seconds))
-    gang = Gang(cpus=2 if len(seeds) > 8 else 4, ranks=2)
+    gang = Gang(cpus=1 if len(seeds) > 8 else 4, ranks=2)
     return sweep(out, address, gang=gang, target=TARGET, limits=limits, seeds=seeds)
 
 
@@ -62,10 +62,10 @@ def test_twenty_gangs_that_outlive_the_limit_ten_times_are_left_alone(cluster: A
 
 
 HANGS = {
-    "together": {"stage": "train", "step": 5, "do": "hang"},
+    "together": {"stage": "train", "step": 30, "do": "hang"},
     "alone": {"stage": "share", "do": "hang"},  # rank 0 reports all the while
-    "frozen": {"stage": "train", "step": 5, "do": "freeze"},
-    "stopped": {"stage": "train", "step": 5, "do": "kill", "signal": "SIGSTOP"},
+    "frozen": {"stage": "train", "step": 30, "do": "freeze"},
+    "stopped": {"stage": "train", "step": 30, "do": "kill", "signal": "SIGSTOP"},
 }
 
 
@@ -74,7 +74,7 @@ def hung(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a sweep where rank 1 of every seed hung, each in its own way."""
     out = tmp_path_factory.mktemp("hung")
     faults = [{"seed": seed, "attempt": 1, "rank": 1, **fault} for seed, fault in enumerate(HANGS.values())]
-    limits = replace(QUICK, attempts=2, stall_s=8.0)
+    limits = replace(QUICK, attempts=2, stall_s=8.0, heartbeat_s=12.0)
     assert run(out, cluster.address, *faults, seconds=12.0, limits=limits, seeds=list(range(len(HANGS)))) == 0
     return out
 
@@ -85,11 +85,11 @@ def test_a_rank_that_hangs_is_named_leaves_every_ranks_stacks_and_is_tried_again
     assert state_of(hung)[seed] == "DONE"
     (failure,) = failures(hung, seed)
     assert (failure["kind"], failure["rank"]) == ("stalled", 1)
-    assert "limits.stall_s=8" in failure["message"]
+    assert ("limits.heartbeat_s=12" if how in ("frozen", "stopped") else "limits.stall_s=8") in failure["message"]
     assert failure["at"].startswith("train step")
     own, other = (logs(hung, seed) / f"attempt=1-rank={rank}.stacks.txt" for rank in (1, 0))
     assert "patient_gang_work" in other.read_text()
-    assert {"frozen": "commit_fault", "stopped": "commit_fault"}.get(how, "misbehave") in own.read_text()
+    assert "commit_fault" in own.read_text()
     assert f"seeds/seed={seed}-repeat=0/logs/attempt=1-rank=1.log" in failure["files"]
 
 
@@ -106,7 +106,7 @@ def died(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a sweep where rank 1 of every seed died, each in its own way."""
     out = tmp_path_factory.mktemp("died")
     faults = [
-        {"seed": seed, "rank": 1, "stage": "train", "step": 15, **how} for seed, how in enumerate(DEATHS.values())
+        {"seed": seed, "rank": 1, "stage": "train", "step": 30, **how} for seed, how in enumerate(DEATHS.values())
     ]
     limits = replace(QUICK, attempts=1)
     assert run(out, cluster.address, *faults, seconds=5.0, limits=limits, seeds=list(range(len(DEATHS)))) == 1
