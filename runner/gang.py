@@ -10,8 +10,9 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -29,7 +30,7 @@ from runner.spec import Gang, RunKey
 
 BEAT_EVERY_S = 1.0
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
-INQUEST_S = 6.0  # for the node to tell how ranks ended, or where they stand
+INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 PROBE_S = 0.5  # for a node's daemon to accept a connection
 NODE_ID_LABEL = "ray.io/node-id"
@@ -48,6 +49,13 @@ class Phase(StrEnum):
     DUMPING = "dumping"
     RELEASING = "releasing"
     GONE = "gone"
+
+
+class Answer(NamedTuple):
+    """What a node answers, in its own time."""
+
+    is_there: Callable[[], bool]
+    get: Callable[[], Any]
 
 
 class RayGang:
@@ -73,7 +81,7 @@ class RayGang:
         self.next_beat = 0.0
         self.next_told = 0.0
         self.seen: dict[int, Beat] = {}  # the newest of each rank
-        self.inquest: Any = None  # what the gang's node is asked once it hangs or lost a rank
+        self.inquest: Answer | None = None  # what the gang's node is asked once it hangs or lost a rank
         self.dead: dict[int, RayError] = {}
         self.since = time.monotonic()
 
@@ -191,24 +199,30 @@ class RayGang:
         if self.dead and not is_lost and self.waited_s() < INQUEST_S:
             if self.inquest is None:
                 self.inquest = self.ask_node(learn_ends, sorted(self.dead))
-            if not ray.wait([self.inquest], timeout=0)[0]:
+            if not self.inquest.is_there():
                 return []
         self.describe_deaths()
         failed = {rank: outcome for rank, outcome in self.outcomes.items() if outcome.failure is not None}
         return self.fail(root_cause(failed, is_node_lost=is_lost))
 
-    def ask_node(self, question: Callable[..., object], about: object) -> Any:
-        """Ask something of the gang's node, in a process of its own there, and return the reference of the answer."""
+    def ask_node(self, question: Callable[..., object], about: object) -> Answer:
+        """Ask something of the gang's node: here if the gang is here, else in a process of its own there."""
+        if any(facts["host"] == socket.gethostname() for facts in self.facts):
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(question, self.job, about)
+            pool.shutdown(wait=False)
+            return Answer(future.done, future.result)
         where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
-        return ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(self.job, about)
+        ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(self.job, about)
+        return Answer(lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref))
 
     def describe_deaths(self) -> None:
         """Put what the node said of dead ranks into their failures."""
         ends: dict[int, End] = {}
-        if self.inquest is not None and ray.wait([self.inquest], timeout=0)[0]:
+        if self.inquest is not None and self.inquest.is_there():
             try:
-                ends = ray.get(self.inquest)
-            except RayError:
+                ends = self.inquest.get()
+            except (RayError, OSError):
                 ends = {}  # the node cannot say; the failure has Ray's words
         for rank, error in self.dead.items():
             end = ends.get(rank, End())
@@ -312,7 +326,7 @@ class RayGang:
 
     def poll_dumps(self) -> list[states.Event]:
         """Kill once the stacks of every rank are written, or could not be within INQUEST_S."""
-        if ray.wait([self.inquest], timeout=0)[0] or self.waited_s() > INQUEST_S:
+        if self.inquest is None or self.inquest.is_there() or self.waited_s() > INQUEST_S:
             self.kill()
         return []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from runner.errors import Kind
 from runner.gang import Phase, RayGang
 from runner.rank import Beat, Job
 from runner.spec import Gang, RunKey
+from tests.ray_tools import wait_until
 from tests.test_runner_worker import make_rank
 
 
@@ -77,9 +79,9 @@ class FakeRay:
         actor.is_killed = True
 
 
-@pytest.fixture
-def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayGang:
-    """Return a gang of two that has just begun to work."""
+@pytest.fixture(params=["here", "elsewhere"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayGang:
+    """Return a gang of two that has just begun to work, on the driver's host or on another."""
     monkeypatch.setattr(gang_module, "ray", FakeRay())
     for name in ("placement_group", "remove_placement_group", "NodeAffinitySchedulingStrategy"):
         monkeypatch.setattr(gang_module, name, lambda *_arguments, **_options: None)
@@ -90,6 +92,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayGang:
     gang.node, gang.phase = "10.0.0.4", Phase.WORKING
     gang.actors, gang.pending = [FakeActor(), FakeActor()], {Ref(): 0, Ref(): 1}
     gang.seen = {0: Beat(), 1: Beat()}
+    gang.facts = [{"host": socket.gethostname() if request.param == "here" else "elsewhere", "rank": r} for r in (0, 1)]
     return gang
 
 
@@ -211,6 +214,7 @@ def test_a_stalled_gang_is_killed_when_its_stacks_are_written(pair: RayGang, mon
     pair.release(with_stacks=True)
     assert pair.phase is Phase.DUMPING
     assert not any(actor.is_killed for actor in pair.actors)
+    wait_until(lambda: pair.inquest is not None and pair.inquest.is_there(), 20, "no stacks")
     pair.poll()
     assert asked == [(pair.job, pair.facts)]
     assert all(actor.is_killed for actor in pair.actors)
