@@ -131,9 +131,9 @@ class Rank:
 
     def wait(self, is_waiting: bool) -> None:
         """Note that this rank begins to wait for the others, or that all have met."""
-        self.waits = is_waiting
         if not is_waiting:
-            self.tick()
+            self.tick()  # first: who asks in between must not see one that stood still and does not wait
+        self.waits = is_waiting
 
     def should_stop(self) -> bool:
         """Return whether the driver asked for an early end."""
@@ -141,7 +141,8 @@ class Rank:
 
     def beat(self) -> Beat:
         """Return the newest progress."""
-        return dataclasses.replace(self.newest, idle_s=time.monotonic() - self.moved_at, waits=self.waits)
+        waits = self.waits  # read first, for the same reason
+        return dataclasses.replace(self.newest, idle_s=time.monotonic() - self.moved_at, waits=waits)
 
     def stop(self) -> None:
         """Ask the work to end at the next step, leaving a checkpoint."""

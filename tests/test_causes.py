@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from runner import worker
 from runner.causes import Seen, last_words, most_idle
 from runner.decisions import Release, Situation, decide_one
 from runner.errors import Failure, Kind
-from runner.rank import Beat
+from runner.rank import Beat, Rank
 from runner.spec import Gang, Limits, RunKey
 from runner.states import Failed, Idle, Progress, Run, State, after
 from tests.test_runner_worker import make_rank
@@ -100,6 +101,41 @@ def test_reports_ticks_and_meetings_are_signs_of_progress(sign: str, tmp_path: P
     {"report": lambda: rank.report("train", 5, 10, {}), "tick": rank.tick, "meet": lambda: rank.wait(False)}[sign]()
     assert rank.beat().idle_s < 100
     assert (rank.beat().phase, rank.beat().step) == ("train", 5)
+
+
+class NosyRank(Rank):
+    """A rank that is asked for a beat after each change of what a beat tells, as another thread may ask."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Change it, then ask."""
+        super().__setattr__(name, value)
+        if name in ("waits", "moved_at") and hasattr(self, "heard"):
+            self.heard.append(self.beat())
+
+
+class HastyRank(Rank):
+    """A rank whose wait ends while a beat is being made, after the first thing that the beat reads."""
+
+    def __getattribute__(self, name: str) -> Any:
+        """Read it, then let the wait end."""
+        value = super().__getattribute__(name)
+        if name in ("waits", "moved_at") and self.__dict__.pop("is_about_to_go_on", False):
+            self.wait(False)
+        return value
+
+
+def test_a_rank_that_stops_waiting_is_at_no_moment_taken_for_stalled(tmp_path: Path) -> None:
+    nosy = NosyRank(make_rank(tmp_path).job, 1)
+    nosy.wait(True)
+    nosy.moved_at -= 100.0
+    nosy.heard: list[Beat] = []  # type: ignore[misc]
+    nosy.wait(False)
+    hasty = HastyRank(nosy.job, 1)
+    hasty.wait(True)
+    hasty.moved_at -= 100.0
+    hasty.__dict__["is_about_to_go_on"] = True
+    for beat in (*nosy.heard, hasty.beat()):
+        assert beat.waits or beat.idle_s < 50
 
 
 def test_a_rank_that_calls_exit_fails_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
