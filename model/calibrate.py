@@ -17,6 +17,7 @@ from model.data.shards import BOS_ID
 from model.distributed import Dist
 from model.gpt import GPT
 from model.hessians import HessianCollector
+from model.pace import Pace
 
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
 
@@ -57,6 +58,7 @@ def collect_hessians(
 
     Looping is on, so repeated layers add all their visits. Batches are shared over the ranks and the sums all-reduced.
     """
+    pace = Pace(dist.device)
     with HessianCollector(model) as collector:
         for batch in range(dist.rank, config.num_calibration_batches, dist.world_size):
             windows = draw_windows(loader, config, seed=seed, batch=batch)
@@ -66,5 +68,7 @@ def collect_hessians(
                 model(tokens.reshape(1, -1), is_looped=True, packing=packing, reduction="calibrate")
             else:
                 model(tokens, is_looped=True, reduction="calibrate")
+            pace.step()
             report("quantize", batch + 1, config.num_calibration_batches, {})
+        dist.meet()
         return collector.finish(config.num_calibration_batches, dist.all_reduce_)

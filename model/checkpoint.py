@@ -58,7 +58,7 @@ class CheckpointStore:
         """Return (tensors, meta with "step") of the newest undamaged checkpoint, or None where there is none."""
         for step in reversed(self.steps()):
             try:
-                return self._load(step)
+                return self.load(step)
             except (ValueError, OSError, KeyError) as error:
                 logger.warning("checkpoint of step %d ignored, trying the one before: %s", step, error)
         return None
@@ -69,7 +69,8 @@ class CheckpointStore:
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
 
-    def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return (tensors, meta with "step") of one checkpoint. Raises ValueError, OSError or KeyError if damaged."""
         tensor_path, record_path = self._paths(step)
         record = json.loads(record_path.read_text())
         if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -17,6 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+# Newer releases of torch warn of the older names, older ones have no others.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -29,6 +34,15 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of an element
+
+
+@torch.no_grad()
+def bit_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor's elements read as integers, an int64 scalar on its device that may wrap round."""
+    return tensor.detach().contiguous().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 @dataclass(slots=True)
@@ -61,6 +75,7 @@ class Dist:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    on_wait: Callable[[bool], None] | None = None  # hears when this rank begins to wait for the others, and of its end
 
     def __post_init__(self) -> None:
         """Make CPUs take numbers below 1e-38 for zero, as GPUs do: computing with them is ten times slower."""
@@ -110,11 +125,34 @@ class Dist:
         """Whether this is rank 0, the one that reports and writes."""
         return self.rank == 0
 
+    def tick(self) -> None:
+        """Say that this rank got further."""
+        if self.on_wait is not None:
+            self.on_wait(False)
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Say that this rank waits, while the block does; that all have met is progress, alone too."""
+        if self.on_wait is not None:
+            self.on_wait(True)
+        try:
+            yield
+        finally:
+            self.tick()
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Sum tensor over the ranks in place and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def meet(self) -> None:
+        """Wait until every rank's host is here and its device has done its work, where shares of work differ."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self.world_size > 1:
+            with self._meeting():
+                self.all_reduce_(torch.zeros(1))
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """Average tensor over the ranks in place and return it."""
@@ -143,10 +181,11 @@ class Dist:
 
     def broadcast_floats(self, values: list[float]) -> list[float]:
         """Return rank 0's values on every rank, over the CPU group, without waiting for a GPU."""
-        if self.world_size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(tensor, src=0)
+        with self._meeting():
+            if self.world_size == 1:
+                return values
+            tensor = torch.tensor(values, dtype=torch.float64)
+            dist.broadcast(tensor, src=0)
         return [float(value) for value in tensor]
 
     def start_reduce_scatter_mean(self, tensor: Tensor) -> Pending:
@@ -159,7 +198,7 @@ class Dist:
         share = tensor.size(0) // self.world_size
         if tensor.is_cuda:
             out = tensor.new_empty(share, *tensor.shape[1:])
-            return Pending(out, dist.reduce_scatter_tensor(out, tensor, op=dist.ReduceOp.AVG, async_op=True))
+            return Pending(out, _reduce_scatter(out, tensor, op=dist.ReduceOp.AVG, async_op=True))
         mean = self.start_mean_(tensor)  # gloo neither averages nor scatters
         mean.result = tensor[self.rank * share : (self.rank + 1) * share]
         return mean
@@ -173,7 +212,7 @@ class Dist:
         if self.world_size == 1:
             return Pending(share)
         whole = share.new_empty(self.world_size * share.size(0), *share.shape[1:])
-        return Pending(whole, dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True))
+        return Pending(whole, _all_gather(whole, share.contiguous(), async_op=True))
 
     def gather_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return every rank's rows (n, c) int64 joined in rank order; n may differ."""
@@ -181,7 +220,8 @@ class Dist:
             return rows
         counts = torch.zeros(self.world_size, dtype=torch.int64)
         counts[self.rank] = len(rows)
-        dist.all_reduce(counts)
+        with self._meeting():
+            dist.all_reduce(counts)
         padded = torch.zeros(int(counts.max()), rows.shape[1], dtype=torch.int64)
         padded[: len(rows)] = torch.from_numpy(rows)
         shares = [torch.empty_like(padded) for _ in range(self.world_size)]
@@ -197,11 +237,26 @@ class Dist:
         joined = self.gather_rows(data)[:, 0].astype(np.uint8)
         return [part.tobytes().decode() for part in np.split(joined, np.cumsum(sizes)[:-1])]
 
+    def require_same(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Raise RuntimeError, on every rank, naming the first tensor of which the ranks do not hold the same bits.
+
+        Compares a sum over each tensor's bits; one look at the device for all of them.
+        """
+        if self.world_size == 1:
+            return
+        sums = torch.stack([bit_sum(tensor) for tensor in tensors.values()]).cpu().numpy()  # (tensors,)
+        rows = self.gather_rows(sums[None])  # (ranks, tensors)
+        differing = (rows != rows[0]).nonzero()
+        if differing[0].size:
+            rank, place = int(differing[0][0]), int(differing[1][0])
+            raise RuntimeError(f"{what}: rank {rank} holds other bits than rank 0 in {list(tensors)[place]}")
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
-            self.broadcast_floats([0.0])
-            dist.barrier()
+            with self._meeting():
+                dist.all_reduce(torch.zeros(1))
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the group."""

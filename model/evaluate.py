@@ -25,6 +25,7 @@ from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT
 from model.graphs import Recorder, fits_row_graphs
+from model.pace import Pace
 
 ROW_ENTRIES = 128  # segment bounds of a row are padded to multiples of this: few sizes, each recorded once
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
@@ -166,12 +167,14 @@ def score_rows(
         )
         return Batch(inputs, targets, packing)
 
-    mine = range(dist.rank, len(bounds), dist.world_size)
+    mine, pace = range(dist.rank, len(bounds), dist.world_size), Pace(dist.device)
     rows = prefetch_batches(make_row, mine, pin_memory=dist.device.type == "cuda")
     with contextlib.closing(rows):
         for number, row in zip(mine, rows, strict=True):
             nll[slice(*bounds[number])] = scorer.score(row, dist.device)
+            pace.step()
             report(label, number + 1, len(bounds), {})
+    dist.meet()
     scored = dist.all_reduce_(nll).cpu().numpy()
     if not bounds or bounds[-1][1] < validation.num_targets:
         scored[bounds[-1][1] if bounds else 0 :] = np.nan

@@ -63,18 +63,18 @@ def run_seed(
     on_write: Callable[[Path], None] = lambda _path: None,
     restart: str = "checkpoint",
     allow_code_change: bool = False,
+    tick: Callable[[], None] = lambda: None,
 ) -> SeedResult:
     """Run every stage of one seed that workdir does not hold yet, and return all metrics.
 
-    report(phase, step, total, metrics) hears of progress on rank 0. should_stop is asked between training steps; when
-    it says yes a checkpoint is written and model.train.Interrupted raised. on_write(path) hears of each finished file,
-    a stage's record last. restart "scratch" neither writes nor reads checkpoints inside training.
+    report(phase, step, total, metrics) hears of this rank's own progress, and tick() of a second more of a long call:
+    whoever watches over the rank needs both, whoever shows progress takes rank 0's. should_stop is asked between
+    training steps; when it says yes a checkpoint is written and model.train.Interrupted raised. on_write(path) hears of
+    each finished file, a stage's record last. restart "scratch" neither writes nor reads checkpoints inside training.
     Raises RunMismatch if workdir was made for another seed, configuration or data (or by other code, unless
     allow_code_change), ValueError or FileNotFoundError for data that cannot be used.
     """
-    run = Run(
-        config, dist, workdir, report if dist.is_main else _silent, should_stop, on_write, restart == "checkpoint"
-    )
+    run = Run(config, dist, workdir, report, should_stop, on_write, restart == "checkpoint", tick)
     _claim_directory(run, allow_code_change=allow_code_change)
     for stage in STAGES:
         is_done = dist.is_main and _finished(run, stage) is not None
@@ -106,8 +106,8 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
     run.report("prepare", 0, None, {})
     if run.dist.is_main:
         ledger = Ledger("prepare")
-        with ledger.listening(), ledger.span("hash"):
-            data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
+        with ledger.listening(), ledger.span("hash"), run.long_call():
+            data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size, report=run.report)
             check_text(run.config.data, data, vocab_size=run.config.model.vocab_size)
         named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
         run.file_hashes = {os.path.abspath(os.path.expanduser(path)): sha256 for path, sha256 in named.items()}
@@ -199,7 +199,8 @@ def _run_stage(run: Run, stage: str) -> None:
     parts = [json.loads(text) for text in run.dist.gather_text(json.dumps(ledger.as_json()))]
     if run.dist.is_main:
         _write_ledger(run, *parts)
-        write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
+        with run.long_call():  # it may go to an object store
+            write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
         if stage == "train":
             CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
     run.dist.barrier()
@@ -255,7 +256,3 @@ def peak_memory_bytes(dist: Dist) -> int:
     if dist.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(dist.device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _silent(_phase: str, _step: int, _total: int | None, _metrics: dict[str, Any]) -> None:
-    """Report nothing: rank 0 speaks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from model.config import RunConfig
 from model.data.files import replace_file
 from model.distributed import Dist
+from model.pace import LONG_CALL_S, ticking
 from model.train import Report
 
 
@@ -25,6 +27,7 @@ class Run:
     should_stop: Callable[[], bool] = lambda: False
     on_write: Callable[[Path], None] = lambda _path: None
     uses_checkpoints: bool = True
+    tick: Callable[[], None] = lambda: None  # hears that this rank got further, with nothing to show
     hashes: dict[str, str] = field(default_factory=dict)
     file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
 
@@ -32,6 +35,10 @@ class Run:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints inside training."""
         return self.workdir / "checkpoints"
+
+    def long_call(self, at_most_s: float = LONG_CALL_S) -> AbstractContextManager[None]:
+        """Tick while the block runs, for so long at most."""
+        return ticking(self.tick, at_most_s)
 
     def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write arrays as an npz file of the run directory."""

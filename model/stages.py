@@ -43,6 +43,7 @@ Outcome = tuple[dict[str, Any], list[str]]
 WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
 EVALUATED, ADAPTED, SCORE_LOG = "evaluate.npz", "ttt.npz", "ttt_scores.npz"
 PROGRESS = "train_progress.json"
+SET_UP_S = 120.0  # a scoring pass may take so long to set itself up; after that it reports every batch
 
 
 def compute_dtype(dist: Dist) -> torch.dtype:
@@ -87,13 +88,13 @@ def open_validation(run: Run, ledger: Ledger) -> tuple[Tokenizer, ValidationSet]
 def run_train(run: Run, ledger: Ledger) -> Outcome:
     """Train from the seed's initial weights, or from the newest checkpoint."""
     config = run.config
-    with ledger.span("load"):
+    with ledger.span("load"), run.long_call():
         loader = open_training(run, ledger)
         model = build_model(
             config.model, run.dist, embedding_dtype=config.train.embedding_dtype, attention=config.runtime.attention
         )
         model.init_weights(config.seed)
-    with ledger.span("warm_up"):
+    with ledger.span("warm_up"), run.long_call():
         compile_kernels(run, ledger)
         choice = choose_attention(run)
         if choice is not None:
@@ -110,13 +111,15 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         checkpoints=store,
         reached=read_progress(run),
         should_stop=run.should_stop,
+        long_call=run.long_call,
     )
     with ledger.span("steps"):
         result = trainer.run()
     if run.dist.is_main:
         live = {f"live/{name}": p.detach() for name, p in model.named_parameters()}
-        save_tensors(run.workdir / WEIGHTS, live | {f"ema/{name}": value for name, value in result.ema.items()})
-        run.write(STEPS, result.steps)
+        with run.long_call():
+            save_tensors(run.workdir / WEIGHTS, live | {f"ema/{name}": value for name, value in result.ema.items()})
+            run.write(STEPS, result.steps)
     result.metrics["warmup_s"] = ledger.seconds("warm_up")
     result.metrics["num_params"] = sum(p.numel() for p in model.parameters())
     result.metrics["attention_backend"] = attention_backend_name(run, model)
@@ -180,17 +183,18 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
             f"quant.num_calibration_batches={config.quant.num_calibration_batches} must be at least the number of "
             f"ranks, {dist.world_size}"
         )
-    with ledger.span("load"):
+    with ledger.span("load"), run.long_call():
         weights = load_weights(run, ledger, "ema")
         model = load_model(run, weights)
         loader = open_training(run, ledger)
-    with ledger.span("warm_up"):
+    with ledger.span("warm_up"), run.long_call():
         compile_kernels(run, ledger, "quantize")
     with ledger.span("hessians"):
         hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
     metrics: dict[str, Any] = {}
     if dist.is_main:
-        metrics = _round_and_save(run, ledger, weights, hessians)
+        with run.long_call():
+            metrics = _round_and_save(run, ledger, weights, hessians)
     compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
     metrics |= {
         "hessian_s": ledger.seconds("hessians"),
@@ -210,7 +214,7 @@ def _round_and_save(
     meta = artifact_meta(run)
 
     def write(state: QuantizedState) -> int:
-        with ledger.span("compress"):
+        with ledger.span("compress"), run.long_call():
             save_artifact(path, state, config.model, meta, codec=config.quant.codec)
         return path.stat().st_size + program.num_bytes
 
@@ -269,15 +273,15 @@ def load_quantized(run: Run, ledger: Ledger) -> dict[str, Tensor]:
 def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
     """Score live, averaged and quantized weights on the same rows of the validation stream."""
     config, dist = run.config, run.dist
-    with ledger.span("load"):
+    with ledger.span("load"), run.long_call():
         tokenizer, validation = open_validation(run, ledger)
-    with ledger.span("warm_up"):
+    with ledger.span("warm_up"), run.long_call():
         compile_kernels(run, ledger, "evaluate")
     metrics: dict[str, Any] = {}
     scores: DocumentScores | None = None
     scorer: RowScorer | None = None  # one for all three: what it records reads the weights where they are
     for prefix in ("live", "post_ema", "pre_ttt"):
-        with ledger.span("load"):
+        with ledger.span("load"), run.long_call():
             if prefix == "pre_ttt":
                 weights = load_quantized(run, ledger)
             else:
@@ -286,7 +290,7 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
                 scorer = RowScorer(load_model(run, weights))
             else:
                 scorer.model.load_state_dict(weights)
-        with ledger.span(prefix):
+        with ledger.span(prefix), run.long_call(SET_UP_S):
             scores = evaluate_plain(
                 scorer.model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, scorer=scorer
             )
@@ -295,7 +299,7 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
     assert scores is not None
     metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "live", "post_ema", "pre_ttt"))
     if dist.is_main:
-        with ledger.span("identify"):
+        with ledger.span("identify"), run.long_call():
             metrics |= describe_validation(tokenizer, validation)
             counts = token_counts(open_training(run, ledger), config.model.vocab_size)
             metrics["order0_bpb"] = order0_bpb(counts, validation, tokenizer.byte_table)
@@ -333,14 +337,14 @@ def describe_validation(tokenizer: Tokenizer, validation: ValidationSet) -> dict
 def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     """Score every document on its own, first with the base weights, then adapting as it goes."""
     config, dist = run.config, run.dist
-    with ledger.span("load"):
+    with ledger.span("load"), run.long_call():
         tokenizer, validation = open_validation(run, ledger)
         model = load_model(run, load_quantized(run, ledger))
-    with ledger.span("warm_up"):
+    with ledger.span("warm_up"), run.long_call():
         compile_kernels(run, ledger, "ttt")
     results = {}
     for prefix in ("ttt_lr0", "post_ttt"):
-        with ledger.span(prefix):
+        with ledger.span(prefix), run.long_call(SET_UP_S):
             results[prefix] = score_documents(
                 model,
                 validation,
@@ -355,16 +359,17 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     plain, adapted = results["ttt_lr0"], results["post_ttt"]
     metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
     metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "ttt_lr0", "post_ttt"))
-    events = gather_events(adapted.events, dist)
-    if dist.is_main:
-        counts = times_scored(events, validation.document_starts, validation.num_targets)
-        metrics |= {
-            "score_chain": events.chain,
-            "num_targets": validation.num_targets,
-            "targets_scored_once": int((counts == 1).sum()),
-        }
-        run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
-        run.write(SCORE_LOG, {**events.arrays(), "nll": adapted.nll.astype(np.float32)})
+    with run.long_call():
+        events = gather_events(adapted.events, dist)
+        if dist.is_main:
+            counts = times_scored(events, validation.document_starts, validation.num_targets)
+            metrics |= {
+                "score_chain": events.chain,
+                "num_targets": validation.num_targets,
+                "targets_scored_once": int((counts == 1).sum()),
+            }
+            run.write(ADAPTED, document_arrays(plain.scores, nats_lr0=plain.scores.nats, nats_ttt=adapted.scores.nats))
+            run.write(SCORE_LOG, {**events.arrays(), "nll": adapted.nll.astype(np.float32)})
     return metrics, [ADAPTED, SCORE_LOG]
 
 

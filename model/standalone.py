@@ -32,6 +32,7 @@ from model.pipeline import run_seed
 from model.quantized import dequantize
 from model.run import Run
 from model.stages import load_model
+from model.train import Report
 from model.ttt import score_documents
 
 PROGRESS_EVERY_S = 10.0
@@ -85,7 +86,7 @@ def train_seed(config: RunConfig, args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     dist = Dist.from_environment(config.runtime.device)
     try:
-        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", Progress())
+        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", progress_of(dist))
     finally:
         dist.close()
     if dist.is_main:
@@ -111,7 +112,7 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
         fault = text_fault(tokenizer, validation)
         if fault:
             raise ValueError(f"--val {args.val[0]}: {fault}")
-        report, table = Progress(), tokenizer.byte_table
+        report, table = progress_of(dist), tokenizer.byte_table
         run = Run(attend_here(config, dist), dist, args.eval.parent, report)
         model = load_model(run, dequantize(state))
         compile_kernels(run, Ledger("eval"), *(("evaluate",) if args.plain_only else ("evaluate", "ttt")))
@@ -210,6 +211,11 @@ def show_scores(metrics: dict[str, Any], path: Path | None) -> None:
     print(text, flush=True)
     if path is not None:
         path.write_text(text + "\n")
+
+
+def progress_of(dist: Dist) -> Report:
+    """Return whom a rank tells of its progress: rank 0 speaks."""
+    return Progress() if dist.is_main else lambda *_: None
 
 
 class Progress:

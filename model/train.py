@@ -7,9 +7,11 @@ wall-clock schedule is rank 0's, handed to all ranks.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,11 +29,16 @@ from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
 STEP_COLUMNS = ("step", "loss", "grad_norm", "lr_factor", "momentum", "is_looped", "elapsed_s", "tokens_per_s")
+FINE = "fine"
 RUN_AHEAD = 2  # steps the host may be ahead of the device
 
 
 class Interrupted(Exception):
     """Training was told to stop; a checkpoint was written where a store was given."""
+
+
+class Diverged(ValueError):
+    """The loss is not finite any more; the same run would diverge again."""
 
 
 class TrainResult(NamedTuple):
@@ -99,6 +106,7 @@ class Trainer:
         checkpoints: CheckpointStore | None = None,
         reached: Reached = NOTHING_REACHED,
         should_stop: Callable[[], bool] = lambda: False,
+        long_call: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if config.micro_batches_per_step % dist.world_size:
@@ -109,6 +117,7 @@ class Trainer:
         self.model, self.loader, self.config, self.dist, self.report = model, loader, config, dist, report
         self.runtime = runtime or RuntimeConfig()
         self.checkpoints, self.should_stop, self.clock = checkpoints, should_stop, clock
+        self.long_call = long_call  # around what may take long without a report
         self.optimizers = Optimizers(model, config, dist)
         self.ema = Ema(model, config.ema_decay)
         self.parameters = list(model.parameters())
@@ -132,8 +141,14 @@ class Trainer:
         return self.before_s + self.clock() - self.started - self.paused_s
 
     def run(self) -> TrainResult:
-        """Train to the end of the schedule. Raises Interrupted when told to stop."""
-        self._resume()
+        """Train to the end of the schedule.
+
+        Raises Interrupted when told to stop, and Diverged, on every rank alike, once a loss is no number: on a GPU two
+        steps later, for the host reads losses so late.
+        """
+        with self.long_call():
+            self._resume()
+        self._compare_ranks()
         self.started = self.last_checkpoint = self.last_report = self.clock()
         batches = prefetch_batches(self._make_batch, self._span_indices(), pin_memory=self.dist.device.type == "cuda")
         with contextlib.closing(batches):
@@ -200,6 +215,8 @@ class Trainer:
         if row.is_ready is not None:
             row.is_ready.synchronize()
         loss, norm = row.values.tolist()
+        if not math.isfinite(loss):  # the mean over all ranks, so that they end together
+            raise Diverged(self._describe_divergence(row, loss, norm))
         config, previous = self.config, self.log["elapsed_s"][-1] if self.log["elapsed_s"] else None
         took_s = row.elapsed_s - previous if previous is not None else 0.0  # the step before
         rate = config.batch_tokens / took_s if took_s > 0 else 0.0
@@ -218,6 +235,15 @@ class Trainer:
         if self.clock() - self.last_report >= self.runtime.report_every_s or row.step == 0:
             self.last_report = self.clock()
             self._report(row, loss, rate)
+
+    def _describe_divergence(self, row: StepRow, loss: float, norm: float) -> str:
+        last = f"{self.log['loss'][-1]:.4g}" if self.log["loss"] else "none before"
+        factor = lr_factor(row.frac, self.config)
+        return (
+            f"training diverged: loss={loss} at step {row.step + 1} (last loss {last}, gradient norm {norm:.3g}, "
+            f"lr factor {factor:.3g}); lower the learning rates train.matrix_lr={self.config.matrix_lr:g}, "
+            f"embedding_lr={self.config.embedding_lr:g}, vector_lr={self.config.vector_lr:g}"
+        )
 
     def _report(self, row: StepRow, loss: float, rate: float) -> None:
         left = max(0.0, row.elapsed_s / row.frac - row.elapsed_s) if row.frac > 0 else 0.0
@@ -247,15 +273,20 @@ class Trainer:
             tensors |= {f"log/{name}": torch.tensor(column, dtype=torch.float64) for name, column in self.log.items()}
             tensors["rng"] = torch.get_rng_state()
             meta = {"elapsed_s": elapsed, "resumed_at": self.resumed_at}
-            self.checkpoints.save(self.step, tensors, meta)
+            with self.long_call():
+                self.checkpoints.save(self.step, tensors, meta)
         self.dist.barrier()
         self.last_checkpoint = self.clock()
         self.paused_s += self.last_checkpoint - paused
 
     @torch.no_grad()
     def _resume(self) -> None:
-        """Continue from the newest undamaged checkpoint, if there is one."""
-        found = self.checkpoints.load_newest() if self.checkpoints is not None else None
+        """Continue from the newest checkpoint that rank 0 finds undamaged, if there is one.
+
+        Raises RuntimeError on every rank if another one cannot load that: going on from the one before, it would train
+        other weights.
+        """
+        found = self._load_agreed()
         if found is None:
             self.lost_steps = self.reached.lost_steps + self.reached.step
             return
@@ -270,6 +301,32 @@ class Trainer:
         self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
         self.resumed_at = [*meta["resumed_at"], self.step]
         self.lost_steps = self.reached.lost_steps + max(0, self.reached.step - self.step)
+
+    def _load_agreed(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the checkpoint that rank 0 picked, on every rank; None where it has none."""
+        if self.checkpoints is None:
+            return None
+        found = self.checkpoints.load_newest() if self.dist.is_main else None
+        step = int(self.dist.broadcast_floats([-1.0 if found is None else float(found[1]["step"])])[0])
+        if step < 0:
+            return None
+        problem = ""
+        if not self.dist.is_main:
+            try:
+                found = self.checkpoints.load(step)
+            except (ValueError, OSError, KeyError) as error:
+                problem = f"rank {self.dist.rank} cannot load the checkpoint of step {step} as rank 0 did: {error!r}"
+        problems = [text for text in self.dist.gather_text(problem or FINE) if text != FINE]
+        if problems:
+            raise RuntimeError(problem or f"a peer cannot go on: {problems[0]}")
+        return found
+
+    def _compare_ranks(self) -> None:
+        """Raise RuntimeError if the ranks do not begin with the same weights and averages."""
+        live = {f"live/{name}": parameter for name, parameter in self.model.named_parameters()}
+        averages = {f"ema/{name}": value for name, value in self.ema.values.items()}
+        since = f"after the checkpoint of step {self.step}" if self.resumed_at else "after initialization"
+        self.dist.require_same(live | averages, f"the ranks' weights differ {since}")
 
     def _finish(self) -> TrainResult:
         if self.dist.device.type == "cuda":
@@ -307,6 +364,7 @@ def accumulate_gradients(
         loss = model(batch.inputs, batch.targets, is_looped=is_looped, packing=batch.packing)
         losses.append(loss.detach())
         loss.backward()  # not of loss / len(batches): scaling a loss costs a pass over the gradient of its logits
+        dist.tick()
         if clip != "per_micro_batch":
             continue
         grads = gradients(parameters)

@@ -110,6 +110,7 @@ def score_documents(
         work.run_adapted(documents, slots)
     else:
         work.run_unadapted(documents)
+    dist.meet()
     nll = dist.all_reduce_(work.nll).cpu().numpy()
     scores = document_sums(
         validation, table, nll, num_scored=validation.num_targets, seconds=time.monotonic() - started

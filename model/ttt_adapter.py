@@ -18,6 +18,7 @@ from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.gpt import GPT
 from model.lora import Adapters
+from model.pace import Pace
 from model.score_ledger import SCORE, UPDATE, Events, ScoreChain
 from model.ttt_schedule import Batch, Limits, Schedule
 from model.ttt_slots import Slots
@@ -51,6 +52,7 @@ class Adapter:
         self.unlogged: list[tuple[int, list[Window], Tensor | None]] = []  # kind, windows, loss sums (B,)
         self.num_scored = self.num_total = 0
         self.started = time.monotonic()
+        self.pace = Pace(self.device)
 
     def num_predictions(self, document: int) -> int:
         """Return how many targets a document has."""
@@ -139,6 +141,7 @@ class Adapter:
         else:
             for row, (end, window) in enumerate(zip(ends, windows, strict=True)):
                 self.nll[end - window.num_scored : end] = losses[row, columns - window.num_scored :]
+        self.pace.step()
         self.num_scored += sum(window.num_scored for window in windows)
         self._log(SCORE, windows, loss_sums(losses, [window.num_scored for window in windows]))
         elapsed = time.monotonic() - self.started

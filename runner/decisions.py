@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from runner.capacity import Node, gangs_on
 from runner.errors import Failure, Kind
 from runner.spec import Gang, Limits, RunKey
-from runner.states import ALIVE, FINAL, Run, State, enter
+from runner.states import ALIVE, FINAL, Idle, Run, State, enter, with_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,19 +147,28 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
         return Failure(
             kind=Kind.TIMEOUT, message=f"attempt took longer than limits.seed_s={limits.seed_s:g}", node=run.node
         )
-    if run.state is State.STARTING and not run.facts:
+    if run.state is State.STARTING and run.phase in ("", "start"):  # rendezvous and preflight included
         if now - run.placed_at <= limits.start_s:
             return None
-        return Failure(kind=Kind.START, message=f"not ready after limits.start_s={limits.start_s:g}", node=run.node)
+        return Failure(
+            kind=Kind.START, message=f"not ready after limits.start_s={limits.start_s:g}", node=run.node,
+            advice="raise it if imports or the network are slow there",
+        )  # fmt: skip
     if run.silent_s > limits.heartbeat_s:
+        is_named = run.idle is not None and run.idle.rank == run.silent_rank
         return Failure(
             kind=Kind.STALLED, rank=run.silent_rank, node=run.node,
+            at=run.idle.where if run.idle is not None and is_named else "",
             message=f"no heartbeat for {run.silent_s:.0f} s (limits.heartbeat_s={limits.heartbeat_s:g})",
+            advice="its process is stopped, or its node too busy to answer",
         )  # fmt: skip
-    if now - run.progress_at > limits.stall_s:
-        where = f"{run.phase or 'start'} step {run.step}"
-        message = f"no progress for {now - run.progress_at:.0f} s at {where} (limits.stall_s={limits.stall_s:g})"
-        return Failure(kind=Kind.STALLED, message=message, node=run.node)
+    idle = run.idle or Idle(rank=0, where=f"{run.phase or 'start'} step {run.step}", since=run.progress_at)
+    if now - idle.since > limits.stall_s:
+        return Failure(
+            kind=Kind.STALLED, rank=idle.rank if run.idle is not None else None, node=run.node, at=idle.where,
+            message=f"no progress for {now - idle.since:.0f} s (limits.stall_s={limits.stall_s:g})",
+            advice="the stacks say where each rank stood; raise limits.stall_s if it was only slow",
+        )  # fmt: skip
     return None
 
 
@@ -201,7 +210,8 @@ def issued(run: Run, command: Command, situation: Situation) -> Run:
             is_cancelled = run.is_cancelled or run.key in situation.cancelled
             run = replace(run, is_releasing=True, is_cancelled=is_cancelled)
             if run.state in ALIVE:
-                run = replace(enter(run, State.TEARDOWN, now), failure=command.failure or run.failure)
+                failure = with_files(run, command.failure) if command.failure is not None else run.failure
+                run = replace(enter(run, State.TEARDOWN, now), failure=failure)
             return run
         case Commit():
             return replace(run, is_committing=True)

@@ -33,6 +33,7 @@ from runner.storage import LocalStorage, ObjectStorage
 
 FORMAT = 1
 BEAT_EVERY_S = 3.0
+UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells otherwise, or leaves out
 LEASE_TTL_S = 60.0  # a driver on another host that has been silent for longer is taken for dead
 
 
@@ -203,7 +204,7 @@ class SweepDirectory:
 def run_to_json(run: Run, offset: float) -> dict[str, Any]:
     """Return one run for state.json; its times become seconds since 1970."""
     plain: dict[str, Any] = {
-        item.name: getattr(run, item.name) for item in dataclasses.fields(run) if item.name not in ("key", "facts")
+        item.name: getattr(run, item.name) for item in dataclasses.fields(run) if item.name not in UNSAVED
     }
     for name in ("since", "placed_at", "progress_at", "not_before", "stop_by"):
         plain[name] = plain[name] + offset if plain[name] else 0.0
@@ -214,7 +215,7 @@ def run_to_json(run: Run, offset: float) -> dict[str, Any]:
 
 def run_from_json(plain: Mapping[str, Any]) -> Run:
     """Return a run as state.json shows it, times in seconds since 1970. Raises ValueError if a field is missing."""
-    names = [item.name for item in dataclasses.fields(Run) if item.name not in ("key", "facts")]
+    names = [item.name for item in dataclasses.fields(Run) if item.name not in UNSAVED]
     try:
         fields = {name: plain[name] for name in names}
         fields["state"] = State(fields["state"])
@@ -230,7 +231,8 @@ def run_from_json(plain: Mapping[str, Any]) -> Run:
 
 def failure_from_json(plain: Mapping[str, Any]) -> Failure:
     """Return the failure that state.json holds."""
-    return Failure(**{**plain, "kind": Kind(plain["kind"]), "others": tuple(plain["others"])})
+    lists = {name: tuple(plain.get(name, ())) for name in ("others", "files")}
+    return Failure(**{**plain, **lists, "kind": Kind(plain["kind"])})
 
 
 def utc(seconds: float) -> str:

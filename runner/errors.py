@@ -49,10 +49,13 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """The root cause of a failed attempt: which rank, where, what, and the end of its log."""
+    """The root cause of a failed attempt: which rank, where, what, what to do, and the end of its log."""
 
     kind: Kind
     message: str  # one line
+    at: str = ""  # phase and step of the rank
+    advice: str = ""  # what to do about it, where the message does not say so
+    files: tuple[str, ...] = ()  # where to look, from the sweep's folder: the rank's log, its stacks
     rank: int | None = None
     node: str = ""
     error_type: str = ""
@@ -66,12 +69,22 @@ class Failure:
 
     @property
     def one_line(self) -> str:
-        """Return the cause as a person wants to read it: rank, node, exception."""
+        """Return the cause as a person wants to read it: rank, node, what happened where, what to do, where to look.
+
+        The same line in the job's log, in `status`, in the events and in the table.
+        """
         where = "" if self.rank is None else f"rank {self.rank}"
         if self.node:
             where = f"{where} on {self.node}" if where else f"node {self.node}"
         what = f"{self.error_type}: {self.message}" if self.error_type else self.message
-        return f"{where}: {what}" if where else what
+        if self.at and self.kind is not Kind.USER:
+            what = f"{what}, at {self.at}"
+        parts = [
+            f"{where}: {what}" if where else what,
+            self.advice,
+            f"look at {', '.join(self.files)}" * bool(self.files),
+        ]
+        return "; ".join(part for part in parts if part)
 
     def is_same_error(self, other: Failure | None) -> bool:
         """Return whether other is the same exception with the same message: a deterministic error."""

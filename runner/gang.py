@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from runner import states
+from runner.causes import Seen, last_words, most_idle, root_cause
 from runner.errors import Failure, Kind, first_line
-from runner.rank import Job, Outcome, Rank, redirect_output
+from runner.inquest import End, learn_ends, write_stacks
+from runner.rank import Beat, Job, Outcome, Rank
+from runner.ray_rank import RankActor
 from runner.spec import Gang, RunKey
 
 BEAT_EVERY_S = 1.0
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
-DUMP_S = 3.0  # for stalled ranks to write their stacks down
+INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 PROBE_S = 0.5  # for a node's daemon to accept a connection
 NODE_ID_LABEL = "ray.io/node-id"
-
-# Words in errors of a rank whose peer is gone: a consequence, never the root cause.
-PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", "gloo", "nccl", "peer", "tcpstore")
 
 
 class Phase(StrEnum):
@@ -50,25 +51,11 @@ class Phase(StrEnum):
     GONE = "gone"
 
 
-class RankActor(Rank):
-    """A rank inside an actor: its output goes to a file of its own, and Ray says which GPUs it holds."""
+class Answer(NamedTuple):
+    """What a node answers, in its own time."""
 
-    def __init__(self, job: Job, rank: int) -> None:
-        redirect_output(job.log_path(rank))
-        super().__init__(job, rank)
-
-    def hello(self) -> dict[str, Any]:
-        """Return who and where this process is, and its GPU ids."""
-        context = ray.get_runtime_context()
-        gpus = context.get_accelerator_ids().get("GPU", [])
-        return {**super().hello(), "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id()}
-
-    def open_store(self) -> int:
-        """Open the gang's rendezvous server and return its port."""
-        from runner.worker import open_store
-
-        self.store = open_store(self.job.world_size)
-        return int(self.store.port)
+    is_there: Callable[[], bool]
+    get: Callable[[], Any]
 
 
 class RayGang:
@@ -92,8 +79,10 @@ class RayGang:
         self.outcomes: dict[int, Outcome] = {}
         self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
         self.next_beat = 0.0
-        self.serials: dict[int, int] = {}
-        self.dumps: list[Any] = []
+        self.next_told = 0.0
+        self.seen: dict[int, Beat] = {}  # the newest of each rank
+        self.inquest: Answer | None = None  # what the gang's node is asked once it hangs or lost a rank
+        self.dead: dict[int, RayError] = {}
         self.since = time.monotonic()
 
     def poll(self) -> list[states.Event]:
@@ -152,7 +141,7 @@ class RayGang:
             try:
                 ray.get(ref)
             except RayError as error:
-                return self.fail(self.death(error, self.hellos.index(ref)))
+                return self.lose(self.hellos.index(ref), error)
         if waiting:
             return []
         self.facts = ray.get(self.hellos)
@@ -170,10 +159,11 @@ class RayGang:
             try:
                 port = ray.get(self.port_ref)
             except RayError as error:
-                return self.fail(self.death(error, 0))
+                return self.lose(0, error)
         gpus = tuple(sorted({gpu for facts in self.facts for gpu in facts["gpus"]}, key=lambda gpu: (len(gpu), gpu)))
         refs = [actor.run.remote(port=port, visible_gpus=gpus) for actor in self.actors]
         self.pending = {ref: rank for rank, ref in enumerate(refs)}
+        self.seen = {rank: Beat() for rank in range(len(refs))}
         self.turn(Phase.WORKING)
         return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts, "gpus": gpus})]
 
@@ -198,27 +188,70 @@ class RayGang:
             try:
                 self.outcomes[rank] = ray.get(ref)
             except RayError as error:
-                self.outcomes[rank] = Outcome(kind="failed", at=time.time(), failure=self.death(error, rank))
+                self.lose(rank, error)
 
     def poll_failing(self) -> list[states.Event]:
-        """Wait a moment for the other ranks' errors, then name the root cause."""
+        """Wait a moment for the other ranks' errors and for what is known of dead ones, then name the root cause."""
         self.collect()
         if self.pending and self.waited_s() < COLLECT_S:
             return []
+        is_lost = is_node_lost(self.node_id)
+        if self.dead and not is_lost and self.waited_s() < INQUEST_S:
+            if self.inquest is None:
+                self.inquest = self.ask_node(learn_ends, sorted(self.dead))
+            if not self.inquest.is_there():
+                return []
+        self.describe_deaths()
         failed = {rank: outcome for rank, outcome in self.outcomes.items() if outcome.failure is not None}
-        return self.fail(root_cause(failed, is_node_lost=is_node_lost(self.node_id)))
+        return self.fail(root_cause(failed, is_node_lost=is_lost))
+
+    def ask_node(self, question: Callable[..., object], about: object) -> Answer:
+        """Ask something of the gang's node: here if the gang is here, else in a process of its own there."""
+        if any(facts["host"] == socket.gethostname() for facts in self.facts):
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(question, self.job, about)
+            pool.shutdown(wait=False)
+            return Answer(future.done, future.result)
+        where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+        ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(self.job, about)
+        return Answer(lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref))
+
+    def describe_deaths(self) -> None:
+        """Put what the node said of dead ranks into their failures."""
+        ends: dict[int, End] = {}
+        if self.inquest is not None and self.inquest.is_there():
+            try:
+                ends = self.inquest.get()
+            except (RayError, OSError):
+                ends = {}  # the node cannot say; the failure has Ray's words
+        for rank, error in self.dead.items():
+            end = ends.get(rank, End())
+            at = end.at or self.outcomes[rank].at
+            self.outcomes[rank] = Outcome(kind="failed", at=at, failure=self.death(error, rank, end))
+        self.inquest = None
 
     def fail(self, failure: Failure) -> list[states.Event]:
         """Return the event of a failed gang; it does nothing more until it is released."""
         self.turn(Phase.OVER)
         return [states.Failed(key=self.key, group=self.serial, failure=failure)]
 
-    def death(self, error: RayError, rank: int) -> Failure:
+    def lose(self, rank: int, error: RayError) -> list[states.Event]:
+        """Note that a rank's process ended without an outcome."""
+        self.dead[rank] = error
+        self.outcomes[rank] = Outcome(kind="failed", at=time.time(), failure=self.death(error, rank, End()))
+        self.turn(Phase.FAILING)
+        return []
+
+    def death(self, error: RayError, rank: int, end: End) -> Failure:
         """Return the failure of a rank whose process ended without an outcome."""
-        message = first_line(str(getattr(error, "cause", "") or error)) or type(error).__name__
+        tail = end.log_tail or self.tail(rank)
+        words = end.words or ray_words(error)
+        last = last_words(tail)
+        message = f"process {words}" + f", last in its log: {last!r}" * bool(last)
         return Failure(
             kind=Kind.NODE_LOST if is_node_lost(self.node_id) else Kind.DIED, rank=rank, node=self.node,
-            message=f"process died ({message})", log_tail=self.tail(rank),
+            message=message, at=self.seen[rank].where if rank in self.seen else "", advice=end.advice,
+            log_tail=tail,
         )  # fmt: skip
 
     def tail(self, rank: int) -> str:
@@ -227,7 +260,7 @@ class RayGang:
 
     def poll_beats(self) -> list[states.Event]:
         """Fetch the newest progress of the gang, and see who has not answered for how long."""
-        now, news = time.monotonic(), []
+        now, is_new = time.monotonic(), False
         for rank, (ref, _) in list(self.beats.items()):
             if ray.wait([ref], timeout=0)[0]:
                 del self.beats[rank]
@@ -235,22 +268,29 @@ class RayGang:
                     beat = ray.get(ref)
                 except RayError:
                     continue  # its outcome will say the same, with more words
-                if beat.serial != self.serials.get(rank, 0):
-                    self.serials[rank] = beat.serial
-                    news.append((rank, beat))
+                if rank == 0 and beat.serial != self.seen[rank].serial:
+                    is_new = True
+                    if (
+                        self.seen[rank].is_starting and not beat.is_starting
+                    ):  # imports may have kept ranks from answering
+                        self.beats = {late: (ref, now) for late, (ref, _) in self.beats.items()}
+                self.seen[rank] = beat
         silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
         if now >= self.next_beat:
             self.next_beat = now + BEAT_EVERY_S
             for rank in set(self.pending.values()) - set(self.beats):
                 self.beats[rank] = (self.actors[rank].beat.remote(), now)
-        if not news and silent[0] < BEAT_EVERY_S:
+        if not is_new and now < self.next_told:
             return []
-        beat = min(news)[1] if news else None  # rank 0's word where it spoke
-        report = {"phase": beat.phase, "step": beat.step, "total": beat.total, "metrics": beat.metrics} if beat else {}
+        self.next_told = now + BEAT_EVERY_S
+        beat = self.seen[0]  # rank 0 speaks for the gang
+        owed = {rank: now - sent for rank, (_, sent) in self.beats.items()}
+        seen = {rank: Seen(self.seen[rank], owed.get(rank, 0.0)) for rank in self.pending.values()}
         return [
             states.Progress(
-                key=self.key, group=self.serial, is_news=beat is not None, silent_s=silent[0], silent_rank=silent[1],
-                **report,
+                key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
+                metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1],
+                idle=most_idle(seen, now),
             )
         ]  # fmt: skip
 
@@ -277,22 +317,22 @@ class RayGang:
             actor.stop.remote()
 
     def release(self, *, with_stacks: bool) -> None:
-        """Kill every rank and remove the group; with_stacks: let them write down where they stand first."""
+        """Kill every rank and remove the group; with_stacks: let the node write down where they stand first."""
         if with_stacks and self.pending:
-            self.dumps = [actor.dump_stacks.remote() for actor in self.actors]
+            self.inquest = self.ask_node(write_stacks, self.facts)
             self.turn(Phase.DUMPING)
         else:
             self.kill()
 
     def poll_dumps(self) -> list[states.Event]:
-        """Kill once every rank wrote its stacks, or could not within DUMP_S."""
-        _, waiting = ray.wait(self.dumps, num_returns=len(self.dumps), timeout=0)
-        if not waiting or self.waited_s() > DUMP_S:
+        """Kill once the stacks of every rank are written, or could not be within INQUEST_S."""
+        if self.inquest is None or self.inquest.is_there() or self.waited_s() > INQUEST_S:
             self.kill()
         return []
 
     def kill(self) -> None:
         """Kill now."""
+        self.inquest = None
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self.group)
@@ -320,29 +360,12 @@ def rank_environment(job: Job) -> dict[str, str]:
     }
 
 
-def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:
-    """Return the failure that came first, with those that only followed from it as further lines."""
-
-    def order(rank: int) -> tuple[bool, float]:
-        outcome = failed[rank]
-        assert outcome.failure is not None, rank
-        return is_consequence(outcome.failure), outcome.at
-
-    ranks = sorted(failed, key=order)
-    causes = [failure for rank in ranks if (failure := failed[rank].failure) is not None]
-    first = causes[0]
-    if is_node_lost:
-        return Failure(kind=Kind.NODE_LOST, node=first.node, message="the node went away", log_tail=first.log_tail)
-    plain = {name: getattr(first, name) for name in Failure.__dataclass_fields__}
-    return Failure(**{**plain, "others": tuple(failure.one_line for failure in causes[1:])})
-
-
-def is_consequence(failure: Failure) -> bool:
-    """Return whether the error says that a peer went away, and nothing about this rank."""
-    if failure.kind is Kind.DIED:
-        return False
-    text = f"{failure.error_type} {failure.message}".lower()
-    return any(word in text for word in PEER_WORDS)
+def ray_words(error: RayError) -> str:
+    """Return what Ray knows of a process that ended; it takes everything but an exit code for a lost connection."""
+    text = str(getattr(error, "cause", "") or error)
+    detail = text.rpartition("Worker exit detail: ")[2] if "Worker exit detail: " in text else text.splitlines()[-1]
+    known = "" if "connection error code" in detail else first_line(detail).rstrip(".")
+    return f"ended ({known})" if known else "ended without a word, and nothing on its node says how"
 
 
 def is_node_lost(node_id: str) -> bool:

@@ -6,6 +6,7 @@ a failure arrives with its rank, its exception and the end of its log.
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import importlib
 import logging
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure, Kind, first_line
@@ -29,7 +30,7 @@ from runner.storage import local_root
 logger = logging.getLogger(__name__)
 
 PIPELINE = "runner.worker:run_pipeline"
-LOG_TAIL_BYTES = 4096
+LOG_TAIL_BYTES = 8192  # what a crash leaves at the end, and some lines before it
 LOG_EVERY_S = 10.0  # progress in a rank's own log
 STOPPED = "Interrupted"  # the name of the exception with which work obeys should_stop, ours and model.train's
 
@@ -52,7 +53,6 @@ class Job:
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
-    stall_s: float | None = None  # after so long without progress the rank writes its own stacks down
 
     def log_path(self, rank: int) -> Path:
         """Return the log of one rank of this attempt."""
@@ -60,7 +60,11 @@ class Job:
 
     def stacks_path(self, rank: int) -> Path:
         """Return where the stacks of a stalled rank go."""
-        return Path(self.workdir) / "logs" / f"attempt={self.attempt}-rank={rank}.stacks.txt"
+        return self.log_path(rank).with_suffix(".stacks.txt")
+
+    def end_path(self, rank: int) -> Path:
+        """Return where it is noted how the process of a rank ended, if it ended before its work."""
+        return self.log_path(rank).with_suffix(".end.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +76,18 @@ class Beat:
     step: int = 0
     total: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    idle_s: float = 0.0  # since it last got further, by its own clock: a driver that slept cannot mistake it
+    waits: bool = False  # it is where it meets the other ranks, and one of them is not there yet
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"{self.phase or 'start'} step {self.step}"
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the ranks have not met yet."""
+        return self.phase in ("", "start")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +106,8 @@ class Rank:
         self.job = job
         self.rank = rank
         self.newest = Beat()
+        self.moved_at = time.monotonic()  # when it last got further
+        self.waits = False
         self.logged_at = 0.0
         self.stop_event = threading.Event()
         self.port: int | None = None  # of the gang's rendezvous store
@@ -105,8 +123,17 @@ class Rank:
             self.logged_at = time.monotonic()
             logger.info("%s step=%d total=%s %s", phase, step, total, " ".join(f"{k}={v}" for k, v in plain.items()))
         self.newest = Beat(serial=self.newest.serial + 1, phase=phase, step=step, total=total, metrics=plain)
-        if self.job.stall_s is not None:
-            self.arm_stack_dump(self.job.stall_s)
+        self.tick()
+
+    def tick(self) -> None:
+        """Note that this rank got further, though there is nothing to show."""
+        self.moved_at = time.monotonic()
+
+    def wait(self, is_waiting: bool) -> None:
+        """Note that this rank begins to wait for the others, or that all have met."""
+        if not is_waiting:
+            self.tick()  # first: who asks in between must not see one that stood still and does not wait
+        self.waits = is_waiting
 
     def should_stop(self) -> bool:
         """Return whether the driver asked for an early end."""
@@ -114,7 +141,8 @@ class Rank:
 
     def beat(self) -> Beat:
         """Return the newest progress."""
-        return self.newest
+        waits = self.waits  # read first, for the same reason
+        return dataclasses.replace(self.newest, idle_s=time.monotonic() - self.moved_at, waits=waits)
 
     def stop(self) -> None:
         """Ask the work to end at the next step, leaving a checkpoint."""
@@ -133,14 +161,16 @@ class Rank:
             self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
             work = load_target(self.job.target)
             work(self)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if type(error).__name__ == STOPPED:
                 return Outcome(kind="interrupted", at=time.time())
-            logger.exception("rank %d failed", self.rank)
+            if isinstance(error, ValueError):  # a person's mistake: one line, the traceback is in the events
+                logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
+            else:
+                logger.exception("rank %d failed", self.rank)
             puts_logs = True  # rank 0 may be waiting for this one, and end without another word
             return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
         finally:
-            faulthandler.cancel_dump_traceback_later()
             if self.mirror is not None and puts_logs:
                 self.put_logs(self.mirror)
         return Outcome(kind="finished", at=time.time())
@@ -167,7 +197,7 @@ class Rank:
             kind = Kind.PREFLIGHT
         return Failure(
             kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
-            traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
+            at=self.newest.where, traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
         )  # fmt: skip
 
     def log_tail(self) -> str:
@@ -178,20 +208,6 @@ class Rank:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
             return file.read().decode(errors="replace")
-
-    def dump_stacks(self) -> str:
-        """Write the stacks of every thread into the run directory and return the file's path."""
-        path = self.job.stacks_path(self.rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"rank {self.rank} pid {os.getpid()} at {time.strftime('%FT%TZ', time.gmtime())}\n")
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
-        return str(path)
-
-    def arm_stack_dump(self, after_s: float) -> None:
-        """Let a watchdog thread write the stacks when nothing is reported for after_s, even if Python is stuck."""
-        faulthandler.dump_traceback_later(after_s, exit=False, file=stacks_file(self.job.stacks_path(self.rank)))
 
 
 class Interrupted(Exception):
@@ -204,17 +220,6 @@ class OutNotShared(ValueError):
 
 class PreflightError(RuntimeError):
     """This node is not fit for the gang; another one may be."""
-
-
-OPEN_STACKS: dict[Path, IO[str]] = {}  # faulthandler needs the file to stay open
-
-
-def stacks_file(path: Path) -> IO[str]:
-    """Return the open file that a watchdog writes stacks to."""
-    if path not in OPEN_STACKS:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        OPEN_STACKS[path] = path.open("a")
-    return OPEN_STACKS[path]
 
 
 def load_target(dotted: str) -> Callable[[Rank], object]:
@@ -237,6 +242,9 @@ def redirect_output(path: Path) -> None:
     os.close(descriptor)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable(
+        all_threads=False
+    )  # a crash in compiled code leaves its signal and its stacks at the end of the file
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, force=True,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

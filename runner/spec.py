@@ -77,7 +77,7 @@ class Limits:
     backoff_s: float = 5.0  # before the first retry; doubles with each further one
     backoff_max_s: float = 300.0
     start_s: float = 300.0  # from placed to all ranks ready, rendezvous and preflight included
-    stall_s: float = 900.0  # without progress of any rank; above the longest silent phase (compilation)
+    stall_s: float = 900.0  # without progress of one rank; that its peers go on does not help it
     heartbeat_s: float = 60.0  # without an answer from a rank's process
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang

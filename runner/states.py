@@ -62,6 +62,15 @@ BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Idle:
+    """The rank of a gang that has gone without progress for longest, those left out that only wait for it."""
+
+    rank: int
+    where: str  # phase and step
+    since: float  # when it last got further
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """One seed (and repeat) of a sweep, as the scheduler sees it. Times are seconds of the driver's clock."""
 
@@ -80,7 +89,8 @@ class Run:
     not_before: float = 0.0  # earliest time of the next attempt
     stop_by: float = 0.0  # when ranks that were asked to stop are killed
     placed_at: float = 0.0
-    progress_at: float = 0.0  # when a rank last got further
+    progress_at: float = 0.0  # when rank 0 last reported
+    idle: Idle | None = None  # None until the ranks are heard of
     silent_s: float = 0.0  # longest time without an answer among its ranks
     silent_rank: int | None = None
     phase: str = ""
@@ -131,7 +141,8 @@ class Progress(Event):
     step: int = 0
     total: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    is_news: bool = True  # some rank got further since the last event
+    is_news: bool = True  # rank 0 reported since the last event
+    idle: Idle | None = None
     silent_s: float = 0.0
     silent_rank: int | None = None
 
@@ -171,11 +182,11 @@ def after(run: Run, event: Event, now: float, limits: Limits) -> Run:
         case Placed() if run.state is State.QUEUED and not run.is_releasing:
             return replace(
                 enter(run, State.PLACED, now), attempt=run.attempt + 1, node=event.node, node_id=event.node_id,
-                placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, phase="", step=0, total=None,
+                placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, idle=None, phase="", step=0, total=None,
                 metrics={}, facts={}, previous=run.failure, failure=None,
             )  # fmt: skip
         case Started() if run.state is State.STARTING:
-            return replace(run, facts=event.facts, progress_at=now)
+            return replace(run, facts=event.facts, progress_at=now, idle=None)
         case Progress() if run.state in WORKING or run.state is State.STARTING:
             return after_progress(run, event, now)
         case Finished() if run.state in WORKING or run.state is State.STARTING:
@@ -193,7 +204,7 @@ def after(run: Run, event: Event, now: float, limits: Limits) -> Run:
 
 def after_progress(run: Run, event: Progress, now: float) -> Run:
     """Return run with the newest report."""
-    run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank)
+    run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank, idle=event.idle)
     if not event.is_news:
         return run
     state = PHASES.get(event.phase, run.state)
@@ -204,8 +215,21 @@ def after_progress(run: Run, event: Progress, now: float) -> Run:
 
 def after_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
     """Return run once its gang failed: it is judged when its group is gone, at once if it has none any more."""
-    run = replace(enter(run, State.TEARDOWN, now), failure=failure, is_committing=False)
+    run = replace(enter(run, State.TEARDOWN, now), failure=with_files(run, failure), is_committing=False)
     return run if run.has_group else after_failure(run, now, limits)
+
+
+def with_files(run: Run, failure: Failure) -> Failure:
+    """Return failure with the files that tell more: the log of the rank in question, the stacks if it stalled."""
+    if (
+        failure.files
+        or failure.kind in (Kind.COMMIT, Kind.START, Kind.PREFLIGHT)
+        or (not run.facts and failure.rank is None)
+    ):
+        return failure
+    stem = f"seeds/{run.key.name}/logs/attempt={run.attempt}-rank={failure.rank or 0}"
+    stacks = (f"{stem.rpartition('=')[0]}=*.stacks.txt",) if failure.kind is Kind.STALLED else ()
+    return replace(failure, files=(f"{stem}.log", *stacks))
 
 
 def after_gone(run: Run, now: float, limits: Limits) -> Run:

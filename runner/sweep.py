@@ -313,7 +313,6 @@ class SweepWork:
             fetch=self.spec.fetch,
             target=self.options.target,
             probe=self.probe,
-            stall_s=None if self.options.is_local else self.spec.limits.stall_s,
         )
 
     def commit(self, run: Run) -> None:

@@ -25,6 +25,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
+from model.pace import ticking
 from runner.gpus import GpuWatch, query_gpus
 from runner.provenance import different_versions, machine, package_versions
 from runner.rank import Job, PreflightError, Rank
@@ -51,16 +52,18 @@ def run_pipeline(rank: Rank) -> None:
     if rank.rank == 0:
         facts = preflight(rank)
         facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
-        if rank.mirror is not None:
-            rank.mirror.fetch_all()
-        check_node_data(rank)
+        rank.report("check", 0, None, {})  # what comes now depends on the network, and not on limits.start_s
+        with ticking(rank.tick):
+            if rank.mirror is not None:
+                rank.mirror.fetch_all()
+            check_node_data(rank)
         note_attempt(job, facts)
         on_write(Path(job.workdir) / "attempt.json")
     dist.barrier()
     with watched_gpus(rank, on_write):
         run_seed(
             job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
-            allow_code_change=job.allow_code_change, on_write=on_write,
+            allow_code_change=job.allow_code_change, on_write=on_write, tick=rank.tick,
         )  # fmt: skip
     dist.barrier()
     # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
@@ -105,13 +108,17 @@ def join_gang(rank: Rank) -> Dist:
     )
     logger.info("rank=%d world_size=%d device=%s gpus=%s", rank.rank, job.world_size, device, rank.visible_gpus)
     if job.world_size == 1:
-        return Dist.single(device)
+        dist = Dist.single(device)
+        dist.on_wait = rank.wait
+        return dist
     if rank.port is None:
         raise RuntimeError(f"rank {rank.rank} of {job.world_size} was given no rendezvous port")
     store = rank.store or TCPStore(
         LOOPBACK, rank.port, job.world_size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S)
     )
-    return Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=rank.rank, device=device)
+    dist = Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=rank.rank, device=device)
+    dist.on_wait = rank.wait
+    return dist
 
 
 def open_store(world_size: int) -> TCPStore:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +22,13 @@ import torch.distributed as collective
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from model.calibrate import collect_hessians
-from model.config import EvalConfig, QuantConfig
+from model.checkpoint import CheckpointStore
+from model.config import EvalConfig, QuantConfig, RuntimeConfig
 from model.distributed import Dist, Pending
 from model.evaluate import evaluate_plain
 from model.gpt import GPT
 from model.optim import Optimizers, gradients, muon_scale, muon_update
-from model.train import Trainer
+from model.train import Interrupted, Trainer
 from model.ttt import score_documents
 from runner.worker import open_store
 from tests.micro_model import (
@@ -78,7 +82,9 @@ def compute(dist: Dist, folder: Path, plan: str) -> dict[str, np.ndarray]:
     for clip in CLIPS:
         max_steps, num_micro_batches = (3 if clip == "per_rank" else 20), (2 if clip == "global" else 4)
         figures |= train(dist, folder, clip=clip, max_steps=max_steps, num_micro_batches=num_micro_batches)
-    return figures | collectives(dist) | scores(dist) | hessians(dist, folder)
+    return (
+        figures | collectives(dist) | scores(dist) | hessians(dist, folder) | resumes(dist, folder) | differences(dist)
+    )
 
 
 def train(dist: Dist, folder: Path, *, clip: str, max_steps: int, num_micro_batches: int) -> dict[str, np.ndarray]:
@@ -228,6 +234,56 @@ def hessians(dist: Dist, folder: Path) -> dict[str, np.ndarray]:
     loader = micro_loader(folder, config=replace(micro_train(), micro_batch_tokens=64))
     found = collect_hessians(random_model(), loader, config, dist, ignore, seed=9)
     return {f"hessian/{name}": value.numpy() for name, value in found.items()}
+
+
+class DeafStore(CheckpointStore):
+    """Checkpoints of which this rank cannot read the newest."""
+
+    def load(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Load a checkpoint that is not the newest. Raises OSError for that one."""
+        if step == self.steps()[-1]:
+            raise OSError(5, "Input/output error")
+        return CheckpointStore.load(self, step)
+
+
+def resumes(dist: Dist, folder: Path) -> dict[str, np.ndarray]:
+    """Return where training goes on, and with which weights, where all ranks can read the newest checkpoint or not."""
+    config, figures = micro_train(max_steps=6), {}
+    for name in ("calm", "deaf 0", "deaf 1"):
+        places = folder / f"world-{dist.world_size}-{name.replace(' ', '-')}"
+
+        def trainer(store: CheckpointStore, **options: Any) -> Trainer:
+            model = random_model(THREE_LAYERS, seed=3)
+            return Trainer(
+                model, micro_loader(folder, config=config), config, dist, ignore, checkpoints=store, **options
+            )
+
+        with suppress(Interrupted):  # checkpoints at steps 3 and 4
+            every_step = RuntimeConfig(device="cpu", checkpoint_every_s=1e-9)
+            answers = iter([False] * 4 + [True])
+            trainer(CheckpointStore(places), runtime=every_step, should_stop=partial(next, answers)).run()
+        dist.barrier()
+        is_deaf = name == f"deaf {dist.rank}"
+        again = trainer(DeafStore(places) if is_deaf else CheckpointStore(places))
+        try:
+            result = again.run()
+            figures[f"{name}/at"] = np.array(result.metrics["resumed_at_steps"])
+            figures[f"{name}/weights"] = torch.cat([p.detach().flatten() for p in again.model.parameters()]).numpy()
+        except RuntimeError as error:
+            figures[f"{name}/error"] = np.array(str(error))
+    return figures
+
+
+def differences(dist: Dist) -> dict[str, np.ndarray]:
+    """Return what is said of weights that differ between the ranks in one bit."""
+    tensors = {"same": torch.ones(3), "other": torch.ones(4, dtype=torch.bfloat16)}
+    dist.require_same(tensors, "equal weights")
+    tensors["other"].view(torch.int16)[2] ^= dist.rank & 1
+    try:
+        dist.require_same(tensors, "the ranks' weights differ")
+    except RuntimeError as error:
+        return {"difference": np.array(str(error))}
+    return {}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def data_section(corpus: Path) -> dict[str, str]:
 def faulty_pipeline(rank: Rank) -> None:
     """Run the real pipeline; OUT/faults.json names faults by phase and step.
 
-    Rank 0 meets them where it reports; any rank in training, where it asks whether to stop, at that step.
+    A rank meets them where it reports, and in training also where it asks whether to stop, at that step.
     """
     from runner.worker import run_pipeline
 

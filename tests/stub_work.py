@@ -6,6 +6,7 @@ interrupted run must end in the same ones as an undisturbed run.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -135,9 +136,15 @@ def commit_fault(fault: dict[str, Any]) -> None:
         case "refuse":
             raise ValueError(fault.get("message", "train.max_steps=0 must be at least 1"))
         case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[fault.get("signal", "SIGKILL")])
+            time.sleep(3600)  # a signal to a process may be taken by another thread
+        case "exit":
+            os._exit(fault["code"])
         case "hang":
             time.sleep(3600)
+        case "freeze":  # stuck in compiled code that keeps the interpreter's lock: no Python code runs any more
+            lock, mutex = ctypes.PyDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+            lock(mutex), lock(mutex)
         case "wait":
             time.sleep(fault["seconds"])
         case other:
@@ -152,3 +159,29 @@ def mirrored_work(rank: Rank) -> None:
     workdir = Path(rank.job.workdir)
     for path in [*workdir.glob("*.npz"), *(workdir / "stages").glob("*.json")]:
         rank.mirror.put(path)
+
+
+def patient_gang_work(rank: Rank) -> None:
+    """Work in a real process group: OUT/patience.json seconds together, and as long again on rank 0 alone."""
+    from runner.worker import join_gang
+
+    rank.report("start", 0, None, {})
+    dist = join_gang(rank)
+    seconds, begun, step = json.loads((Path(rank.job.out) / "patience.json").read_text()), time.monotonic(), 0
+    while dist.broadcast_floats([time.monotonic() - begun])[0] < seconds:
+        misbehave(rank, "train", step)
+        time.sleep(0.1)
+        step += 1
+        rank.report("train", step, None, {"loss": 1.0})
+    misbehave(rank, "share", 0)
+    while rank.rank == 0 and time.monotonic() - begun < 2 * seconds:
+        time.sleep(0.1)  # the rest is rank 0's share; the others have done theirs and wait
+        step += 1
+        rank.report("ttt", step, None, {"loss": 1.0})
+    storage = LocalStorage(Path(rank.job.workdir))
+    for stage in STAGES:
+        dist.barrier()
+        if rank.rank == 0:
+            leave_record(rank, stage, 1.0, [], storage)
+    dist.barrier()
+    dist.close()

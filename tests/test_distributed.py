@@ -9,6 +9,8 @@ import torch
 
 from model.distributed import Dist, pick_device
 from model.train import Trainer
+from runner.causes import is_consequence
+from runner.errors import Failure, Kind
 from tests.gang_work import CLIPS, compute, run_gang
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
@@ -81,6 +83,28 @@ def test_every_collective_gives_every_rank_its_due(gang: Gang) -> None:
         assert figures["floats"].tolist() == [1.0, 0.1]
         assert figures["rows"].tolist() == [[0, 0], [1, 1], [1, 1], [1, 1]]
         assert bool(figures["is_main"]) is (rank == 0)
+
+
+def test_ranks_go_on_from_the_same_checkpoint(gang: Gang) -> None:
+    for rank in gang.two:
+        assert rank["calm/at"].tolist() == [4]
+        assert np.array_equal(rank["calm/weights"], gang.two[0]["calm/weights"])
+        assert rank["deaf 0/at"].tolist() == [3]  # rank 0 picks, and the others could read another one
+        assert np.array_equal(rank["deaf 0/weights"], gang.two[0]["deaf 0/weights"])
+    assert gang.one["deaf 0/at"].tolist() == [3]
+
+
+def test_a_rank_that_cannot_read_rank_0s_checkpoint_ends_the_attempt_on_all(gang: Gang) -> None:
+    own, other = (str(gang.two[rank]["deaf 1/error"]) for rank in (1, 0))
+    assert own.startswith("rank 1 cannot load the checkpoint of step 4 as rank 0 did: OSError(5,")
+    assert own in other
+    failure = Failure(kind=Kind.RAISED, message=other, error_type="RuntimeError")
+    assert is_consequence(failure)  # so that rank 1 is named
+
+
+def test_ranks_that_hold_other_weights_are_told_so(gang: Gang) -> None:
+    for rank in gang.two:
+        assert rank["difference"] == "the ranks' weights differ: rank 1 holds other bits than rank 0 in other"
 
 
 def test_a_gang_of_one_talks_to_nobody(gang: Gang) -> None:

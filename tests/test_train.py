@@ -14,7 +14,7 @@ from model.config import RuntimeConfig, TrainConfig
 from model.distributed import Dist
 from model.gpt import GPT
 from model.optim import clip_, gradients
-from model.train import Ema, Interrupted, Reached, Trainer, TrainResult, accumulate_gradients
+from model.train import Diverged, Ema, Interrupted, Reached, Trainer, TrainResult, accumulate_gradients
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
 EVERY_STEP = RuntimeConfig(device="cpu", checkpoint_every_s=1e-9, report_every_s=0.0)
@@ -190,6 +190,22 @@ def test_told_to_stop_before_the_first_step_it_still_leaves_a_checkpoint(tmp_pat
     assert store.steps() == [0]
     undisturbed, resumed = start(tmp_path, config), start(tmp_path, config, checkpoints=store)
     assert same(outcome(undisturbed, undisturbed.run()), outcome(resumed, resumed.run()))
+
+
+@pytest.mark.parametrize("broken", ["learning rates", "one loss"])
+def test_a_loss_that_is_no_number_ends_training_at_its_step(tmp_path: Path, broken: str) -> None:
+    rates = {"matrix_lr": 1e6, "embedding_lr": 1e6, "vector_lr": 1e6} if broken == "learning rates" else {}
+    store = CheckpointStore(tmp_path / "checkpoints")
+    trainer = start(tmp_path, micro_train(max_steps=40, **rates), checkpoints=store, runtime=EVERY_STEP)
+    if not rates:
+        trainer.model.register_forward_hook(lambda *_: torch.tensor(torch.inf) if trainer.step == 3 else None)
+        trainer.model.register_forward_hook(lambda _m, _i, loss: loss.requires_grad_())
+    with pytest.raises(Diverged, match=r"training diverged: loss=(nan|inf) at step (\d+) .*lower the learning rates"):
+        trainer.run()
+    assert trainer.step < 20
+    assert np.isfinite(trainer.log["loss"]).all()
+    assert store.steps()[-1] <= trainer.step  # no checkpoint of what is broken
+    assert issubclass(Diverged, ValueError)  # the runner tries no ValueError again
 
 
 # ---- the wall clock --------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def fetch_fineweb(out: Path, options: FetchOptions, report: Report) -> Corpus:
     """
     disable_progress_bars()
     commit, files = list_published(options)
-    with hold_folder(out, is_patient=True):
+    with hold_folder(out, on_wait=lambda: report("fetch", 0, None, {"file": "another process is at it"})):
         source = {"kind": "hub", "repo": options.repo, "variant": options.variant, "revision": commit}
         present = _check_folder(out, source, files, report)
         staging = out / STAGING

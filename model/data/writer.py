@@ -11,8 +11,9 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,6 +28,7 @@ from model.data.tokenizer import Tokenizer, target_bytes
 from model.data.validation import load_validation
 
 LOCK_NAME = ".seedsweep-data.lock"
+WAIT_S = 0.5  # between looks at a folder that another process holds
 SHARD_TOKENS = 100_000_000  # as the published shards
 CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 SPLITS = ("train", "val")
@@ -72,8 +74,10 @@ def is_intact(folder: Path, *, name: str | None = None) -> bool:
 
 
 @contextlib.contextmanager
-def hold_folder(out: Path, *, is_patient: bool = False) -> Iterator[None]:
-    """Make folder out if need be and keep other seedsweep data commands off it; is_patient waits for them to end.
+def hold_folder(out: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Make folder out if need be and keep other seedsweep data commands off it.
+
+    With on_wait, they are waited for, and it is called every WAIT_S meanwhile.
 
     Raises ValueError if out is not writable, or is held by another process and nobody waits.
     """
@@ -86,8 +90,12 @@ def hold_folder(out: Path, *, is_patient: bool = False) -> Iterator[None]:
             raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX if is_patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if on_wait is not None:
+                    on_wait()
+                    time.sleep(WAIT_S)
+                    continue
                 raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
             try:
                 if os.fstat(lock.fileno()).st_nlink == 0:

@@ -1,0 +1,220 @@
+"""What a gang makes of its ranks' beats and deaths, with made-up references in place of a cluster."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError, RayError
+
+from runner import gang as gang_module
+from runner import states
+from runner.errors import Kind
+from runner.gang import Phase, RayGang
+from runner.rank import Beat, Job
+from runner.spec import Gang, RunKey
+from tests.ray_tools import wait_until
+from tests.test_runner_worker import make_rank
+
+
+class Ref:
+    """A reference whose value arrives when a test says so."""
+
+    def __init__(self, value: object = None, *, is_ready: bool = False) -> None:
+        self.value, self.is_ready = value, is_ready
+
+    def arrive(self, value: object) -> None:
+        """Let the value be there."""
+        self.value, self.is_ready = value, True
+
+
+class FakeActor:
+    """A rank that answers with what a test put into it, or not at all."""
+
+    def __init__(self) -> None:
+        self.now = Beat()
+        self.answers = True
+        self.is_killed = False
+        self.beat = self
+
+    def remote(self) -> Ref:
+        """Ask for a beat."""
+        return Ref(self.now, is_ready=self.answers)
+
+
+class FakeRay:
+    """As much of Ray as a gang at work uses; tasks are done at once, in this process."""
+
+    def wait(self, refs: list[Ref], *, timeout: float, num_returns: int = 1) -> tuple[list[Ref], list[Ref]]:
+        """Return the references that are ready, and the rest."""
+        return [ref for ref in refs if ref.is_ready], [ref for ref in refs if not ref.is_ready]
+
+    def get(self, ref: Ref, timeout: float | None = None) -> Any:
+        """Return a value, or raise it."""
+        if isinstance(ref.value, Exception):
+            raise ref.value
+        return ref.value
+
+    def remote(self, function: Callable[..., object]) -> Any:
+        """Return something whose options(...).remote(...) calls function."""
+
+        class Task:
+            def options(self, **_options: object) -> Task:
+                return self
+
+            def remote(self, *arguments: object) -> Ref:
+                return Ref(function(*arguments), is_ready=True)
+
+        return Task()
+
+    def kill(self, actor: FakeActor, *, no_restart: bool) -> None:
+        """Note it."""
+        actor.is_killed = True
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayGang:
+    """Return a gang of two that has just begun to work, on the driver's host or on another."""
+    monkeypatch.setattr(gang_module, "ray", FakeRay())
+    for name in ("placement_group", "remove_placement_group", "NodeAffinitySchedulingStrategy"):
+        monkeypatch.setattr(gang_module, name, lambda *_arguments, **_options: None)
+    monkeypatch.setattr(gang_module, "is_node_lost", lambda _node: False)
+    monkeypatch.setattr(gang_module, "COLLECT_S", 0.0)
+    gang = RayGang(RunKey(seed=1), 1, Gang(ranks=2))
+    gang.job = replace(make_rank(tmp_path).job, world_size=2)
+    gang.node, gang.phase = "10.0.0.4", Phase.WORKING
+    gang.actors, gang.pending = [FakeActor(), FakeActor()], {Ref(): 0, Ref(): 1}
+    gang.seen = {0: Beat(), 1: Beat()}
+    gang.facts = [{"host": socket.gethostname() if request.param == "here" else "elsewhere", "rank": r} for r in (0, 1)]
+    return gang
+
+
+def poll(gang: RayGang) -> states.Progress:
+    """Ask for beats, take them in, and return what the gang says."""
+    found: list[states.Event] = []
+    for _ in range(2):
+        gang.next_beat = gang.next_told = 0.0
+        found = gang.poll()
+    (event,) = found
+    assert isinstance(event, states.Progress)
+    return event
+
+
+def test_rank_0_speaks_and_the_silent_rank_is_named(pair: RayGang) -> None:
+    pair.actors[0].now = Beat(serial=9, phase="ttt", step=90, total=100)
+    pair.actors[1].now = Beat(serial=5, phase="ttt", step=50, total=100, idle_s=33.0)
+    event = poll(pair)
+    assert (event.phase, event.step) == ("ttt", 90)
+    assert event.idle is not None
+    assert (event.idle.rank, event.idle.where) == (1, "ttt step 50")
+    assert time.monotonic() - event.idle.since == pytest.approx(33.0, abs=2.0)
+
+
+def test_only_what_rank_0_reports_is_news(pair: RayGang) -> None:
+    pair.actors[1].now = Beat(serial=5, phase="train", step=50)
+    event = poll(pair)
+    assert not event.is_news
+    assert event.phase == ""
+
+
+def test_a_rank_that_waits_for_rank_0_is_not_silent(pair: RayGang) -> None:
+    pair.actors[1].now = Beat(serial=5, phase="ttt", step=50, idle_s=500.0, waits=True)
+    event = poll(pair)
+    assert event.idle is not None
+    assert event.idle.rank == 0
+    assert time.monotonic() - event.idle.since < 10
+
+
+def test_a_driver_that_slept_takes_nobody_for_stalled(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    poll(pair)
+    awake = time.monotonic
+    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 5000.0)
+    event = poll(pair)
+    assert event.idle is not None
+    assert awake() + 5000.0 - event.idle.since < 10
+    assert event.silent_s < 10
+
+
+def test_a_rank_that_does_not_answer_is_the_heartbeats_affair(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.actors[1].answers = False
+    poll(pair)
+    awake = time.monotonic
+    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 50.0)
+    event = poll(pair)
+    assert event.idle is not None
+    assert (event.idle.rank, event.silent_rank) == (1, 1)
+    assert event.silent_s >= 50
+    assert awake() + 50.0 - event.idle.since < 10
+
+
+def test_what_a_rank_owed_while_it_was_starting_is_forgotten(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.actors[0].now, pair.actors[1].answers = Beat(serial=1, phase="start"), False
+    poll(pair)
+    awake = time.monotonic
+    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 50.0)
+    assert poll(pair).silent_s >= 50
+    pair.actors[0].now = Beat(serial=2, phase="check")
+    assert poll(pair).silent_s < 10
+
+
+def die(gang: RayGang, error: RayError, note: dict[str, Any] | None) -> states.Failed:
+    """Let rank 1 die at training step 7, with what its watch noted, and return what the gang says of it."""
+    assert gang.job is not None
+    path = gang.job.log_path(1)
+    path.parent.mkdir(parents=True)
+    path.write_text("train step=7\nFatal Python error: Aborted\n")
+    if note is not None:
+        gang.job.end_path(1).write_text(json.dumps(note))
+    gang.seen[1] = Beat(phase="train", step=7)
+    next(ref for ref, rank in gang.pending.items() if rank == 1).arrive(error)
+    events: list[states.Event] = []
+    while not events:
+        events = gang.poll()
+    (event,) = events
+    assert isinstance(event, states.Failed)
+    return event
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "advice"),
+    [
+        (int(signal.SIGKILL), "process killed by SIGKILL, last in its log: 'train step=7'", "dmesg"),
+        (int(signal.SIGSEGV) | 0x80, "process killed by SIGSEGV", "compiled code crashed"),
+        (int(signal.SIGABRT), "process killed by SIGABRT", "compiled code crashed"),
+        (3 << 8, "process exited with code 3", "see the end of the log"),
+    ],
+)
+def test_a_dead_rank_is_reported_as_its_watch_saw_it(pair: RayGang, status: int, words: str, advice: str) -> None:
+    failure = die(pair, RayActorError(), {"status": status, "num_oom_kills": 0, "at": 5.0}).failure
+    assert failure.message.startswith(words)
+    assert (failure.kind, failure.rank, failure.node, failure.at) == (Kind.DIED, 1, "10.0.0.4", "train step 7")
+    assert advice in failure.advice
+    assert "train step=7" in failure.log_tail
+
+
+def test_without_a_watch_the_report_has_what_ray_knows(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.inquest.NOTE_S", 0.0)
+    error = RayError(
+        "The actor died.\nWorker exit detail: Worker exits unexpectedly. Worker exits with an exit code 4."
+    )
+    message = die(pair, error, None).failure.message
+    assert message.startswith("process ended (Worker exits unexpectedly. Worker exits with an exit code 4)")
+
+
+def test_a_stalled_gang_is_killed_when_its_stacks_are_written(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Job, Any]] = []
+    monkeypatch.setattr(gang_module, "write_stacks", lambda job, facts: asked.append((job, facts)))
+    pair.release(with_stacks=True)
+    assert pair.phase is Phase.DUMPING
+    assert not any(actor.is_killed for actor in pair.actors)
+    wait_until(lambda: pair.inquest is not None and pair.inquest.is_there(), 20, "no stacks")
+    pair.poll()
+    assert asked == [(pair.job, pair.facts)]
+    assert all(actor.is_killed for actor in pair.actors)
