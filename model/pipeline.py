@@ -108,7 +108,7 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
         with ledger.listening(), ledger.span("hash"):
             data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size)
         named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
-        run.file_hashes = {os.path.abspath(os.path.expanduser(path)): sha256 for path, sha256 in named.items()}
+        run.file_hashes = {os.path.abspath(path): sha256 for path, sha256 in named.items()}
         run.hashes = {
             "config_hash": config_hash(run.config, world_size=run.dist.world_size),
             "data_hash": data.data_hash,

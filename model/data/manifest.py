@@ -181,7 +181,7 @@ def check_data(
             shards[split] = list_shards(getattr(data, split), field=f"data.{split}")
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    tokenizer = Path(data.tokenizer).expanduser()
+    tokenizer = Path(data.tokenizer)
     if not data.tokenizer or not tokenizer.is_file():
         problems.append(f"data.tokenizer={data.tokenizer}: no such file; give a SentencePiece .model file")
     else:
@@ -259,7 +259,7 @@ def hash_data(data: DataConfig, *, vocab_size: int | None = None, report: Report
         split: {str(path): scan_shard(path).sha256 for path in list_shards(getattr(data, split))}
         for split in ("train", "val")
     }
-    tokenizer = file_sha256(Path(data.tokenizer).expanduser())
+    tokenizer = file_sha256(Path(data.tokenizer))
     data_hash = combine_hashes(hashes["train"], hashes["val"], tokenizer, data)
     return DataHashes(data_hash, hashes["train"], hashes["val"], tokenizer)
 
