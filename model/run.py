@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,11 @@ from model.train import Report
 
 @dataclass(slots=True)
 class Run:
-    """One seed at work: what every stage needs. hashes are known on rank 0 only, which alone writes."""
+    """One seed at work: what every stage needs. What is known of the run directory is so on rank 0, which alone writes.
+
+    attention: the kernel that an earlier attempt trained with. is_changed: code or surroundings are not those of the
+    attempt before, and that was allowed. is_listed: run.json names this attempt.
+    """
 
     config: RunConfig
     dist: Dist
@@ -26,6 +31,10 @@ class Run:
     on_write: Callable[[Path], None] = lambda _path: None
     uses_checkpoints: bool = True
     hashes: dict[str, str] = field(default_factory=dict)
+    surroundings: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    is_changed: bool = False
+    is_listed: bool = False
     file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
 
     @property
