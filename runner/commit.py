@@ -40,7 +40,8 @@ def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str,
                 f"{workdir}: stage {stage['stage']} read other data than the sweep; the nodes' shards differ"
             )
     row = run_row(spec, run, record, stages, node_label=node_label)
-    is_changed = read_json(workdir / "run.json").get("code_changed") is True  # surroundings count as code does
+    # surroundings count as code does; a run that failed may have done so over this very file
+    is_changed = is_done and read_json(workdir / "run.json").get("code_changed") is True
     commit_attempt(
         spec.out,
         run={**row, "code_changed": row["code_changed"] or is_changed},
