@@ -38,7 +38,7 @@ from model.evaluate import RowScorer, evaluate_plain
 from model.gpt import GPT
 from model.gptq import quantize_state
 from model.ledger import Ledger
-from model.pipeline import peak_memory_bytes
+from model.memory import peak_memory_bytes
 from model.quantized import QuantizedState, dequantize
 from model.score_ledger import SCORE
 from model.stages import open_training
@@ -65,7 +65,7 @@ def measure_gptq(request: dict[str, Any], probe: Probe) -> None:
     probe.add("model bytes", "bytes", [sizes.total_bytes])
     if request["process"] == 0:
         _compare_with_brotli(work, state, sizes.total_bytes)
-    probe.add("peak memory", "GiB", [peak_memory_bytes(work.run.dist) / 2**30])
+    probe.add("peak memory", "GiB", [peak_memory_bytes(work.device) / 2**30])
 
 
 def _quantize_once(
@@ -128,7 +128,7 @@ def measure_eval(request: dict[str, Any], probe: Probe) -> None:
     probe.add("later pass: rate", "tokens/s", [validation.num_targets / seconds for seconds in later])
     probe.add("targets", "tokens", [validation.num_targets])
     probe.add("score", "bpb", [scores.bpb])
-    probe.add("peak memory", "GiB", [peak_memory_bytes(work.run.dist) / 2**30])
+    probe.add("peak memory", "GiB", [peak_memory_bytes(work.device) / 2**30])
 
 
 def measure_ttt(request: dict[str, Any], probe: Probe) -> None:
@@ -148,7 +148,7 @@ def measure_ttt(request: dict[str, Any], probe: Probe) -> None:
     probe.note(f"the sample is sorted(random.Random({SAMPLE_SEED}).sample(range(n), k)), n documents in stream order")
     probe.note("every pass builds its adapter slots anew, and on a GPU records its graphs anew: both are in its time")
     _measure_step(work, model, table)
-    probe.add("peak memory", "GiB", [peak_memory_bytes(work.run.dist) / 2**30])
+    probe.add("peak memory", "GiB", [peak_memory_bytes(work.device) / 2**30])
 
 
 def _adapt(work: Workplace, model: GPT, validation: ValidationSet, table: ByteTable) -> TTTResult:

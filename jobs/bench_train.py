@@ -16,7 +16,7 @@ from model.compile_clock import COMPILE
 from model.data.loader import SpanLoader
 from model.gpt import GPT, visit_plan
 from model.ledger import Ledger
-from model.pipeline import peak_memory_bytes
+from model.memory import peak_memory_bytes
 from model.stages import attention_backend_name, build_model, open_training
 from model.train import Trainer, TrainResult
 from model.warm_up import choose_attention, warm_up
@@ -99,7 +99,7 @@ def _measure_steps(work: Workplace, loader: SpanLoader, backend: str, *, is_loop
     probe.add(f"{label}: loss of the first step", "nats", result.steps["loss"][:1])
     probe.add(f"{label}: gradient norm of the first step", "", result.steps["grad_norm"][:1])
     probe.add(f"{label}: loss of the last step", "nats", result.steps["loss"][-1:])
-    probe.add(f"{label}: peak memory", "GiB", [peak_memory_bytes(work.run.dist) / 2**30])
+    probe.add(f"{label}: peak memory", "GiB", [peak_memory_bytes(work.device) / 2**30])
     return float(np.median(rates))
 
 

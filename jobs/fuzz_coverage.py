@@ -13,7 +13,7 @@ from pathlib import Path
 
 PARSERS = (
     "model.artifact", "model.artifact_header", "model.rans", "model.compression", "model.data.shards",
-    "model.data.manifest", "model.tensorfile", "model.checkpoint", "runner.spec", "runner.fields",
+    "model.data.manifest", "model.tensorfile", "model.checkpoint", "runner.spec", "runner.fields", "model.field_types",
 )  # fmt: skip
 NUM_CORPUS = 40
 MEMORY_MIB, TIMEOUT_S = 4096, 20

@@ -200,6 +200,14 @@ def validation_in_warm_up(audit: Audit) -> Iterator[Result]:
     yield probe_separation(with_reads(audit.files, ledger), audit.validation_shards)
 
 
+def training_in_evaluation(audit: Audit) -> Iterator[Result]:
+    """Evaluation looks into a training shard and tells nobody."""
+    ledger = Ledger("evaluate")
+    with ledger.listening(), ledger.span("identify"):
+        open_shard(audit.files.train_shards[0])[:64].sum()
+    yield probe_separation(with_reads(audit.files, ledger), audit.validation_shards)
+
+
 def calibration_on_validation(audit: Audit) -> Iterator[Result]:
     """Hessians are taken over validation text."""
     config, ledger = audit.files.config, Ledger("quantize")
@@ -252,6 +260,14 @@ def too_slow(audit: Audit) -> Iterator[Result]:
         ledgers[stage] = {**ledgers[stage], "spans": spans}
     run = {**audit.files.run, "device": "NVIDIA H100 80GB HBM3", "world_size": TIMED_GPUS}
     yield probe_timing(replace(audit.files, run=run, ledgers=ledgers))
+
+
+def untimed_attempt(audit: Audit) -> Iterator[Result]:
+    """A resumed training took 601 s, of which the ledger shows the last attempt's steps only."""
+    records = copy.deepcopy(dict(audit.files.records))
+    records["train"]["metrics"]["train_s"] = 601.0
+    run = {**audit.files.run, "device": "NVIDIA H100 80GB HBM3", "world_size": TIMED_GPUS}
+    yield probe_timing(replace(audit.files, run=run, records=records))
 
 
 def needs_training_data(audit: Audit) -> Iterator[Result]:
@@ -318,11 +334,13 @@ CONTROLS: Sequence[Control] = (
     Control("double_counted_space", "a leading space is counted twice", double_counted_space),
     Control("fallback_as_three", "a byte piece counts as 3 bytes", fallback_as_three),
     Control("validation_in_warm_up", "warm-up reads a validation shard undeclared", validation_in_warm_up),
+    Control("training_in_evaluation", "evaluation reads a training shard undeclared", training_in_evaluation),
     Control("calibration_on_validation", "Hessians are taken over validation text", calibration_on_validation),
     Control("validation_in_training", "a validation document is in a training shard", validation_in_training),
     Control("two_configurations", "a second, unannounced seed has another learning rate", two_configurations),
     Control("oversized", "model and readable code exceed 16,000,000 bytes", oversized),
     Control("too_slow", "steps and Hessians take 601 s on 8 GPUs", too_slow),
+    Control("untimed_attempt", "a resumed training shows the spans of its last attempt only", untimed_attempt),
     Control("needs_training_data", "the program opens a training shard when it scores", needs_training_data),
     Control("other_score", "the fresh process scores 0.0001 bpb worse than the run says", other_score),
     Control("altered_file", "the document rows are made 0.0001 % better", altered_file),

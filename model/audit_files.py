@@ -51,7 +51,7 @@ def changed_data(files: RunFiles) -> Iterator[str]:
     data = files.run["data"]
     known = {**data["train"], **data["val"], files.config.data.tokenizer: data["tokenizer"]}
     for name, sha256 in known.items():
-        path = Path(name).expanduser()
+        path = Path(name)
         if not path.is_file():
             yield f"data file {name} is missing"
         elif file_sha256(path) != sha256:

@@ -25,8 +25,14 @@ SIZE_LIMIT_BYTES = 16_000_000
 TIME_LIMIT_S = 600.0
 TIMED_GPUS = 8
 SUM_TOLERANCE = 1e-6  # relative; sums of the same float32 losses in another order
-READS_TRAINING = ("train", "quantize")
-HASH_PHASE = "hash"  # of stage prepare: files are read whole to name and check them, nothing else sees their content
+BEFORE_SCORING = ("prepare", "train", "quantize")
+# kinds of files that a run reads
+VALIDATION, TRAINING, TOKENIZER = "validation text", "a training shard", "the tokenizer"
+OWN, FOREIGN = "the run's own", "neither data of this run nor its own"
+# spans that have a figure of their own, which counts where it is the larger one: a resumed training has been timed in
+# pieces, and the pieces may be lost
+STATED_S = {"steps": "train_s", "hessians": "hessian_s", "post_ttt": "post_ttt_s"}
+HASH_PHASE = "hash"  # of stage prepare: files are read whole to name and check them, nothing else sees them
 
 
 def probe_score_ledger(files: RunFiles) -> Result:
@@ -108,36 +114,47 @@ def probe_exactly_once(files: RunFiles, validation: ValidationSet) -> Result:
 
 
 def probe_separation(files: RunFiles, validation_shards: Iterable[Path]) -> Result:
-    """Look at every data file that was read before evaluation: training shards, the run's own files, nothing else."""
+    """Look at every data file that any stage read: training shards first, validation text after, nothing foreign ever.
+
+    To name files by their contents, stage prepare reads them whole; that phase alone is left out.
+    """
     faults: list[str] = []
     num_reads = 0
-    validation = {place for path in validation_shards for place in (os.path.abspath(path), str(path.resolve()))}
-    contents = set(files.run["data"]["val"].values())
-    for stage in ("prepare", *READS_TRAINING):
-        for read in files.ledgers[stage]["reads"]:
+    places = {place for path in validation_shards for place in (os.path.abspath(path), str(path.resolve()))}
+    for stage, ledger in files.ledgers.items():
+        for read in ledger["reads"]:
             num_reads += 1
             if (stage, read["phase"]) == ("prepare", HASH_PHASE):
                 continue
-            seen = "declared" if read["declared"] else "undeclared, seen by the interpreter's audit hook"
-            where = f"{read['file']} opened in {stage}, phase {read['phase']}, rank {read['rank']} ({seen})"
-            if read["path"] in validation or read_hash(read) in contents:
-                faults.append(f"validation text: {where}")
-            elif not is_expected(read, files):
-                faults.append(f"neither a training shard nor the run's own: {where}")
-    training = set(files.run["data"]["train"].values())
-    faults += [
-        f"training shard {read['file']} opened in ttt, phase {read['phase']}"
-        for read in files.ledgers["ttt"]["reads"]
-        if read.get("sha256") in training
-    ]
-    num_reads += len(files.ledgers["ttt"]["reads"])
+            kind = kind_of(read, files, places)
+            allowed = (OWN, TRAINING) if stage in BEFORE_SCORING else (OWN, VALIDATION, TOKENIZER)
+            if kind not in allowed:
+                seen = "declared" if read["declared"] else "undeclared, seen by the interpreter's audit hook"
+                faults.append(
+                    f"{kind}: {read['file']} opened in {stage}, phase {read['phase']}, rank {read['rank']} ({seen})"
+                )
     return judged(
         "separation", "R4", measured=len(faults), limit=0, unit="reads", sample_size=num_reads,
-        sample_of="reads of all ranks", detail=faults[0] if faults else "validation shards are hashed in stage "
-        "prepare and read by evaluate and ttt only; warm-up runs on synthetic tokens",
+        sample_of="reads of all ranks in all stages", detail=faults[0] if faults else "training shards are read by "
+        "train and quantize only, validation shards by evaluate and ttt only; prepare hashes both and counts tokens; "
+        "warm-up runs on synthetic tokens",
         not_checked="files opened by C++ or Rust code without a word to the ledger; text copied into another file "
         "before the run (overlap looks for it in the training shards)",
     )  # fmt: skip
+
+
+def kind_of(read: Mapping[str, Any], files: RunFiles, validation: set[str]) -> str:
+    """Return what a file that was read is, by its contents and by its place; validation: places of those shards."""
+    data, found = files.run["data"], read_hash(read)
+    if read["path"] in validation or found in set(data["val"].values()):
+        return VALIDATION
+    if read["path"] in {os.path.abspath(path) for path in files.train_shards} or found in set(data["train"].values()):
+        return TRAINING
+    if found == data["tokenizer"]:
+        return TOKENIZER
+    folders = Path(read["path"]).parts
+    is_own = files.workdir.name in folders or "site-packages" in folders or "dist-packages" in folders
+    return OWN if is_own else FOREIGN
 
 
 def read_hash(read: Mapping[str, Any]) -> str:
@@ -146,16 +163,6 @@ def read_hash(read: Mapping[str, Any]) -> str:
         return str(read["sha256"])
     path = Path(read["path"])
     return file_sha256(path) if path.is_file() else ""
-
-
-def is_expected(read: Mapping[str, Any], files: RunFiles) -> bool:
-    """Return whether a read before evaluation is of a training shard, the run's own files or an installed package."""
-    known = set(files.run["data"]["train"].values())
-    places = {os.path.abspath(path) for path in files.train_shards}
-    if read.get("sha256") in known or read["path"] in places:
-        return True
-    folders = Path(read["path"]).parts
-    return files.workdir.name in folders or "site-packages" in folders or "dist-packages" in folders
 
 
 def probe_overlap(files: RunFiles, validation: ValidationSet) -> Result:
@@ -230,7 +237,7 @@ def probe_timing(files: RunFiles) -> Result:
     measured = round(max(totals.values()), 3)
     facts: dict[str, Any] = {
         "limit": TIME_LIMIT_S, "unit": "s, the longer of training and evaluation", "sample_size": 2,
-        "sample_of": "totals over the slowest rank's spans",
+        "sample_of": "totals over the slowest rank's spans, attempts before a resume included",
         "not_checked": "time between the stages; the diagnostic passes (live, post_ema, pre_ttt, learning rate 0); "
         "compilation by torch.compile (FlexAttention), which stays in its phase",
     }  # fmt: skip
@@ -242,15 +249,29 @@ def probe_timing(files: RunFiles) -> Result:
 
 
 def longest(files: RunFiles, phases: Mapping[str, tuple[str, ...]]) -> float:
-    """Return the seconds of the given phases by stage, of the rank for which they took longest."""
+    """Return the seconds of the given phases by stage, of the rank for which they took longest.
+
+    Attempts before a resume count up to the checkpoint that was resumed from. Where a stage states more seconds for a
+    phase than its spans show, those it states count.
+    """
     total = 0.0
     for stage, names in phases.items():
-        by_rank: Counter[int] = Counter()
-        for span in files.ledgers[stage]["spans"]:
-            if span["name"] in names:
-                by_rank[int(span.get("rank", 0))] += span["end_s"] - span["start_s"]
-        total += max(by_rank.values(), default=0.0)
+        ledger, metrics = files.ledgers[stage], files.records[stage]["metrics"]
+        earlier = [span for attempt in ledger.get("earlier", []) for span in attempt["spans"]]
+        total += longest_rank(ledger["spans"], names) + longest_rank(earlier, names)
+        for name in STATED_S.keys() & set(names):
+            shown = longest_rank(ledger["spans"], (name,)) + longest_rank(earlier, (name,))
+            total += max(0.0, float(metrics.get(STATED_S[name], 0.0)) - shown)
     return total
+
+
+def longest_rank(spans: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> float:
+    """Return the seconds of the named spans, of the rank for which they took longest."""
+    by_rank: Counter[int] = Counter()
+    for span in spans:
+        if span["name"] in names:
+            by_rank[int(span.get("rank", 0))] += span["end_s"] - span["start_s"]
+    return max(by_rank.values(), default=0.0)
 
 
 def inside(name: str, files: RunFiles) -> float:

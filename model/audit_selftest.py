@@ -157,6 +157,8 @@ core; an event costs 3 microseconds, and the larger the model, the smaller its s
 - `ledger/STAGE.json`: `spans` (monotonic seconds by phase and rank; every kernel compilation is a span of its own,
   `compile`) and `reads` (file, phase, rank, sha256 where known). `declared` counts opens that the code announced,
   `seen` those that the interpreter's audit hook saw: a read that nobody announced has `declared` 0.
+  `earlier` in `ledger/train.json` holds rank 0's spans of the attempts before a resume, each up to the checkpoint that
+  training went on from.
 - `ttt_scores.npz`: one row an event of test-time training (`rank`, `kind` 0 score or 1 update, `document`,
   `first_prediction`, `end_prediction`, `num_updates_before`, `loss_sum`), `nll` of every target, and `chain_heads`.
   The chain: sha256("seedsweep score ledger 1" + rank as 8 bytes little-endian), then for each event of the rank

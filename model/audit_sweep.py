@@ -1,4 +1,7 @@
-"""Probe of one configuration over all seeds (R9): equal fingerprints, and every announced seed accounted for."""
+"""Probe of one configuration over all seeds (R9): equal fingerprints, and every announced seed accounted for.
+
+Device, versions, threads and attention kernel are compared stage by stage: a stage may be the work of a later attempt.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from model.audit_results import Result, judged, not_run
 from model.audit_run import read_json
 from model.config import canonical_json
 
-SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads")
+SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads", "attention")
+SURROUNDINGS = ("device", "num_threads", "versions", "attention")
+STAGES = ("train", "quantize", "evaluate", "ttt")
 PROBE, RULE = "one_configuration", "R9"
 UNSCORED = ("FAILED", "CANCELLED", "INFEASIBLE")
 Pair = tuple[int, int]  # seed, repeat
@@ -29,7 +34,7 @@ def pair_of(workdir: Path) -> Pair:
 
 def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
     """Compare the fingerprints of every run of a sweep, and its runs with the seeds that were announced."""
-    described = {path.name: read_json(path / "run.json") for path in runs}
+    described = {path.name: {**read_json(path / "run.json"), **read_surroundings(path)} for path in runs}
     faults = differing(described)
     sweep_path = out / "sweep.json"
     if not sweep_path.is_file():
@@ -57,15 +62,37 @@ def _judge(faults: list[str], described: Mapping[str, Any]) -> Result:
     )  # fmt: skip
 
 
+def read_surroundings(workdir: Path) -> dict[str, Any]:
+    """Return what the records of a run's stages say of their surroundings, "ttt device" and so on.
+
+    Empty where no stage is finished, or where an earlier version wrote the records.
+    """
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        path = workdir / "stages" / f"{stage}.json"
+        surroundings = read_json(path).get("surroundings", {}) if path.is_file() else {}
+        if not isinstance(surroundings, dict):
+            raise ValueError(f"{path} is damaged: its surroundings are no table")
+        found |= {f"{stage} {name}": surroundings[name] for name in SURROUNDINGS if name in surroundings}
+    return found
+
+
 def differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line for each fingerprint in which runs differ, and for each run that mixes code."""
     faults = []
-    for field in SAME:
-        values = {name: canonical_json(run.get(field)) for name, run in described.items()}
+    for field in (*SAME, *(f"{stage} {name}" for stage in STAGES for name in SURROUNDINGS)):
+        is_of_a_stage = " " in field  # absent from an unfinished run: nothing to compare
+        values = {
+            name: canonical_json(run.get(field)) for name, run in described.items() if field in run or not is_of_a_stage
+        }
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{name}: {value[:14]}" for name, value in values.items())
             faults.append(f"{field} differs ({shown})")
-    faults += [f"{name} was continued under other code" for name, run in described.items() if run.get("code_changed")]
+    faults += [
+        f"{name} was continued under other code or surroundings"
+        for name, run in described.items()
+        if run.get("code_changed")
+    ]
     return faults
 
 

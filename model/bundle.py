@@ -28,8 +28,8 @@ REPLACED = {"model.codesize": "model.own_code"}  # in the file, the code to be c
 TRITON, TRITON_GUARD = "triton", ("model.kernels.dispatch", "has_triton")
 # what a reader should meet first; among modules whose imports are all there already, the earliest of these comes next
 READING_ORDER = (
-    "model.config", "model.layers", "model.data.packing", "model.kernels", "model.lora", "model.gpt",
-    "model.distributed", "model.data", "model.ledger", "model.schedule", "model.optim", "model.train",
+    "model.field_types", "model.config", "model.layers", "model.data.packing", "model.kernels", "model.lora",
+    "model.gpt", "model.distributed", "model.data", "model.ledger", "model.schedule", "model.optim", "model.train",
     "model.quantized", "model.hessians", "model.calibrate", "model.gptq", "model.compression", "model.rans",
     "model.artifact_header", "model.artifact", "model.evaluate", "model.ttt",
 )  # fmt: skip

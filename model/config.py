@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from model.field_types import fit_fields
 
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
@@ -29,13 +31,6 @@ def require(is_valid: bool, message: str) -> None:
 def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise ValueError naming the field unless value is one of choices."""
     require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
-
-
-def require_finite(section: str, config: Any) -> None:
-    """Raise ValueError naming the first field of a settings dataclass that is infinite or not a number."""
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        require(not isinstance(value, float) or math.isfinite(value), f"{section}.{entry.name}={value} must be finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +56,7 @@ class ModelConfig:
     embedding_init_std: float = 0.005
 
     def __post_init__(self) -> None:
-        require_finite("model", self)
+        fit_fields(self, "model")
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         require(
@@ -92,7 +87,6 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         for name in ("parallel_start_layer", "embedding_init_std"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
-        require_choice("model.rotary_positions", self.rotary_positions, ("segment", "packed"))
 
     @property
     def head_dim(self) -> int:
@@ -144,7 +138,7 @@ class TrainConfig:
     ema_decay: float = 0.997
 
     def __post_init__(self) -> None:
-        require_finite("train", self)
+        fit_fields(self, "train")
         for name in ("max_steps", "batch_tokens", "micro_batch_tokens", "seq_len", "span_group", "newton_schulz_steps"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         require(
@@ -166,9 +160,6 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         for name in ("grad_clip_norm", "adam_eps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        require_choice("train.clip", self.clip, ("per_micro_batch", "per_rank", "global"))
-        for name in ("newton_schulz_dtype", "embedding_dtype"):
-            require_choice(f"train.{name}", getattr(self, name), get_args(FloatType))
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -196,7 +187,7 @@ class QuantConfig:
     codec: Literal["rans", "brotli"] = "rans"  # of the artifact's codes; the same weights either way
 
     def __post_init__(self) -> None:
-        require_finite("quant", self)
+        fit_fields(self, "quant")
         for name in ("matrix_bits", "embedding_bits"):
             require(2 <= getattr(self, name) <= 8, f"quant.{name}={getattr(self, name)} must be between 2 and 8")
         for name in ("matrix_clip_sigmas", "embedding_clip_sigmas", "damping_frac"):
@@ -205,9 +196,6 @@ class QuantConfig:
             require(getattr(self, name) >= 1, f"quant.{name}={getattr(self, name)} must be at least 1")
         require(self.keep_float_numel >= 0, f"quant.keep_float_numel={self.keep_float_numel} must not be negative")
         require(self.size_limit_bytes >= 1, f"quant.size_limit_bytes={self.size_limit_bytes} must be at least 1")
-        require_choice("quant.calibration_documents", self.calibration_documents, ("masked", "unmasked"))
-        require_choice("quant.on_oversize", self.on_oversize, ("mark", "fail", "fit"))
-        require_choice("quant.codec", self.codec, ("rans", "brotli"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,12 +207,12 @@ class EvalConfig:
     tail: Literal["scored", "dropped"] = "scored"  # dropped: only whole rows, as published
 
     def __post_init__(self) -> None:
+        fit_fields(self, "evaluation")
         require(self.seq_len >= 1, f"evaluation.seq_len={self.seq_len} must be at least 1")
         require(
             self.row_tokens >= 1 and self.row_tokens % self.seq_len == 0,
             f"evaluation.row_tokens={self.row_tokens} must be a multiple of evaluation.seq_len={self.seq_len}",
         )
-        require_choice("evaluation.tail", self.tail, ("scored", "dropped"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,7 +233,7 @@ class TTTConfig:
     batch_documents: int = 64  # adapter slots held at once
 
     def __post_init__(self) -> None:
-        require_finite("ttt", self)
+        fit_fields(self, "ttt")
         for name in ("lora_rank", "chunk_tokens", "window_tokens", "updates_per_chunk", "batch_documents"):
             require(getattr(self, name) >= 1, f"ttt.{name}={getattr(self, name)} must be at least 1")
         require(
@@ -260,8 +248,6 @@ class TTTConfig:
         require(0 < len(set(kinds)) == len(kinds), f"ttt.adapter_kinds={list(kinds)} must be one or more, none twice")
         for kind in kinds:
             require_choice("ttt.adapter_kinds", kind, ADAPTER_KINDS)
-        require_choice("ttt.adapter_key", self.adapter_key, ("seed", "document"))
-        require_choice("ttt.order", self.order, ("stream", "sorted"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -275,6 +261,9 @@ class DataConfig:
     val_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        fit_fields(self, "data")
+        for name in ("train", "val", "tokenizer"):  # "~" is whoever's home wrote it down; from here on paths are plain
+            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         for name in ("val_documents", "val_tokens"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"data.{name}={value} must be at least 1, or left out")
@@ -290,9 +279,8 @@ class RuntimeConfig:
     report_every_s: float = 1.0
 
     def __post_init__(self) -> None:
-        require_finite("runtime", self)
+        fit_fields(self, "runtime")
         require_choice("runtime.attention", self.attention, ATTENTION_BACKENDS)
-        require_choice("runtime.device", self.device, ("auto", "cpu", "cuda"))
         for name in ("checkpoint_every_s", "report_every_s"):
             require(getattr(self, name) >= 0, f"runtime.{name}={getattr(self, name)} must not be negative")
 
@@ -309,6 +297,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        fit_fields(self, "")
 
 
 def config_from_plain(content: Mapping[str, Any]) -> RunConfig:
@@ -327,12 +318,7 @@ def config_from_plain(content: Mapping[str, Any]) -> RunConfig:
         known = {entry.name for entry in dataclasses.fields(kind)}
         unknown = sorted(set(value) - known)
         require(not unknown, f"configuration has no setting {name}.{unknown[0] if unknown else ''}")
-        # JSON has lists only
-        fields = {key: tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
-        try:
-            sections[name] = kind(**fields)
-        except TypeError as error:
-            raise ValueError(f"configuration section {name}: {error}") from None
+        sections[name] = kind(**value)
     return RunConfig(**sections)
 
 

@@ -24,7 +24,10 @@ DATA_SUFFIXES = frozenset({
 
 @dataclass(slots=True)
 class Ledger:
-    """Spans and reads of one stage on one rank; times count from the ledger's creation."""
+    """Spans and reads of one stage on one rank; times count from the ledger's creation.
+
+    earlier: the spans of the attempts whose checkpoints this one goes on from, {"spans": [...]} each, the first first.
+    """
 
     stage: str
     rank: int = 0
@@ -32,22 +35,34 @@ class Ledger:
     spans: list[dict[str, Any]] = field(default_factory=list)
     reads: list[dict[str, Any]] = field(default_factory=list)
     phase: str = "setup"
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+    unfinished: list[tuple[str, float]] = field(default_factory=list)  # spans under way: name and start
 
     @contextlib.contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Note how long the block took, under this name; files opened inside belong to it."""
         outer, self.phase = self.phase, name
         started = time.monotonic()
+        self.unfinished.append((name, started))
         try:
             yield
         finally:
+            self.unfinished.pop()
             self.add_span(name, started, time.monotonic())
             self.phase = outer
 
     def add_span(self, name: str, started: float, ended: float, **facts: str) -> None:
         """Note that something of this name lasted from started to ended, on the monotonic clock; facts about it."""
-        span = {"name": name, "rank": self.rank, "start_s": started - self.origin, "end_s": ended - self.origin}
-        self.spans.append(span | facts)
+        self.spans.append(self._span(name, started, ended) | facts)
+
+    def _span(self, name: str, started: float, ended: float) -> dict[str, Any]:
+        return {"name": name, "rank": self.rank, "start_s": started - self.origin, "end_s": ended - self.origin}
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the spans of every attempt so far, this one's last; what is under way counts up to now."""
+        now = time.monotonic()
+        under_way = [self._span(name, started, now) for name, started in self.unfinished]
+        return [*self.earlier, {"spans": [*self.spans, *under_way]}]
 
     def opened(self, path: Path, *, is_declared: bool = True) -> None:
         """Note that a data file was opened in the present phase; a file opened again only counts up."""
@@ -77,7 +92,8 @@ class Ledger:
 
     def as_json(self) -> dict[str, Any]:
         """Return the ledger as plain values."""
-        return {"stage": self.stage, "spans": self.spans, "reads": self.reads}
+        earlier = {"earlier": self.earlier} if self.earlier else {}
+        return {"stage": self.stage, "spans": self.spans, "reads": self.reads, **earlier}
 
 
 def covered_s(spans: Iterable[Mapping[str, Any]]) -> float:
@@ -90,13 +106,17 @@ def covered_s(spans: Iterable[Mapping[str, Any]]) -> float:
 
 
 def join_ledgers(parts: list[dict[str, Any]], sha256: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ledgers of all ranks as one, each read with the sha256 of its file where that is known by path."""
+    """Return the ledgers of all ranks as one, each read with the sha256 of its file where that is known by path.
+
+    Of earlier attempts only rank 0's spans were kept, in its checkpoints.
+    """
     reads = [
         {**read, "sha256": sha256[read["path"]]} if read["path"] in sha256 else read
         for part in parts
         for read in part["reads"]
     ]
-    return {"stage": parts[0]["stage"], "spans": [span for part in parts for span in part["spans"]], "reads": reads}
+    spans = [span for part in parts for span in part["spans"]]
+    return {**parts[0], "spans": spans, "reads": reads}
 
 
 _listeners: list[Ledger] = []

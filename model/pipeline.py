@@ -10,12 +10,12 @@ import dataclasses
 import json
 import os
 import platform
-import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from model import stages
@@ -28,7 +28,9 @@ from model.data.manifest import hash_data
 from model.data.text_check import check_text
 from model.distributed import Dist
 from model.ledger import Ledger, join_ledgers
+from model.memory import peak_memory_bytes, reset_peak_memory
 from model.run import Run
+from model.run_record import RUN_FILE, changes_since, latest_attempt, list_attempt, write_run
 from model.train import Report
 
 RUN_STAGE = {
@@ -81,10 +83,7 @@ def run_seed(
         if not dist.broadcast_floats([float(is_done)])[0]:
             _run_stage(run, stage)
     dist.barrier()
-    records = read_records(workdir) if dist.is_main else {}
-    return SeedResult(
-        workdir, {name: value for record in records.values() for name, value in record["metrics"].items()}
-    )
+    return SeedResult(workdir, join_metrics(read_records(workdir)) if dist.is_main else {})
 
 
 def read_records(workdir: Path) -> dict[str, dict[str, Any]]:
@@ -101,6 +100,13 @@ def read_records(workdir: Path) -> dict[str, dict[str, Any]]:
     return records
 
 
+def join_metrics(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the metrics of all stages by name; the peak of memory is the largest of any stage."""
+    metrics = {name: value for record in records.values() for name, value in record["metrics"].items()}
+    peaks = [record["metrics"].get("peak_memory_bytes", 0) for record in records.values()]
+    return metrics | {"peak_memory_bytes": max(peaks, default=0)}
+
+
 def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
     """Write run.json, or check that the one there was made under the same hashes."""
     run.report("prepare", 0, None, {})
@@ -110,42 +116,50 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
             data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size, report=run.report)
             check_text(run.config.data, data, vocab_size=run.config.model.vocab_size)
         named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
-        run.file_hashes = {os.path.abspath(os.path.expanduser(path)): sha256 for path, sha256 in named.items()}
+        run.file_hashes = {os.path.abspath(path): sha256 for path, sha256 in named.items()}
         run.hashes = {
             "config_hash": config_hash(run.config, world_size=run.dist.world_size),
             "data_hash": data.data_hash,
             "code_hash": code_hash(),
         }
-        path = run.workdir / "run.json"
-        is_code_changed = False
-        if path.is_file():
-            is_code_changed = _check_same(path, run, allow_code_change=allow_code_change)
-        write_json(
-            path,
-            {
+        run.surroundings = surroundings(run.dist.device)
+        path = run.workdir / RUN_FILE
+        before = _check_same(path, run, allow_code_change=allow_code_change) if path.is_file() else None
+        run.is_listed = before is None
+        if before is None:  # made once: what later attempts find different is listed beside it
+            before = {
                 "format": FORMAT,
                 "seed": run.config.seed,
-                "config": dataclasses.asdict(run.config),
                 **run.hashes,
-                "code_changed": is_code_changed,
-                "world_size": run.dist.world_size,
-                "device": device_name(run.dist.device),
-                "num_threads": torch.get_num_threads(),
-                "versions": library_versions(),
-                "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
-            },
-        )
-        run.on_write(path)
+                **run.surroundings,
+                "code_changed": False,
+            }
+        content = {
+            **before,
+            "config": dataclasses.asdict(run.config),  # settings that are not hashed, and places of data, may move
+            "code_changed": before.get("code_changed", False) or run.is_changed,
+            "world_size": run.dist.world_size,
+            "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
+        }
+        write_run(run, content)
+        run.write(stages.TRAIN_COUNTS, {"count": data.train_counts})
+        run.on_write(run.workdir / stages.TRAIN_COUNTS)
+        if run.is_changed:
+            list_attempt(run)
         _write_ledger(run, ledger.as_json())
     run.dist.barrier()
 
 
-def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
-    """Return whether the code changed since run.json was written. Raises RunMismatch where that is not allowed."""
+def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> dict[str, Any]:
+    """Return run.json, having noted in run what an earlier attempt decided and whether something has changed since.
+
+    Raises RunMismatch for another seed, configuration or data; for other code or surroundings where not allowed.
+    """
     hashes = run.hashes
     try:
         before = json.loads(path.read_text())
         before_hashes, before_seed = {name: str(before[name]) for name in hashes}, before["seed"]
+        newest = latest_attempt(before)
     except (ValueError, KeyError, TypeError) as error:
         raise RunMismatch(f"{path} is damaged ({error!r}); remove the run directory to start again") from error
     if before_seed != run.config.seed:
@@ -156,14 +170,16 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
                 f"{path.parent} was made with another {what} ({name} {before_hashes[name][:12]}, now "
                 f"{hashes[name][:12]}); choose another out, or remove it"
             )
-    if before_hashes["code_hash"] == hashes["code_hash"]:
-        return bool(before.get("code_changed", False))
-    if not allow_code_change:
+    changes = changes_since(newest, run)
+    if changes and not allow_code_change:
         raise RunMismatch(
-            f"{path.parent} was made with other code (code_hash {before_hashes['code_hash'][:12]}, now "
-            f"{hashes['code_hash'][:12]}); pass --allow-code-change to go on and mark the seed, or choose another out"
+            f"{path.parent} was made with {'; '.join(changes)}; pass --allow-code-change to go on and mark the seed, "
+            "or choose another out"
         )
-    return True
+    run.is_changed = bool(changes)
+    if not changes and run.config.runtime.attention == "auto":
+        run.attention = newest.get("attention")
+    return dict(before)
 
 
 def _finished(run: Run, stage: str) -> dict[str, Any] | None:
@@ -188,13 +204,16 @@ def _finished(run: Run, stage: str) -> dict[str, Any] | None:
 def _run_stage(run: Run, stage: str) -> None:
     """Run one stage on all ranks, then write its record on rank 0."""
     if run.dist.is_main:  # what comes after is stale from now on
+        list_attempt(run)
         for later in STAGES[STAGES.index(stage) :]:
             (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
     run.report(stage, 0, None, {})
     ledger = Ledger(stage, run.dist.rank)
+    counted = reset_peak_memory(run.dist.device)
     with ledger.listening(), noting_compilation(ledger, run.dist.device), ledger.span(stage):
         metrics, outputs = RUN_STAGE[stage](run, ledger)
-    metrics["peak_memory_bytes"] = peak_memory_bytes(run.dist)
+    peaks = run.dist.gather_rows(np.array([[peak_memory_bytes(run.dist.device)]]))  # (world_size, 1)
+    metrics |= {"peak_memory_bytes": int(peaks.max()), "peak_memory_of": counted}
     metrics[f"{stage}_compile_s"] = ledger.seconds(COMPILE)
     parts = [json.loads(text) for text in run.dist.gather_text(json.dumps(ledger.as_json()))]
     if run.dist.is_main:
@@ -215,6 +234,16 @@ def _write_ledger(run: Run, *parts: dict[str, Any]) -> None:
     write_json(run.workdir / "ledger" / f"{stage}.json", join_ledgers(list(parts), known))
 
 
+def surroundings(device: torch.device) -> dict[str, Any]:
+    """Return what beside code, configuration and data decides the last bits of a score."""
+    found = {
+        "device": device_name(device),
+        "num_threads": torch.get_num_threads(),
+        "versions": library_versions(),
+    }
+    return found if device.type == "cuda" else {**found, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
 def device_name(device: torch.device) -> str:
     """Return "cpu", or the model of a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -227,6 +256,7 @@ def write_record(run: Run, stage: str, seconds: float, metrics: dict[str, Any], 
         path = run.workdir / name
         described[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         run.on_write(path)
+    kernel = metrics.get("attention_backend") or metrics.get(f"{stage}_attention_backend")
     record = {
         "format": FORMAT,
         "stage": stage,
@@ -234,6 +264,7 @@ def write_record(run: Run, stage: str, seconds: float, metrics: dict[str, Any], 
         "metrics": metrics,
         "outputs": described,
         **run.hashes,
+        "surroundings": {**run.surroundings, "attention": kernel},
     }
     path = run.workdir / "stages" / f"{stage}.json"
     write_json(path, record)
@@ -249,10 +280,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = ""
     return found
-
-
-def peak_memory_bytes(dist: Dist) -> int:
-    """Return the most memory this process has held: allocated on its GPU, or resident."""
-    if dist.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(dist.device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

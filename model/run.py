@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from model.train import Report
 
 @dataclass(slots=True)
 class Run:
-    """One seed at work: what every stage needs. hashes are known on rank 0 only, which alone writes."""
+    """One seed at work: what every stage needs. What is known of the run directory is so on rank 0, which alone writes.
+
+    attention: the kernel that an earlier attempt trained with. is_changed: code or surroundings are not those of the
+    attempt before, and that was allowed. is_listed: run.json names this attempt.
+    """
 
     config: RunConfig
     dist: Dist
@@ -29,6 +34,10 @@ class Run:
     uses_checkpoints: bool = True
     tick: Callable[[], None] = lambda: None  # hears that this rank got further, with nothing to show
     hashes: dict[str, str] = field(default_factory=dict)
+    surroundings: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    is_changed: bool = False
+    is_listed: bool = False
     file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from model.calibrate import collect_hessians
 from model.checkpoint import CheckpointStore
 from model.codesize import code_program
 from model.compile_ahead import compile_kernels
-from model.config import ModelConfig
+from model.config import ATTENTION_BACKENDS, ModelConfig
 from model.data.loader import SpanLoader
 from model.data.shards import list_shards
 from model.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,10 +30,12 @@ from model.evaluate import DocumentScores, RowScorer, evaluate_plain, order0_bpb
 from model.gpt import GPT
 from model.gptq import fit_to_limit, quantize_state
 from model.kernels.attention import resolve_backend
+from model.kernels.probe import Choice
 from model.ledger import Ledger
 from model.own_code import CONVENTION, PACKED_NAME, READABLE_NAME
 from model.quantized import QuantizedState, dequantize
 from model.run import Run
+from model.run_record import note_attention
 from model.score_ledger import Events, times_scored
 from model.tensorfile import load_tensors, save_tensors
 from model.train import NOTHING_REACHED, Reached, Report, Trainer
@@ -44,6 +47,7 @@ WEIGHTS, STEPS, ARTIFACT = "train.safetensors", "steps.npz", "model.ssq"
 EVALUATED, ADAPTED, SCORE_LOG = "evaluate.npz", "ttt.npz", "ttt_scores.npz"
 PROGRESS = "train_progress.json"
 SET_UP_S = 120.0  # a scoring pass may take so long to set itself up; after that it reports every batch
+TRAIN_COUNTS = "train_counts.npz"  # how often each token occurs in the training shards; written before the stages
 
 
 def compute_dtype(dist: Dist) -> torch.dtype:
@@ -96,9 +100,7 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         model.init_weights(config.seed)
     with ledger.span("warm_up"), run.long_call():
         compile_kernels(run, ledger)
-        choice = choose_attention(run)
-        if choice is not None:
-            model.attention_backend = choice.name
+        choice = settle_attention(run, model)
         warm_up(model, run)
     store = CheckpointStore(run.checkpoints, run.on_write) if run.uses_checkpoints else None
     trainer = Trainer(
@@ -107,8 +109,10 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         config.train,
         run.dist,
         remember_progress(run),
-        runtime=config.runtime,
+        # "auto" goes on with the checkpoint's kernel, unless the change of kernels was allowed
+        runtime=replace(config.runtime, attention=model.attention_backend) if run.is_changed else config.runtime,
         checkpoints=store,
+        ledger=ledger,
         reached=read_progress(run),
         should_stop=run.should_stop,
         long_call=run.long_call,
@@ -126,6 +130,23 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
     if choice is not None:
         result.metrics["attention_probe"] = choice._asdict()
     return result.metrics, [WEIGHTS, STEPS]
+
+
+def settle_attention(run: Run, model: GPT) -> Choice | None:
+    """Let model attend with the kernel of an earlier attempt, else the one configured or timed; note it in run.json.
+
+    Returns how it was timed, None where it was not.
+    """
+    known = ATTENTION_BACKENDS.index(run.attention) if run.attention is not None else -1
+    known = int(run.dist.broadcast_floats([float(known)])[0])
+    choice = choose_attention(run) if known < 0 else None
+    if known >= 0:
+        model.attention_backend = ATTENTION_BACKENDS[known]
+    elif choice is not None:
+        model.attention_backend = choice.name
+    if run.dist.is_main:
+        note_attention(run, attention_backend_name(run, model))
+    return choice
 
 
 def remember_progress(run: Run) -> Report:
@@ -197,10 +218,12 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
             metrics = _round_and_save(run, ledger, weights, hessians)
     compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
     metrics |= {
+        "quantize_attention_backend": attention_backend_name(run, model),
         "hessian_s": ledger.seconds("hessians"),
         "solve_s": rounding_s - compress_s,
         "compress_s": compress_s,
-        "quantize_s": rounding_s + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "reload")),
+        "quantize_s": rounding_s
+        + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "program", "reload")),
     }
     return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
 
@@ -210,7 +233,9 @@ def _round_and_save(
 ) -> dict[str, Any]:
     """Quantize, write the artifact, read it back, and return the size metrics (rank 0)."""
     config, path = run.config, run.workdir / ARTIFACT
-    program = code_program(config)
+    with ledger.span("program"):
+        program = code_program(config)
+        program.write(run.workdir)
     meta = artifact_meta(run)
 
     def write(state: QuantizedState) -> int:
@@ -230,7 +255,6 @@ def _round_and_save(
         for name, value in dequantize(state).items():
             if not torch.equal(loaded[name].cpu(), value.cpu()):
                 raise ValueError(f"artifact {path} does not reload: {name} differs")
-    program.write(run.workdir)
     limit = config.quant.size_limit_bytes
     if total > limit and config.quant.on_oversize == "fail":
         raise ValueError(
@@ -297,34 +321,40 @@ def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
         metrics |= scores.metrics(prefix)
         run.report("evaluate", 0, None, {f"{prefix}_bpb": scores.bpb})
     assert scores is not None
+    assert scorer is not None
+    metrics["evaluate_attention_backend"] = attention_backend_name(run, scorer.model)
     metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "live", "post_ema", "pre_ttt"))
+    with ledger.span("identify"), run.long_call():
+        metrics |= describe_validation(tokenizer, validation, dist)
+        if dist.is_main:
+            metrics["order0_bpb"] = order0_bpb(read_counts(run, ledger), validation, tokenizer.byte_table)
     if dist.is_main:
-        with ledger.span("identify"), run.long_call():
-            metrics |= describe_validation(tokenizer, validation)
-            counts = token_counts(open_training(run, ledger), config.model.vocab_size)
-            metrics["order0_bpb"] = order0_bpb(counts, validation, tokenizer.byte_table)
         run.write(EVALUATED, document_arrays(scores, nats_plain=scores.nats))
     return metrics, [EVALUATED]
 
 
-def token_counts(loader: SpanLoader, vocab_size: int) -> np.ndarray:
-    """Return how often each token occurs in the training shards, (V,) int64."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for shard in range(len(loader.shard_sizes)):
-        tokens = loader.shard_tokens(shard)
-        for start in range(0, tokens.size, 1 << 22):
-            counts += np.bincount(tokens[start : start + (1 << 22)], minlength=vocab_size)
-    return counts
+def read_counts(run: Run, ledger: Ledger) -> np.ndarray:
+    """Return how often each token occurs in the training shards, (V,) int64, as counted when they were hashed."""
+    ledger.opened(run.workdir / TRAIN_COUNTS)
+    with np.load(run.workdir / TRAIN_COUNTS, allow_pickle=False) as arrays:
+        return arrays["count"]
 
 
-def describe_validation(tokenizer: Tokenizer, validation: ValidationSet) -> dict[str, Any]:
-    """Return what the validation text is: a hash over its decoded documents, their number and bytes."""
-    digest, num_bytes = hashlib.sha256(), 0
-    ends = np.append(validation.document_starts[1:], validation.tokens.size)
-    for start, end in zip(validation.document_starts, ends, strict=True):
-        text = tokenizer.decode(validation.tokens[start:end]).encode()
-        digest.update(hashlib.sha256(text).digest())
-        num_bytes += len(text)
+def describe_validation(tokenizer: Tokenizer, validation: ValidationSet, dist: Dist) -> dict[str, Any]:
+    """Return what the validation text is: a hash over its decoded documents, their number and bytes.
+
+    Every rank decodes its share of the documents.
+    """
+    starts = validation.document_starts
+    ends, mine = np.append(starts[1:], validation.tokens.size), np.array_split(np.arange(starts.size), dist.world_size)
+    digests, sizes = [], []
+    for index in mine[dist.rank]:
+        text = tokenizer.decode(validation.tokens[starts[index] : ends[index]]).encode()
+        digests.append(hashlib.sha256(text).digest())
+        sizes.append([len(text)])
+    words = np.frombuffer(bytearray(b"".join(digests)), dtype=np.int64).reshape(-1, 4)  # to be written to by gloo
+    digest = hashlib.sha256(dist.gather_rows(words).tobytes())
+    num_bytes = int(dist.gather_rows(np.array(sizes, dtype=np.int64).reshape(-1, 1)).sum())
     return {
         "val_documents_hash": digest.hexdigest(),
         "val_documents": validation.num_documents,
@@ -359,6 +389,7 @@ def run_ttt(run: Run, ledger: Ledger) -> Outcome:
     plain, adapted = results["ttt_lr0"], results["post_ttt"]
     metrics: dict[str, Any] = plain.scores.metrics("ttt_lr0") | adapted.scores.metrics("post_ttt")
     metrics["ttt_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "ttt_lr0", "post_ttt"))
+    metrics["ttt_attention_backend"] = attention_backend_name(run, model)
     with run.long_call():
         events = gather_events(adapted.events, dist)
         if dist.is_main:

@@ -24,10 +24,12 @@ from model.config import RuntimeConfig, TrainConfig
 from model.data.loader import Batch, SpanLoader, prefetch_batches
 from model.distributed import Dist
 from model.gpt import GPT
+from model.ledger import Ledger
 from model.optim import Optimizers, clip_, gradients
 from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 
 Report = Callable[[str, int, int | None, dict[str, Any]], None]
+Moment = float | torch.cuda.Event  # seconds on the host's clock, or a place in the work of a GPU
 STEP_COLUMNS = ("step", "loss", "grad_norm", "lr_factor", "momentum", "is_looped", "elapsed_s", "tokens_per_s")
 FINE = "fine"
 RUN_AHEAD = 2  # steps the host may be ahead of the device
@@ -88,7 +90,8 @@ class StepRow(NamedTuple):
     values: Tensor  # (2,) loss, gradient norm
     frac: float
     elapsed_s: float
-    is_ready: torch.cuda.Event | None
+    began: Moment
+    ended: Moment  # an event of a GPU once values are there
 
 
 class Trainer:
@@ -104,6 +107,7 @@ class Trainer:
         *,
         runtime: RuntimeConfig | None = None,
         checkpoints: CheckpointStore | None = None,
+        ledger: Ledger | None = None,
         reached: Reached = NOTHING_REACHED,
         should_stop: Callable[[], bool] = lambda: False,
         long_call: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
@@ -118,6 +122,7 @@ class Trainer:
         self.runtime = runtime or RuntimeConfig()
         self.checkpoints, self.should_stop, self.clock = checkpoints, should_stop, clock
         self.long_call = long_call  # around what may take long without a report
+        self.ledger = ledger or Ledger("train", dist.rank)
         self.optimizers = Optimizers(model, config, dist)
         self.ema = Ema(model, config.ema_decay)
         self.parameters = list(model.parameters())
@@ -184,6 +189,7 @@ class Trainer:
 
     def _one_step(self, batches: Iterator[Batch], frac: float, elapsed: float) -> None:
         """Forward, backward, clip, update and average; the loss is noted, not read."""
+        began = self._now()
         loss, norm = accumulate_gradients(
             self.model,
             [next(batches).to(self.dist.device) for _ in range(self.micro_batches)],
@@ -196,29 +202,32 @@ class Trainer:
         for parameter in self.parameters:
             parameter.grad = None
         self.ema.update()
-        self._note(self.dist.mean_(torch.stack((loss, norm)).float()), frac, elapsed)
+        self._note(self.dist.mean_(torch.stack((loss, norm)).float()), frac, elapsed, began)
         self.step += 1
 
-    def _note(self, values: Tensor, frac: float, elapsed: float) -> None:
+    def _now(self) -> Moment:
+        """Return this moment of the device's work: an event in the queue of a GPU, the time on a CPU."""
+        if self.dist.device.type != "cuda":
+            return self.clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _note(self, values: Tensor, frac: float, elapsed: float, began: Moment) -> None:
         """Queue this step's figures and log those that the device has finished."""
-        event = None
         if values.is_cuda:
             host = torch.empty(2, dtype=torch.float32, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event, values = torch.cuda.Event(), host
-            event.record()
-        self.pending.append(StepRow(self.step, values, frac, elapsed, event))
-        while len(self.pending) > (RUN_AHEAD if event is not None else 0):
+            values = host.copy_(values, non_blocking=True)
+        self.pending.append(StepRow(self.step, values, frac, elapsed, began, self._now()))
+        while len(self.pending) > (RUN_AHEAD if self.dist.device.type == "cuda" else 0):
             self._log_row(self.pending.popleft())
 
     def _log_row(self, row: StepRow) -> None:
-        if row.is_ready is not None:
-            row.is_ready.synchronize()
+        took_s = seconds_between(row.began, row.ended)
         loss, norm = row.values.tolist()
         if not math.isfinite(loss):  # the mean over all ranks, so that they end together
             raise Diverged(self._describe_divergence(row, loss, norm))
-        config, previous = self.config, self.log["elapsed_s"][-1] if self.log["elapsed_s"] else None
-        took_s = row.elapsed_s - previous if previous is not None else 0.0  # the step before
+        config = self.config
         rate = config.batch_tokens / took_s if took_s > 0 else 0.0
         values = (
             row.step + 1,
@@ -264,7 +273,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         """Write everything a resumed run needs; the time it takes is no part of the budget."""
         self._drain()
-        elapsed, paused = self.elapsed_s(), self.clock()
+        elapsed, paused, attempts = self.elapsed_s(), self.clock(), self.ledger.attempts()
         optimizer_state = self.optimizers.state_dict()
         if self.checkpoints is not None and self.dist.is_main:
             tensors = {f"optimizer/{name}": value for name, value in optimizer_state.items()}
@@ -272,7 +281,12 @@ class Trainer:
             tensors |= {f"ema/{name}": value for name, value in self.ema.values.items()}
             tensors |= {f"log/{name}": torch.tensor(column, dtype=torch.float64) for name, column in self.log.items()}
             tensors["rng"] = torch.get_rng_state()
-            meta = {"elapsed_s": elapsed, "resumed_at": self.resumed_at}
+            meta = {
+                "elapsed_s": elapsed,
+                "resumed_at": self.resumed_at,
+                "attention": self.model.attention_backend,
+                "attempts": attempts,
+            }
             with self.long_call():
                 self.checkpoints.save(self.step, tensors, meta)
         self.dist.barrier()
@@ -301,6 +315,9 @@ class Trainer:
         self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
         self.resumed_at = [*meta["resumed_at"], self.step]
         self.lost_steps = self.reached.lost_steps + max(0, self.reached.step - self.step)
+        self.ledger.earlier = list(meta.get("attempts", []))
+        if self.runtime.attention == "auto":  # whatever a stopwatch says today, a training stays with its kernel
+            self.model.attention_backend = meta.get("attention", self.model.attention_backend)
 
     def _load_agreed(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the checkpoint that rank 0 picked, on every rank; None where it has none."""
@@ -347,6 +364,16 @@ class Trainer:
         last = {"loss": metrics["train_loss_last"], "eta_s": 0.0, "lost_steps": self.lost_steps}
         self.report("train", self.step, self.step, last)
         return TrainResult(self.ema.cast(), steps, metrics)
+
+
+def seconds_between(began: Moment, ended: Moment) -> float:
+    """Return the seconds between two moments of a device's work, waiting for a GPU to come to the later one."""
+    if isinstance(began, int | float) and isinstance(ended, int | float):
+        return ended - began
+    assert not isinstance(began, int | float)
+    assert not isinstance(ended, int | float)
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1000  # milliseconds
 
 
 def accumulate_gradients(

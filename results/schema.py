@@ -68,7 +68,7 @@ STEP_COLUMNS = (
     Column("momentum", "float64", "Muon momentum"),
     Column("is_looped", "bool", "the repeated layers were on"),
     Column("elapsed_s", "float64", "seconds on the training clock"),
-    Column("tokens_per_s", "float64", "throughput of this step"),
+    Column("tokens_per_s", "float64", "throughput of this very step, timed on the device"),
     Column("gpu_clock_mhz", "float64", "slowest SM clock of the gang when last sampled; null on CPU"),
     Column("gpu_power_w", "float64", "power of the gang's GPUs together when last sampled; null on CPU"),
     Column("gpu_throttle_bits", "int64", "reasons to run slower, as the driver's bit mask, of any GPU of the gang"),
@@ -110,7 +110,7 @@ RUN_COLUMNS = (
     Column("config_json", "string", "the resolved configuration"),
     Column("data_hash", "string", "sha256 over shards and tokenizer"),
     Column("code_hash", "string", "sha256 over the sources of the four packages"),
-    Column("code_changed", "bool", "continued under another code hash by --allow-code-change"),
+    Column("code_changed", "bool", "continued by --allow-code-change: other code, device, versions, threads or kernel"),
     Column("git_commit", "string", "commit of the working tree"),
     Column("git_dirty", "bool", "the working tree had uncommitted changes"),
     Column("versions_json", "string", "versions of every package that matters"),
@@ -163,8 +163,10 @@ RUN_COLUMNS = (
     Column("size_limit_bytes", "int64", "limit on artifact_bytes"),
     Column("within_limit", "bool", "artifact_bytes <= size_limit_bytes"),
     Column("matrix_clip_sigmas", "float64", "row scale in standard deviations, as used"),
-    Column("attention_backend", "string", "attention kernel"),
-    Column("peak_memory_bytes", "int64", "largest memory of any rank"),
+    Column(
+        "attention_backend", "string", "attention kernel of training; each later stage names its own in its metrics"
+    ),
+    Column("peak_memory_bytes", "int64", "largest memory of any rank in any stage"),
     Column("is_slow", "bool", "flagged as slower than its sweep's other seeds"),
     Column("provenance_json", "string", "for imported figures: column -> file and label it was read from"),
 )

@@ -76,7 +76,9 @@ def _run_row(run: Mapping[str, object], stages: Sequence[Mapping[str, object]]) 
     for record in stages:
         metrics = record.get("metrics")
         if isinstance(metrics, Mapping):
+            peak = max(row["peak_memory_bytes"] or 0, metrics.get("peak_memory_bytes") or 0)
             row.update({name: value for name, value in metrics.items() if name in row})
+            row["peak_memory_bytes"] = peak or None  # the run's is the largest of any stage
     row.update(run)
     row["schema_version"] = SCHEMA_VERSION
     if row["run_id"] is None:

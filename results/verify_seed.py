@@ -32,7 +32,7 @@ TIMES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "hessian_s": ("quantize", ("hessians",), ()),
     "compress_s": ("quantize", ("compress",), ()),
     "solve_s": ("quantize", ("round",), ("compress",)),
-    "quantize_s": ("quantize", ("round", "load", "warm_up", "hessians", "reload"), ()),
+    "quantize_s": ("quantize", ("round", "load", "warm_up", "hessians", "program", "reload"), ()),
     "evaluate_s": ("evaluate", ("load", "warm_up", "live", "post_ema", "pre_ttt"), ()),
     "ttt_s": ("ttt", ("load", "warm_up", "ttt_lr0", "post_ttt"), ()),
 }
@@ -79,12 +79,21 @@ def check_hashes(
         f"{seed} row config_json", _config(json.loads(row["config_json"])), _config(run["config"]), "run.json"
     )
     for name in ("config_hash", "data_hash", "code_hash"):
-        if name == "code_hash" and row[name] != run[name] and row["code_changed"] is True:
-            yield Check(f"{seed} row {name}", AGREES, "differs from run.json, and the row says that the code changed")
+        if name == "code_hash" and row["code_changed"] is True:
+            yield from _check_changed_code(seed, row, run, records)
             continue
         yield compare(f"{seed} row {name}", row[name], run[name], "run.json")
         for stage, record in records.items():
             yield compare(f"{seed} stages/{stage}.json {name}", record[name], run[name], "run.json")
+
+
+def _check_changed_code(seed: str, row: Mapping[str, Any], run: Mapping[str, Any], records: Records) -> Iterator[Check]:
+    """Look for the code of the row, and of each stage, among that of the attempts in run.json."""
+    known = {run["code_hash"], *(attempt.get("code_hash") for attempt in run.get("later_attempts", []))}
+    for where, found in (("row", row), *((f"stages/{stage}.json", record) for stage, record in records.items())):
+        is_known = found["code_hash"] in known
+        detail = "is that of an attempt in run.json" if is_known else "is that of no attempt in run.json"
+        yield Check(f"{seed} {where} code_hash", AGREES if is_known else DIFFERS, detail)
 
 
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,10 +122,14 @@ def check_metrics(seed: str, row: Mapping[str, Any], records: Records) -> Iterat
     columns = set(column_names("runs"))
     for stage, record in records.items():
         for name, value in sorted(record["metrics"].items()):
-            if name in columns and name != "peak_memory_bytes":  # each stage has its own; the last one is the row's
+            if name in columns and name != "peak_memory_bytes":  # each stage has its own
                 stated = row[name]
                 stated = stated.tolist() if hasattr(stated, "tolist") else stated
                 yield compare(f"{seed} row {name}", stated, value, f"stages/{stage}.json")
+    peaks = [record["metrics"].get("peak_memory_bytes") for record in records.values()]
+    if all("peak_memory_of" in record["metrics"] for record in records.values()):  # written since stages are told apart
+        stated = _whole(row["peak_memory_bytes"])
+        yield compare(f"{seed} row peak_memory_bytes", stated, max(peaks, default=None), "the largest of its stages")
 
 
 def check_tables(seed: str, folder: Path, workdir: Path, row: Mapping[str, Any], records: Records) -> Iterator[Check]:

@@ -39,9 +39,12 @@ def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str,
             raise ValueError(
                 f"{workdir}: stage {stage['stage']} read other data than the sweep; the nodes' shards differ"
             )
+    row = run_row(spec, run, record, stages, node_label=node_label)
+    # surroundings count as code does; a run that failed may have done so over this very file
+    is_changed = is_done and read_json(workdir / "run.json").get("code_changed") is True
     commit_attempt(
         spec.out,
-        run=run_row(spec, run, record, stages, node_label=node_label),
+        run={**row, "code_changed": row["code_changed"] or is_changed},
         stages=stages,
         steps=step_rows(workdir) if is_done else {},
         documents=document_rows(workdir) if is_done else {},

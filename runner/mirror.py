@@ -11,7 +11,14 @@ from pathlib import Path
 from runner.storage import LocalStorage, ObjectStorage, open_storage, remove_tree
 
 FOLDERS = ("", "checkpoints", "ledger", "stages")  # of a run directory; stages last, as when they were written
-COMMITTED = ("attempt.json", "steps.npz", "gpu.npz", "evaluate.npz", "ttt.npz")  # what the driver needs for the results
+COMMITTED = (
+    "attempt.json",
+    "run.json",
+    "steps.npz",
+    "gpu.npz",
+    "evaluate.npz",
+    "ttt.npz",
+)  # what the driver needs for the results
 
 
 class Mirror:

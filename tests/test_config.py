@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from model import config as configs
@@ -17,6 +18,7 @@ from model.config import (
     RuntimeConfig,
     TrainConfig,
     TTTConfig,
+    config_from_plain,
     config_hash,
     published,
     tiny,
@@ -191,3 +193,84 @@ def test_the_hash_is_the_sha256_of_canonical_json() -> None:
 def test_every_section_of_a_run_is_hashed_or_said_not_to_be() -> None:
     names = {entry.name for entry in dataclasses.fields(RunConfig)}
     assert names == {*configs.HASHED_SECTIONS, "data", "runtime", "seed"}
+
+
+PUBLISHED_HASH = "0906d1ae9bef2b4c0be12363413ef76a9ef5c41384fe50c0bea8b0abecb9f7a7"
+
+
+def test_the_published_recipe_keeps_its_hash() -> None:
+    assert config_hash(published(), world_size=1) == PUBLISHED_HASH
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "written", "same"),
+    [
+        ("train", "budget_s", 600, 600.0),
+        ("model", "mlp_mult", 4, 4.0),
+        ("train", "min_lr_frac", -0.0, 0.0),
+        ("train", "matrix_lr", np.float64(0.022), 0.022),
+        ("model", "num_layers", np.int64(11), 11),
+        ("ttt", "adapter_kinds", ["q", "v"], ("q", "v")),
+        ("evaluation", "tail", np.str_("scored"), "scored"),
+    ],
+)
+def test_equal_settings_have_equal_hashes_whatever_they_were_written_as(
+    section: str, name: str, written: Any, same: Any
+) -> None:
+    base = published()
+    made = [replace(base, **{section: replace(getattr(base, section), **{name: value})}) for value in (written, same)]
+    made.append(config_from_plain({section: {name: written}}))
+    found = getattr(getattr(made[0], section), name)
+    assert (found, type(found), str(found)) == (same, type(same), str(same))
+    assert len({config_hash(config, world_size=1) for config in made}) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "num_layers", 11.0),
+        ("model", "num_layers", "11"),
+        ("model", "num_loops", True),
+        ("model", "mlp_mult", "4"),
+        ("model", "mlp_mult", False),
+        ("model", "mlp_mult", None),
+        ("train", "budget_s", "600"),
+        ("train", "max_steps", np.float64(5.0)),
+        ("train", "ema_decay", np.bool_(True)),
+        ("train", "clip", 3),
+        ("quant", "codec", True),
+        ("evaluation", "seq_len", 1024.0),
+        ("ttt", "adapter_kinds", "q"),
+        ("ttt", "adapter_kinds", ("q", 3)),
+        ("data", "train", 3),
+        ("data", "val_documents", 3.0),
+        ("runtime", "report_every_s", "1"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_one_line(section: str, name: str, value: Any) -> None:
+    for make in (lambda: SECTIONS[section](**{name: value}), lambda: config_from_plain({section: {name: value}})):
+        with pytest.raises(ValueError) as caught:
+            make()
+        assert f"{section}.{name}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", ["42", 42.0, True, None])
+def test_a_seed_is_a_whole_number(seed: Any) -> None:
+    for make in (lambda: RunConfig(seed=seed), lambda: config_from_plain({"seed": seed})):
+        with pytest.raises(ValueError, match="seed must be a whole number"):
+            make()
+    assert type(RunConfig(seed=np.uint32(7)).seed) is int  # type: ignore[arg-type]
+
+
+def test_a_section_is_of_its_own_kind() -> None:
+    with pytest.raises(ValueError, match="train must be TrainConfig"):
+        RunConfig(train={"max_steps": 3})  # type: ignore[arg-type]
+
+
+def test_a_tilde_is_a_home_in_every_data_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/homes/me")
+    data = DataConfig(train="~/a/*_train_*.bin", val="~/a/*_val_*.bin", tokenizer="~/a/t.model")
+    assert (data.train, data.val, data.tokenizer) == (
+        "/homes/me/a/*_train_*.bin", "/homes/me/a/*_val_*.bin", "/homes/me/a/t.model",
+    )  # fmt: skip

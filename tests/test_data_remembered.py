@@ -34,9 +34,27 @@ def test_a_second_process_of_a_node_does_not_read_again(shard: Path) -> None:
     fresh_process()
     place = remembered.place_of(shard)
     assert place is not None
-    assert remembered.recall(place) == {"sha256": facts.sha256, "num_tokens": 5, "num_documents": 2, "max_token": 7}
-    remembered.remember(place, {"sha256": "a" * 64, "num_tokens": 5, "num_documents": 2, "max_token": 7})
-    assert scan_shard(shard).sha256 == "a" * 64
+    assert remembered.recall(place) == {"sha256": facts.sha256, "counts": [0, 2, 0, 0, 0, 1, 1, 1]}
+    remembered.remember(place, {"sha256": "a" * 64, "counts": [0, 2, 0, 0, 0, 1, 1, 1]})
+    told = scan_shard(shard)
+    assert (told.sha256, told.num_tokens, told.num_documents, told.max_token) == ("a" * 64, 5, 2, 7)
+    fresh_process()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"sha256": "a" * 64, "num_tokens": 5, "num_documents": 2, "max_token": 7},  # as an earlier version kept it
+        {"sha256": "a" * 64, "counts": "5"},
+        {"sha256": "a" * 64, "counts": [0.5]},
+        {"sha256": "a" * 64, "counts": [[1]]},
+        {"sha256": "a" * 64, "counts": [1] * 65_537},
+    ],
+)
+def test_an_answer_of_another_kind_is_read_again(shard: Path, content: dict[str, object]) -> None:
+    fresh_process()
+    remembered.remember(remembered.place_of(shard), content)
+    assert scan_shard(shard).counts.tolist() == [0, 2, 0, 0, 0, 1, 1, 1]
     fresh_process()
 
 

@@ -53,6 +53,15 @@ def test_stage_metrics_fill_the_runs_row_and_run_wins(tmp_path: Path) -> None:
     assert '"other": 1' in results.stages(tmp_path).iloc[0]["metrics_json"]
 
 
+def test_the_run_s_peak_memory_is_that_of_its_largest_stage(tmp_path: Path) -> None:
+    peaks = {"train": 500, "quantize": 900, "evaluate": 100, "ttt": None}
+    stages = [{"stage": stage, "metrics": {"peak_memory_bytes": peak}} for stage, peak in peaks.items()]
+    store.commit_attempt(tmp_path, run=fake_run(42), stages=stages)
+    assert results.load(tmp_path).iloc[0]["peak_memory_bytes"] == 900
+    store.commit_attempt(tmp_path, run=fake_run(43), stages=[{"stage": "train", "metrics": {"steps": 3}}])
+    assert results.load(tmp_path).set_index("seed").loc[43, "peak_memory_bytes"] != 0
+
+
 def test_files_appear_in_commit_order_with_runs_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(store, "write_whole", lambda _location, path, _content: written.append(path.split("/")[-2]))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import results
+from model.config import tiny
 from results.tables import seed_table
 from runner import gpus
-from runner.commit import document_rows, read_json, step_rows
+from runner.commit import commit_run, document_rows, read_json, step_rows
+from runner.spec import RunKey, SweepSpec
+from runner.states import Run, State
 from tests.fake_runs import commit_attempt, fake_run
 
 
@@ -46,6 +51,18 @@ def test_a_seed_with_other_steps_than_the_median_is_marked(tmp_path: Path) -> No
         commit_attempt(tmp_path, run=fake_run(seed, steps=steps))
     marks = {row["seed"]: row["marks"] for row in seed_table(tmp_path).seeds}
     assert (marks[1], marks[2], marks[3]) == ([], [], ["steps -2.5 % off the median"])
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_a_run_continued_in_other_surroundings_is_marked(tmp_path: Path, is_changed: bool) -> None:
+    spec = SweepSpec(name="toy", preset="tiny", config=replace(tiny(), seed=0), seeds=(7,), out=str(tmp_path))
+    workdir = tmp_path / "seeds" / "seed=7-repeat=0"
+    workdir.mkdir(parents=True)
+    (workdir / "run.json").write_text(json.dumps({"code_changed": is_changed}))
+    run = replace(Run(key=RunKey(seed=7)), state=State.COMMITTING, attempt=2)
+    record = {"config_hash": "c" * 64, "code_hash": "e" * 64, "config": {}, "world_size": 1}
+    commit_run(spec, workdir, run, record=record)
+    assert bool(results.load(tmp_path).iloc[0]["code_changed"]) is is_changed
 
 
 SMI = """#!/bin/sh

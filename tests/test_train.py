@@ -1,5 +1,7 @@
 """model/train.py: gradients, averages, the clock, and a resumed run that equals an undisturbed one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,18 @@ from model.checkpoint import CheckpointStore
 from model.config import RuntimeConfig, TrainConfig
 from model.distributed import Dist
 from model.gpt import GPT
+from model.ledger import Ledger
 from model.optim import clip_, gradients
-from model.train import Diverged, Ema, Interrupted, Reached, Trainer, TrainResult, accumulate_gradients
+from model.train import (
+    Diverged,
+    Ema,
+    Interrupted,
+    Reached,
+    Trainer,
+    TrainResult,
+    accumulate_gradients,
+    seconds_between,
+)
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
 EVERY_STEP = RuntimeConfig(device="cpu", checkpoint_every_s=1e-9, report_every_s=0.0)
@@ -234,7 +246,82 @@ def test_the_budget_less_the_reserve_is_spent_and_the_stop_comes_after_a_step(tm
     assert result.steps["is_looped"].tolist() == [10 * step / 88 >= 0.35 for step in range(9)]
     factors = [min(1.0, (1 - 10 * step / 88) / 0.667) for step in range(9)]
     assert result.steps["lr_factor"].tolist() == pytest.approx(factors)
-    assert result.steps["tokens_per_s"][1:].tolist() == pytest.approx([25.6] * 8)
+    assert result.steps["tokens_per_s"].tolist() == pytest.approx([25.6] * 9)
+
+
+def test_the_speed_of_a_step_is_its_own_whatever_comes_between_steps(tmp_path: Path) -> None:
+    config, store = micro_train(max_steps=6), CheckpointStore(tmp_path / "checkpoints")
+    clock = Clock()
+
+    def run(**options: Any) -> TrainResult:
+        trainer = start(tmp_path, config, clock=clock, checkpoints=store, runtime=EVERY_STEP, **options)
+
+        def pass_time(*_arguments: Any) -> None:
+            clock.now += (trainer.step + 1) / config.micro_batches_per_step  # step n takes n seconds
+
+        trainer.model.register_forward_hook(pass_time)
+        return trainer.run()
+
+    def take_long(_path: Path) -> None:
+        clock.now += 500.0
+
+    store.on_write = take_long
+    with pytest.raises(Interrupted):
+        run(should_stop=stop_after(3))
+    result = run()
+    assert result.steps["tokens_per_s"].tolist() == pytest.approx([256 / n for n in range(1, 7)])
+
+
+class FakeEvent:
+    """A place in a GPU's work, of which the time is known once somebody has waited for it."""
+
+    def __init__(self, at_ms: float) -> None:
+        self.at_ms, self.is_there = at_ms, False
+
+    def synchronize(self) -> None:
+        self.is_there = True
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        assert later.is_there
+        return later.at_ms - self.at_ms
+
+
+def test_on_a_gpu_a_step_lasts_from_event_to_event() -> None:
+    began, ended = FakeEvent(1000.0), FakeEvent(1250.0)
+    assert seconds_between(began, ended) == pytest.approx(0.25)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_keeps_the_spans_of_every_attempt_before_it(tmp_path: Path) -> None:
+    config, store = micro_train(max_steps=6), CheckpointStore(tmp_path / "checkpoints")
+    for number, steps in enumerate((2, 2)):
+        ledger = Ledger("train")
+        with ledger.span("warm_up"):
+            pass
+        with pytest.raises(Interrupted), ledger.span("steps"):
+            start(tmp_path, config, checkpoints=store, ledger=ledger, should_stop=stop_after(steps)).run()
+        assert len(ledger.earlier) == number
+    ledger = Ledger("train")
+    with ledger.span("steps"):
+        result = start(tmp_path, config, checkpoints=store, ledger=ledger).run()
+    assert [[span["name"] for span in part["spans"]] for part in ledger.earlier] == [["warm_up", "steps"]] * 2
+    spans = [span for part in [*ledger.earlier, ledger.as_json()] for span in part["spans"] if span["name"] == "steps"]
+    assert sum(span["end_s"] - span["start_s"] for span in spans) >= result.metrics["train_s"]
+
+
+def test_a_resumed_training_keeps_its_attention_kernel(tmp_path: Path) -> None:
+    config, store = micro_train(max_steps=4), CheckpointStore(tmp_path / "checkpoints")
+    before = start(tmp_path, config, checkpoints=store, should_stop=stop_after(2))
+    before.model.attention_backend = "sdpa"
+    with pytest.raises(Interrupted):
+        before.run()
+    after = start(tmp_path, config, checkpoints=store)
+    assert after.model.attention_backend == "auto"
+    after.run()
+    assert after.model.attention_backend == "sdpa"
+    named = start(tmp_path, config, checkpoints=store, runtime=RuntimeConfig(device="cpu", attention="flex"))
+    named.model.attention_backend = "flex"
+    named._resume()
+    assert named.model.attention_backend == "flex"  # whoever names a kernel gets it
 
 
 def test_at_least_one_step_is_made(tmp_path: Path) -> None:

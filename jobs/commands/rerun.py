@@ -11,7 +11,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--failed", action="store_true", required=True, help="the seeds that FAILED")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")
     parser.add_argument("--address", metavar="A", help="Ray cluster to use; without it one is started on this machine")
-    parser.add_argument("--allow-code-change", action="store_true", help="continue under other code; rows are marked")
+    parser.add_argument(
+        "--allow-code-change", action="store_true", help="continue under other code or surroundings; rows are marked"
+    )
     parser.add_argument("--progress", choices=("auto", "plain", "json"), default="auto")
 
 

@@ -13,7 +13,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local", action="store_true", help="one seed after the other in this process, without Ray")
     parser.add_argument("--address", metavar="A", help="Ray cluster to use; without it one is started on this machine")
     parser.add_argument(
-        "--allow-code-change", action="store_true", help="continue a run directory made by other code; rows are marked"
+        "--allow-code-change",
+        action="store_true",
+        help="continue a run directory made by other code, libraries, device or threads; rows are marked",
     )
     parser.add_argument(
         "--progress", choices=("auto", "plain", "json"), default="auto",

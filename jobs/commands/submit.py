@@ -15,7 +15,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--working-dir", metavar="DIR", type=Path, default=Path(), help="what travels (default: here)")
     parser.add_argument("--follow", action="store_true", help="print the job's output and end when it ends")
-    parser.add_argument("--allow-code-change", action="store_true", help="continue under other code; rows are marked")
+    parser.add_argument(
+        "--allow-code-change", action="store_true", help="continue under other code or surroundings; rows are marked"
+    )
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -46,7 +46,8 @@ class SpanLoader:
     """Random access to the training spans of a list of shards, in the order of the reference record.
 
     Shards are opened (and on_open called with the path) once each. num_spans is the length of one pass.
-    Raises ValueError if a shard has no BOS, or is shorter than one group after its first BOS.
+    Raises ValueError if a shard has no BOS, or is shorter than one group after its first BOS. The published code reads
+    a shard without a BOS from its first token; of a real corpus such a shard is one of another tokenizer.
     """
 
     def __init__(

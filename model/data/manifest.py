@@ -30,6 +30,8 @@ MANIFEST_LIMIT_BYTES = 16 << 20
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
+NUM_TOKEN_IDS = 1 << (8 * TOKEN_DTYPE.itemsize)
+
 Report = Callable[[str, int, int | None, dict[str, float | int | str]], None]
 
 
@@ -55,22 +57,42 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True)
 class ShardFacts:
-    """What one reading of a whole shard tells: sha256 of the file, its tokens, documents and largest token id."""
+    """What one reading of a whole shard tells: sha256 of the file, and how often each token is in it.
+
+    counts (m + 1,) int64, m the largest token id.
+    """
 
     sha256: str
-    num_tokens: int
-    num_documents: int
-    max_token: int
+    counts: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the shard."""
+        return int(self.counts.sum())
+
+    @property
+    def num_documents(self) -> int:
+        """BOS tokens in it."""
+        return int(self.counts[BOS_ID]) if self.counts.size > BOS_ID else 0
+
+    @property
+    def max_token(self) -> int:
+        """Its largest token id."""
+        return int(self.counts.size) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class DataHashes:
-    """data_hash over everything below and the validation limits; sha256 by path, in reading order."""
+    """data_hash over all shards, the tokenizer and the validation limits; sha256 by path, in reading order.
+
+    train_counts (65,536,) int64: how often each token is in the training shards; (V,) where vocab_size was given.
+    """
 
     data_hash: str
     train: Mapping[str, str]
     val: Mapping[str, str]
     tokenizer: str
+    train_counts: np.ndarray
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -146,24 +168,30 @@ def scan_shard(path: Path) -> ShardFacts:
 @functools.lru_cache(maxsize=4096)
 def _scan_shard(path: Path, size: int, mtime_ns: int) -> ShardFacts:
     place = remembered.place_of(path)
-    known = remembered.recall(place)
-    if known is not None and set(known) == set(ShardFacts.__dataclass_fields__):
-        return ShardFacts(**known)  # type: ignore[arg-type]
+    known = parse_facts(remembered.recall(place))
+    if known is not None:
+        return known
     # plain reads, not the memory map: pages of a map would count as this process's memory
-    num_documents, max_token = 0, 0
+    counts = np.zeros(NUM_TOKEN_IDS, dtype=np.int64)
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         digest = hashlib.sha256(header)
         while block := file.read(READ_BYTES):
             digest.update(block)
-            tokens = np.frombuffer(block, dtype=TOKEN_DTYPE)
-            num_documents += int(np.count_nonzero(tokens == BOS_ID))
-            max_token = max(max_token, int(tokens.max()))
-    num_tokens = (size - HEADER_BYTES) // TOKEN_DTYPE.itemsize
-    facts = ShardFacts(digest.hexdigest(), num_tokens, num_documents, max_token)
+            counts += np.bincount(np.frombuffer(block, dtype=TOKEN_DTYPE), minlength=NUM_TOKEN_IDS)
+    facts = ShardFacts(digest.hexdigest(), counts[: int(counts.nonzero()[0].max(initial=0)) + 1].copy())
     if remembered.place_of(path) == place:  # nobody wrote to the file meanwhile
-        remembered.remember(place, dataclasses.asdict(facts))
+        remembered.remember(place, {"sha256": facts.sha256, "counts": facts.counts.tolist()})
     return facts
+
+
+def parse_facts(known: Mapping[str, Any] | None) -> ShardFacts | None:
+    """Return what was remembered of a shard, None where that is nothing or not of this version's kind."""
+    if known is None or set(known) != {"sha256", "counts"} or not isinstance(known["counts"], list):
+        return None
+    counts = np.array(known["counts"] or [0])
+    is_whole = counts.ndim == 1 and counts.dtype.kind == "i" and counts.size <= NUM_TOKEN_IDS
+    return ShardFacts(str(known["sha256"]), counts.astype(np.int64)) if is_whole else None
 
 
 def check_data(
@@ -181,7 +209,7 @@ def check_data(
             shards[split] = list_shards(getattr(data, split), field=f"data.{split}")
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    tokenizer = Path(data.tokenizer).expanduser()
+    tokenizer = Path(data.tokenizer)
     if not data.tokenizer or not tokenizer.is_file():
         problems.append(f"data.tokenizer={data.tokenizer}: no such file; give a SentencePiece .model file")
     else:
@@ -259,9 +287,13 @@ def hash_data(data: DataConfig, *, vocab_size: int | None = None, report: Report
         split: {str(path): scan_shard(path).sha256 for path in list_shards(getattr(data, split))}
         for split in ("train", "val")
     }
-    tokenizer = file_sha256(Path(data.tokenizer).expanduser())
+    tokenizer = file_sha256(Path(data.tokenizer))
     data_hash = combine_hashes(hashes["train"], hashes["val"], tokenizer, data)
-    return DataHashes(data_hash, hashes["train"], hashes["val"], tokenizer)
+    counts = np.zeros(NUM_TOKEN_IDS if vocab_size is None else vocab_size, dtype=np.int64)
+    for path in hashes["train"]:
+        found = scan_shard(Path(path)).counts
+        counts[: found.size] += found
+    return DataHashes(data_hash, hashes["train"], hashes["val"], tokenizer, counts)
 
 
 def combine_hashes(train: Mapping[str, str], val: Mapping[str, str], tokenizer: str, data: DataConfig) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from model.data.files import replace_file
 
 LEAST_BYTES = 32 << 20  # smaller files are read faster than it is worth
-FORMAT = 1
+FORMAT = 2
 
 
 def place_of(path: Path) -> Path | None:
@@ -37,7 +39,7 @@ def place_named(name: str) -> Path | None:
         return None
 
 
-def recall(place: Path | None) -> dict[str, str | int] | None:
+def recall(place: Path | None) -> dict[str, Any] | None:
     """Return what was remembered at a place, None where nothing was or it cannot be read."""
     if place is None:
         return None
@@ -48,7 +50,7 @@ def recall(place: Path | None) -> dict[str, str | int] | None:
     return content if isinstance(content, dict) else None
 
 
-def remember(place: Path | None, facts: dict[str, str | int]) -> None:
+def remember(place: Path | None, facts: Mapping[str, Any]) -> None:
     """Keep facts at a place. A folder that takes no files costs only the next process's time."""
     if place is None:
         return

@@ -108,6 +108,7 @@ def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> Tokenizer:
     Raises FileNotFoundError if there is none, ValueError if it cannot be parsed, its size is not vocab_size (where
     given), it has more pieces than uint16 tokens allow, its BOS is not BOS_ID, or bytes of its text cannot be counted.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"tokenizer {path} is missing; give a SentencePiece .model file")
     if path.stat().st_size > FILE_LIMIT_BYTES:
