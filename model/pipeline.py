@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,9 @@ from model.checkpoint import CheckpointStore, write_json
 from model.codesize import code_hash
 from model.compile_clock import COMPILE, noting_compilation
 from model.config import RunConfig, config_hash
-from model.data.files import file_sha256
+from model.data.files import file_sha256, remove_file
 from model.data.manifest import hash_data
+from model.differences import DATA_LIMITS, data_words, settings_words
 from model.distributed import Dist
 from model.ledger import Ledger, join_ledgers
 from model.run import Run
@@ -150,10 +151,9 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
         raise RunMismatch(f"{path.parent} was made for seed {before_seed}, not {run.config.seed}; choose another out")
     for name, what in (("config_hash", "configuration"), ("data_hash", "data")):
         if before_hashes[name] != hashes[name]:
-            raise RunMismatch(
-                f"{path.parent} was made with another {what} ({name} {before_hashes[name][:12]}, now "
-                f"{hashes[name][:12]}); choose another out, or remove it"
-            )
+            short = f"{name} {before_hashes[name][:12]}, now {hashes[name][:12]}"
+            words = _name_differences(name, before, run) or short
+            raise RunMismatch(f"{path.parent} was made with another {what} ({words}); choose another out, or remove it")
     if before_hashes["code_hash"] == hashes["code_hash"]:
         return bool(before.get("code_changed", False))
     if not allow_code_change:
@@ -162,6 +162,20 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
             f"{hashes['code_hash'][:12]}); pass --allow-code-change to go on and mark the seed, or choose another out"
         )
     return True
+
+
+def _name_differences(hash_name: str, before: Mapping[str, Any], run: Run) -> str:
+    """Return in words why a hash differs from that in run.json, or nothing where that was not recorded."""
+    if hash_name == "config_hash":
+        now = {**dataclasses.asdict(run.config), "world_size": run.dist.world_size}
+        return settings_words({**(before.get("config") or {}), "world_size": before.get("world_size")}, now)
+    hashed, data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size), run.config.data
+    files = {"train": hashed.train, "val": hashed.val, "tokenizer": hashed.tokenizer}
+    limits = {name: getattr(data, name) for name in DATA_LIMITS}
+    earlier = (before.get("config") or {}).get("data") or {}
+    return data_words(
+        {**(before.get("data") or {}), **{name: earlier.get(name) for name in limits}}, {**files, **limits}
+    )
 
 
 def _finished(run: Run, stage: str) -> dict[str, Any] | None:
@@ -187,7 +201,7 @@ def _run_stage(run: Run, stage: str) -> None:
     """Run one stage on all ranks, then write its record on rank 0."""
     if run.dist.is_main:  # what comes after is stale from now on
         for later in STAGES[STAGES.index(stage) :]:
-            (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
+            remove_file(run.workdir / "stages" / f"{later}.json")
     run.report(stage, 0, None, {})
     ledger = Ledger(stage, run.dist.rank)
     with ledger.listening(), noting_compilation(ledger, run.dist.device), ledger.span(stage):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ class Location(NamedTuple):
     filesystem: Any  # pyarrow.fs.FileSystem
     root: str
     shown: str
+    aside: str = ""  # where files are written before they are moved into place; "": beside their place
 
     def path(self, *parts: str) -> str:
         """Return a path below the root."""
@@ -62,7 +65,7 @@ def list_parquet(location: Location, table: str) -> list[str]:
 
 
 def write_whole(location: Location, path: str, content: bytes) -> None:
-    """Write content aside in the same folder, then rename: a reader sees the whole file or none.
+    """Write content aside, in the same folder or in location.aside, then rename: a reader sees the whole file or none.
 
     Raises OSError when the place cannot be written.
     """
@@ -70,11 +73,7 @@ def write_whole(location: Location, path: str, content: bytes) -> None:
     aside = f"{folder}/.{name}.{os.getpid()}.tmp"
     if location.filesystem.type_name == "local":
         os.makedirs(folder, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        _write_local(Path(path), content, Path(location.aside or folder))
         return
     if location.filesystem.type_name in OBJECT_STORES:
         with location.filesystem.open_output_stream(path) as stream:  # one put: whole or absent without a rename
@@ -84,3 +83,27 @@ def write_whole(location: Location, path: str, content: bytes) -> None:
     with location.filesystem.open_output_stream(aside) as stream:
         stream.write(content)
     location.filesystem.move(aside, path)
+
+
+def _write_local(path: Path, content: bytes, folder: Path) -> None:
+    """Write aside in folder, sync, rename; nothing is left of what failed. Raises OSError naming path."""
+    aside = folder / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise type(error)(error.errno, error.strerror, str(path)) from None
+
+
+def _sync(descriptor: int) -> None:
+    """Ask for a file to be on the disk; a network filesystem may not know that request."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise

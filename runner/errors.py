@@ -3,10 +3,11 @@
     SweepError
       Infeasible        no node can ever hold one gang          (exit 2)
       DirectoryInUse    another driver owns the run directory   (exit 2)
+        Superseded      it took the directory over meanwhile    (exit 3)
       Refused           the run directory belongs to another config, data set or code (exit 2)
     Failure             why one attempt of one seed ended; a value, not an exception
 
-The first three are ValueErrors, because the person at the keyboard can mend them.
+All but Failure are ValueErrors, because the person at the keyboard can mend them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 class SweepError(ValueError):
     """A sweep cannot start or go on; the message is one line that says what to change."""
 
+    exit_code = 2
+
 
 class Infeasible(SweepError):
     """A gang asks for more than any single node has."""
@@ -31,6 +34,12 @@ class DirectoryInUse(SweepError):
 
 class Refused(SweepError):
     """The run directory was made by another configuration, data set or code."""
+
+
+class Superseded(DirectoryInUse):
+    """Another driver has taken the run directory over; this one, or its gang, stops."""
+
+    exit_code = 3
 
 
 class Kind(StrEnum):

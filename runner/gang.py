@@ -7,6 +7,7 @@ and a fresh one takes its place.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,7 @@ COLLECT_S = 1.0  # after a rank's first failure, for what else has failed alread
 DUMP_S = 3.0  # for stalled ranks to write their stacks down
 GONE_S = 15.0  # after a kill, for the processes to vanish
 PROBE_S = 0.5  # for a node's daemon to accept a connection
+EXIT_SUPERSEDED = 3
 NODE_ID_LABEL = "ray.io/node-id"
 
 # Words in errors of a rank whose peer is gone: a consequence, never the root cause.
@@ -62,6 +64,10 @@ class RankActor(Rank):
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         return {**super().hello(), "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id()}
+
+    def end_superseded(self) -> None:
+        """End this process at once: its driver may be suspended and unable to, and its peers hold GPUs."""
+        os._exit(EXIT_SUPERSEDED)
 
     def open_store(self) -> int:
         """Open the gang's rendezvous server and return its port."""

@@ -20,6 +20,8 @@ from runner.spec import Gang, RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05
+CLOSE_S = 5.0  # for a run to end with its driver
+THREAD_NAME = "seedsweep-"  # of threads that cannot be ended; jobs.cli ends the process under them
 
 
 class LocalRank(Rank):
@@ -41,7 +43,7 @@ class LocalRun:
         self.outcome: Outcome | None = None
         self.serial_seen = 0
         self.is_told = False
-        self.thread = threading.Thread(target=self.work, name=job.key.name, daemon=True)
+        self.thread = threading.Thread(target=self.work, name=f"{THREAD_NAME}{job.key.name}", daemon=True)
         self.thread.start()
 
     def work(self) -> None:
@@ -123,6 +125,12 @@ class LocalBackend:
             self.is_releasing = True
             if self.running is not None:
                 self.running.rank.stop()
+
+    def close(self) -> None:
+        """Ask a run that is still at work to stop, and give it a moment: a driver leaves before its time."""
+        if self.running is not None and self.running.thread.is_alive():
+            self.running.rank.stop()
+            self.running.thread.join(CLOSE_S)
 
     def poll(self, timeout_s: float) -> list[states.Event]:
         """Return what happened, waiting up to timeout_s where nothing has."""

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from model.config import RunConfig
 from runner.errors import Failure, Kind, first_line
+from runner.fence import fenced
 from runner.mirror import Mirror, open_mirror
 from runner.spec import RunKey
 from runner.storage import local_root
@@ -52,6 +53,7 @@ class Job:
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
+    epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
     stall_s: float | None = None  # after so long without progress the rank writes its own stacks down
 
     def log_path(self, rank: int) -> Path:
@@ -130,9 +132,7 @@ class Rank:
         puts_logs = self.rank == 0
         try:
             self.check_out()
-            self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
-            work = load_target(self.job.target)
-            work(self)
+            self.work()
         except Exception as error:
             if type(error).__name__ == STOPPED:
                 return Outcome(kind="interrupted", at=time.time())
@@ -144,6 +144,20 @@ class Rank:
             if self.mirror is not None and puts_logs:
                 self.put_logs(self.mirror)
         return Outcome(kind="finished", at=time.time())
+
+    def work(self) -> None:
+        """Run the target, fenced off from other drivers and attempts."""
+        job, workdir = self.job, Path(self.job.workdir)
+        with fenced(
+            job.out, workdir, epoch=job.epoch, attempt=job.attempt, is_writer=self.rank == 0,
+            on_superseded=self.end_superseded,
+        ):  # fmt: skip
+            self.mirror = open_mirror(job.out, job.key.name, workdir, epoch=job.epoch)
+            load_target(job.target)(self)
+
+    def end_superseded(self) -> None:
+        """End because another driver has come. In a thread of the driver: it sees the same and ends the process."""
+        self.stop()
 
     def put_logs(self, mirror: Mirror) -> None:
         """Copy the logs to the object store; a store that refuses them must not hide how the rank ended."""

@@ -174,6 +174,8 @@ def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
     Raises FileNotFoundError without the file, ValueError (one line) for anything that does not fit.
     """
     file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"spec {file} is {kind_of_file(file)}, not a file; give the YAML file of a sweep")
     if not file.is_file():
         choices = [str(item) for item in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
         raise FileNotFoundError(f"spec {file} not found" + (f"; {nearest(str(file), choices)}" if choices else ""))
@@ -189,6 +191,12 @@ def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
         return parse_spec(plain, out=out)
     except ValueError as error:
         raise ValueError(f"spec {file}: {error}") from None
+
+
+def kind_of_file(path: Path) -> str:
+    """Return what stands at a path that is no regular file."""
+    kinds = ((path.is_dir, "a folder"), (path.is_fifo, "a FIFO"), (path.is_socket, "a socket"))
+    return next((words for is_kind, words in kinds if is_kind()), "a device")
 
 
 def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
