@@ -13,9 +13,12 @@ All but Failure are ValueErrors, because the person at the keyboard can mend the
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+NO_ROOM = "NoRoomError"  # the name of the exception of a node that waited for room on its disk in vain
 
 
 class SweepError(ValueError):
@@ -54,6 +57,7 @@ class Kind(StrEnum):
     START = "start"  # the gang never became ready
     PREFLIGHT = "preflight"  # the node is not fit: busy GPUs, other versions, no data
     COMMIT = "commit"  # results could not be written
+    DISK = "disk"  # no room on a disk; tried again once, and the next attempt waits for room first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,10 +87,17 @@ class Failure:
         return f"{where}: {what}" if where else what
 
     def is_same_error(self, other: Failure | None) -> bool:
-        """Return whether other is the same exception with the same message: a deterministic error."""
+        """Return whether other is the same exception with the same message, or a disk that is full still."""
+        if other is not None and self.kind is other.kind is Kind.DISK:
+            return True
         if other is None or not self.error_type:
             return False
         return (self.kind, self.error_type, self.message) == (other.kind, other.error_type, other.message)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk, or the user's share of it, has no room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def first_line(text: str, *, limit: int = 300) -> str:

@@ -5,6 +5,7 @@ A thread cannot be killed. A run that is to end is asked to stop, and its place 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -49,8 +50,12 @@ class LocalRun:
     def work(self) -> None:
         """Run the rank with its logging in a file of its own."""
         path = self.rank.job.log_path(0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path)
+        except OSError as error:
+            self.outcome = Outcome(kind="failed", at=time.time(), failure=self.rank.failure_of(error))
+            return
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         ours = [logging.getLogger(name) for name in ("model", "runner")]
         for logger in ours:
@@ -61,7 +66,8 @@ class LocalRun:
         finally:
             for logger in ours:
                 logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take of the log
+                handler.close()
 
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from model.config import RunConfig
-from runner.errors import Failure, Kind, first_line
+from runner.errors import Failure, Kind, first_line, is_full
 from runner.fence import fenced
 from runner.mirror import Mirror, open_mirror
 from runner.spec import RunKey
@@ -53,6 +53,7 @@ class Job:
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
+    disk_s: float = 0.0  # how long to wait for room on the disk
     epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
     stall_s: float | None = None  # after so long without progress the rank writes its own stacks down
 
@@ -179,6 +180,8 @@ class Rank:
         message = first_line(str(error)) or type(error).__name__
         if isinstance(error, PreflightError):
             kind = Kind.PREFLIGHT
+        if isinstance(error, NoRoomError) or is_full(error):
+            kind = Kind.DISK
         return Failure(
             kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
             traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
@@ -218,6 +221,10 @@ class OutNotShared(ValueError):
 
 class PreflightError(RuntimeError):
     """This node is not fit for the gang; another one may be."""
+
+
+class NoRoomError(PreflightError):
+    """The run directory's disk is full, and nobody made room in time."""
 
 
 OPEN_STACKS: dict[Path, IO[str]] = {}  # faulthandler needs the file to stay open

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from runner.capacity import Node, count_slots, why_infeasible
 from runner.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
 from runner.directory import SweepDirectory, utc
-from runner.errors import Failure, Kind, Superseded, first_line
+from runner.errors import Failure, Kind, Superseded, first_line, is_full
 from runner.rank import Job
 from runner.spec import Limits, RunKey, SweepSpec
 from runner.states import FINAL, Committed, Event, Failed, Run, State, after
@@ -176,7 +176,7 @@ class Scheduler:
             raise
         except (OSError, ValueError) as error:
             failure = Failure(
-                kind=Kind.COMMIT,
+                kind=Kind.DISK if is_full(error) else Kind.COMMIT,
                 error_type=type(error).__name__,
                 message=f"results not written: {first_line(str(error))}",
             )

@@ -81,6 +81,7 @@ class Limits:
     heartbeat_s: float = 60.0  # without an answer from a rank's process
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang
+    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
     stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
     restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
 
@@ -93,7 +94,7 @@ class Limits:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"limits.{name}={value} must be positive")
-        for name in ("backoff_s", "backoff_max_s", "wait_s", "stop_grace_s"):
+        for name in ("backoff_s", "backoff_max_s", "wait_s", "disk_s", "stop_grace_s"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"limits.{name}={value} must not be negative")

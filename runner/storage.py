@@ -11,6 +11,7 @@ import errno
 import os
 import shutil
 import tempfile
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlparse
@@ -85,13 +86,20 @@ class LocalStorage:
         return True
 
     def append(self, path: str, content: bytes) -> None:
-        """Append and sync."""
+        """Append and sync; of what does not fit nothing is left. Raises OSError naming the file."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as file:
-            file.write(content)
-            file.flush()
-            sync_file(file.fileno())
+        try:
+            with target.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    write_all(file, content)
+                    sync_file(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(target)) from None
 
     def names(self, folder: str) -> list[str]:
         """Return file names, those being written left out."""
@@ -157,6 +165,13 @@ class ObjectStorage:
         """Delete an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.root}/{path}")
+
+
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """Write all of content to an unbuffered file."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) or 0 :]
 
 
 def create_filled(path: Path, content: bytes) -> bool:

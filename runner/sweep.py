@@ -354,6 +354,7 @@ class SweepWork:
             fetch=self.spec.fetch,
             target=self.options.target,
             probe=self.probe,
+            disk_s=self.spec.limits.disk_s,
             epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
             stall_s=None if self.options.is_local else self.spec.limits.stall_s,
         )
