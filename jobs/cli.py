@@ -63,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     the reader of a pipe leaves (`| head`), the code is the one that a shell gives a program ended by that signal.
     """
     code = run_command(argv)
-    end_under_threads(code)
+    if argv is None:  # the whole process is this command's
+        end_under_threads(code)
     return code
 
 

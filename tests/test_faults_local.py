@@ -48,7 +48,8 @@ given = json.loads(sys.argv[1])
 sweep.data_hash = lambda data, **more: "d" * 64
 options = sweep.Options(is_local=True, target=given.get("target", "tests.stub_work:work"), progress="plain")
 run.execute = lambda args: sweep.run_sweep(make_spec(Path(given["out"]), seeds=[1]), options)
-sys.exit(cli.main(["run", "unread"]))
+sys.argv = ["seedsweep", "run", "unread"]
+sys.exit(cli.main())
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from model.data import files
 from model.data.files import replace_file
 from model.data.writer import LOCK_NAME, hold_folder
+from results import location as location_module
 from results.location import open_location, write_whole
 from runner.directory import SweepDirectory
 from runner.errors import DirectoryInUse
@@ -132,3 +134,32 @@ def test_a_claim_that_is_half_written_is_named(tmp_path: Path, monkeypatch: pyte
     directory.acquire()
     with pytest.raises(DirectoryInUse):
         SweepDirectory(LocalStorage(tmp_path)).acquire()
+
+
+def test_a_store_that_never_answers_is_given_up_in_one_line_with_the_way_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"s3://b/x?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
+        code = (
+            "import sys; from results import location; from jobs.cli import main; location.PATIENCE_S = 0.5; "
+            f"sys.argv = ['seedsweep', 'table', {place!r}]; sys.exit(main())"
+        )
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30,
+            env={**os.environ, **keys}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "cannot be opened: no answer within" in done.stderr
+    assert "AWS_ACCESS_KEY_ID" in done.stderr
+
+
+@pytest.mark.parametrize("scheme", ["gs", "abfss"])
+def test_a_refused_store_names_how_to_get_in(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_uri: str) -> None:
+        raise OSError("could not\nauthenticate")
+
+    monkeypatch.setattr(location_module, "_open_store", refuse)
+    with pytest.raises(ConnectionError, match="could not authenticate; run ") as told:
+        open_location(f"{scheme}://b/x")
+    assert "\n" not in str(told.value)
