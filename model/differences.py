@@ -27,7 +27,7 @@ def data_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     compared by their names, as their places do not count.
     """
     words = []
-    for split in ("train", "val"):
+    for split in (name for name in ("train", "val") if name in before and name in now):
         old, new = (by_name(data.get(split)) for data in (before, now))
         words += [f"{split} {name} is new" for name in new if name not in old]
         words += [f"{split} {name} is gone" for name in old if name not in new]

@@ -152,8 +152,11 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> bool:
     for name, what in (("config_hash", "configuration"), ("data_hash", "data")):
         if before_hashes[name] != hashes[name]:
             short = f"{name} {before_hashes[name][:12]}, now {hashes[name][:12]}"
-            words = _name_differences(name, before, run) or short
-            raise RunMismatch(f"{path.parent} was made with another {what} ({words}); choose another out, or remove it")
+            words = _name_differences(name, before, run)
+            raise RunMismatch(
+                f"{path.parent} was made with another {what} ({short}{words and f': {words}'}); "
+                f"choose another out, or remove it"
+            )
     if before_hashes["code_hash"] == hashes["code_hash"]:
         return bool(before.get("code_changed", False))
     if not allow_code_change:

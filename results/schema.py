@@ -214,8 +214,8 @@ def describe() -> str:
         "null where nothing was measured. A file of another version is refused by name.",
         "",
         "Any reader of Parquet will do. DuckDB takes a folder named like `seed=42` on the way to the files for a Hive",
-        "partition and lays a column of that name over the one in the files; `read_parquet(..., hive_partitioning = false)`",
-        "keeps the files' own.",
+        "partition and lays a column of that name over the one in the files; with `hive_partitioning = false` in",
+        "`read_parquet` the files' own is kept.",
     ]
     for table in reversed(TABLES):
         parts += ["", f"## {table}", "", "| column | type | null | meaning |", "| --- | --- | --- | --- |"]

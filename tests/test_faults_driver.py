@@ -93,11 +93,19 @@ def test_what_a_killed_driver_left_is_settled_by_the_next_status(cluster: Any, t
     driver.send_signal(signal.SIGTERM)
     time.sleep(3.0)  # as `ray job stop` does
     end(driver)
+    assert look(str(tmp_path)).is_driven  # as its heartbeat says for a minute
     assert state_of(tmp_path)[42] == "TRAIN"
+    grow_old(tmp_path / "heartbeat.json")
     picture = look(str(tmp_path))
     assert not picture.is_driven
     assert state_of(tmp_path)[42] == "CANCELLED"
     assert_nothing_is_left(cluster.address)
+
+
+def grow_old(heartbeat: Path) -> None:
+    """Make a heartbeat a minute older."""
+    beat = json.loads(heartbeat.read_text())
+    heartbeat.write_text(json.dumps({**beat, "beat": beat["beat"] - 61.0}))
 
 
 def test_a_second_driver_refuses_and_names_the_first(cluster: Any, tmp_path: Path) -> None:
