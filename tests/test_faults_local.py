@@ -22,7 +22,7 @@ from jobs.cli import main
 from runner import sweep as sweep_module
 from runner import worker
 from runner.directory import SweepDirectory
-from runner.errors import NO_ROOM, DirectoryInUse, Failure, Kind, Refused
+from runner.errors import NO_ROOM, DirectoryInUse, Failure, Kind, Refused, Superseded
 from runner.lease import Owner
 from runner.rank import Job, NoRoomError, Rank
 from runner.spec import Limits, RunKey
@@ -30,7 +30,7 @@ from runner.states import Run, State, why_give_up
 from runner.status import look
 from runner.storage import LocalStorage
 from runner.sweep import Options, run_sweep
-from tests.stub_work import TARGET
+from tests.stub_work import TARGET, work
 from tests.sweep_tools import make_spec, no_data, state_of, write_faults
 
 pytestmark = pytest.mark.usefixtures("no_data")
@@ -99,6 +99,22 @@ def long_step(rank: Rank) -> None:
     matrix = torch.eye(1500)
     while True:
         matrix = matrix @ matrix
+
+
+def finish_too_late(rank: Rank) -> None:
+    """Do the work; another driver comes before it is committed, with a probe of its own."""
+    work(rank)
+    LocalStorage(Path(rank.job.out)).write("probes/theirs", b"")
+    oust(Path(rank.job.out))
+
+
+def test_an_ousted_driver_commits_nothing_and_leaves_what_is_its_successors(tmp_path: Path) -> None:
+    late = replace(LOCAL, target="tests.test_faults_local:finish_too_late")
+    with pytest.raises(Superseded, match="taken over by another driver"):
+        run_sweep(make_spec(tmp_path, seeds=[1]), late)
+    assert not list((tmp_path / "results").rglob("*.parquet"))
+    assert json.loads((tmp_path / "lease.json").read_text())["epoch"] == 9
+    assert [path.name for path in (tmp_path / "probes").iterdir()] == ["theirs"]
 
 
 @pytest.mark.slow
