@@ -9,16 +9,13 @@ import dataclasses
 import logging
 import os
 import secrets
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from model.differences import code_words, data_words, settings_words
@@ -32,6 +29,7 @@ from runner.progress import open_view
 from runner.provenance import Git, code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job, OutNotShared
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
+from runner.signals import raise_interrupt, signals_end
 from runner.spec import Gang, RunKey, SweepSpec, absolute_path
 from runner.states import Run, State
 from runner.storage import check_writable, local_root, open_storage
@@ -383,44 +381,3 @@ def stage_data_hash(workdir: Path) -> str | None:
 def scratch_root(out: str) -> Path:
     """Return the node-local folder where runs of a sweep on an object store do their work."""
     return Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}" / sha256(out.encode()).hexdigest()[:16]
-
-
-def raise_interrupt() -> None:
-    """End what is going on as Ctrl-C does, before there is a scheduler that ends runs in order."""
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def signals_end(interrupt: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM, SIGHUP and Ctrl-C call interrupt; a second Ctrl-C ends the process the usual way.
-
-    A hangup that is ignored already, as under nohup, stays ignored.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            leave_terminal()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        interrupt()
-
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def leave_terminal() -> None:
-    """Send what is still printed nowhere: the terminal is gone, and writing to it would be an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        if os.isatty(descriptor):
-            os.dup2(nowhere, descriptor)
-    os.close(nowhere)
