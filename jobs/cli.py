@@ -6,10 +6,12 @@ Only the chosen command's module is imported, so `seedsweep --help` needs neithe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import select
 import sys
+import threading
 from collections.abc import Sequence
 
 # name -> (module in jobs.commands, one line of help); the order is the order of the help page
@@ -60,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     A ValueError or OSError that reaches this point is a user's mistake or a full disk: one line, no traceback. When
     the reader of a pipe leaves (`| head`), the code is the one that a shell gives a program ended by that signal.
     """
+    code = run_command(argv)
+    if argv is None:  # the whole process is this command's
+        end_under_threads(code)
+    return code
+
+
+def run_command(argv: Sequence[str] | None) -> int:
+    """Run one command, print what went wrong, and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     try:
@@ -74,7 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and has_reader_left():
             return EXIT_PIPE_CLOSED
         print(f"seedsweep: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return int(getattr(error, "exit_code", EXIT_BAD_INPUT))
+
+
+def end_under_threads(code: int) -> None:
+    """End the process now if a thread of ours is still inside a library: the interpreter's own way out would crash it.
+
+    Such a thread is a seed of `--local` that was left in the middle of a step, or a store that does not answer.
+    """
+    if not any(thread.name.startswith("seedsweep-") for thread in threading.enumerate()):
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def has_reader_left() -> bool:

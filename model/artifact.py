@@ -35,6 +35,7 @@ from model.artifact_header import (
 )
 from model.compression import SHUFFLE_HEADER_BYTES, byte_shuffle, byte_unshuffle, compress, decompress
 from model.config import ModelConfig
+from model.data.files import replace_file
 from model.quantized import QuantizedState, QuantizedWeight
 
 MAGIC = b"SSQMODEL"
@@ -117,15 +118,8 @@ def save_artifact(
     meta: whatever should be read beside the model (seed, hashes), as plain JSON values.
     """
     content = pack_artifact(state, config, meta, codec=codec)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replace_file(path) as file:
+        file.write(content)
     return read_artifact_info(path).sizes
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.data.files import file_sha256, replace_file
+from model.data.files import file_sha256, remove_file, replace_file
 from model.tensorfile import load_tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class CheckpointStore:
                 self.on_write(path)
         for old in self.steps()[:-NUM_KEPT]:
             for path in reversed(self._paths(old)):
-                path.unlink(missing_ok=True)
+                remove_file(path)
 
     def steps(self) -> list[int]:
         """Return the steps that have a record, oldest first."""
@@ -67,7 +67,7 @@ class CheckpointStore:
         """Remove every checkpoint, and what a killed attempt left half-written."""
         for pattern in ("step-*.json", "step-*.safetensors", ".step-*.tmp"):
             for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+                remove_file(path)
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return (tensors, meta with "step") of one checkpoint. Raises ValueError, OSError or KeyError if damaged."""

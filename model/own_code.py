@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.config import RunConfig
+from model.data.files import replace_file
 
 READABLE_NAME, PACKED_NAME = "train_gpt.py", "train_gpt_packed.py"
 CONVENTION = "self-extracting-train_gpt"  # bytes of the compressed twin
@@ -48,8 +49,9 @@ class Program(NamedTuple):
 
     def write(self, folder: Path) -> list[str]:
         """Write both files and return their names."""
-        (folder / READABLE_NAME).write_bytes(self.readable.encode())
-        (folder / PACKED_NAME).write_bytes(self.packed)
+        for name, content in ((READABLE_NAME, self.readable.encode()), (PACKED_NAME, self.packed)):
+            with replace_file(folder / name) as file:
+                file.write(content)
         return [READABLE_NAME, PACKED_NAME]
 
 

@@ -23,9 +23,10 @@ from model.checkpoint import CheckpointStore, write_json
 from model.codesize import code_hash
 from model.compile_clock import COMPILE, noting_compilation
 from model.config import RunConfig, config_hash
-from model.data.files import file_sha256
+from model.data.files import file_sha256, remove_file
 from model.data.manifest import hash_data
 from model.data.text_check import check_text
+from model.differences import DATA_LIMITS, data_words, settings_words
 from model.distributed import Dist
 from model.ledger import Ledger, join_ledgers
 from model.memory import peak_memory_bytes, reset_peak_memory
@@ -166,9 +167,11 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> dict[str, A
         raise RunMismatch(f"{path.parent} was made for seed {before_seed}, not {run.config.seed}; choose another out")
     for name, what in (("config_hash", "configuration"), ("data_hash", "data")):
         if before_hashes[name] != hashes[name]:
+            short = f"{name} {before_hashes[name][:12]}, now {hashes[name][:12]}"
+            words = _name_differences(name, before, run)
             raise RunMismatch(
-                f"{path.parent} was made with another {what} ({name} {before_hashes[name][:12]}, now "
-                f"{hashes[name][:12]}); choose another out, or remove it"
+                f"{path.parent} was made with another {what} ({short}{words and f': {words}'}); "
+                f"choose another out, or remove it"
             )
     changes = changes_since(newest, run)
     if changes and not allow_code_change:
@@ -180,6 +183,20 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> dict[str, A
     if not changes and run.config.runtime.attention == "auto":
         run.attention = newest.get("attention")
     return dict(before)
+
+
+def _name_differences(hash_name: str, before: Mapping[str, Any], run: Run) -> str:
+    """Return in words why a hash differs from that in run.json, or nothing where that was not recorded."""
+    if hash_name == "config_hash":
+        now = {**dataclasses.asdict(run.config), "world_size": run.dist.world_size}
+        return settings_words({**(before.get("config") or {}), "world_size": before.get("world_size")}, now)
+    hashed, data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size), run.config.data
+    files = {"train": hashed.train, "val": hashed.val, "tokenizer": hashed.tokenizer}
+    limits = {name: getattr(data, name) for name in DATA_LIMITS}
+    earlier = (before.get("config") or {}).get("data") or {}
+    return data_words(
+        {**(before.get("data") or {}), **{name: earlier.get(name) for name in limits}}, {**files, **limits}
+    )
 
 
 def _finished(run: Run, stage: str) -> dict[str, Any] | None:
@@ -206,7 +223,7 @@ def _run_stage(run: Run, stage: str) -> None:
     if run.dist.is_main:  # what comes after is stale from now on
         list_attempt(run)
         for later in STAGES[STAGES.index(stage) :]:
-            (run.workdir / "stages" / f"{later}.json").unlink(missing_ok=True)
+            remove_file(run.workdir / "stages" / f"{later}.json")
     run.report(stage, 0, None, {})
     ledger = Ledger(stage, run.dist.rank)
     counted = reset_peak_memory(run.dist.device)

@@ -21,6 +21,7 @@ from model.checkpoint import CheckpointStore
 from model.codesize import code_program
 from model.compile_ahead import compile_kernels
 from model.config import ATTENTION_BACKENDS, ModelConfig
+from model.data.files import replace_file
 from model.data.loader import SpanLoader
 from model.data.shards import list_shards
 from model.data.tokenizer import Tokenizer, load_tokenizer
@@ -155,7 +156,8 @@ def remember_progress(run: Run) -> Report:
     def report(phase: str, step: int, total: int | None, metrics: dict[str, Any]) -> None:
         if run.dist.is_main:
             note = {"step": step, "lost_steps": metrics["lost_steps"]}
-            (run.workdir / PROGRESS).write_text(json.dumps(note))
+            with replace_file(run.workdir / PROGRESS, is_synced=False) as file:
+                file.write(json.dumps(note).encode())
         run.report(phase, step, total, metrics)
 
     return report

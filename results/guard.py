@@ -36,8 +36,11 @@ def note_sums(location: Location, contents: Mapping[str, bytes]) -> None:
         lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items()]
         path = Path(location.path("results", SUMS))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:  # a full disk does not say which file it was
+            raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 def find_faults(location: Location, table: str, names: list[str]) -> dict[str, str]:

@@ -214,6 +214,10 @@ def describe() -> str:
         "others without it. Names end in their unit: `_s` seconds, `_bytes` bytes, `_bpb` bits per UTF-8 byte;",
         "nats are summed unless the name says `per_token`. A failed attempt is a row too: `state`, `error`, and",
         "null where nothing was measured. A file of another version is refused by name.",
+        "",
+        "Any reader of Parquet will do. DuckDB takes a folder named like `seed=42` on the way to the files for a Hive",
+        "partition and lays a column of that name over the one in the files; with `hive_partitioning = false` in",
+        "`read_parquet` the files' own is kept.",
     ]
     for table in reversed(TABLES):
         parts += ["", f"## {table}", "", "| column | type | null | meaning |", "| --- | --- | --- | --- |"]

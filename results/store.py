@@ -31,6 +31,7 @@ def commit_attempt(
     stages: Sequence[Mapping[str, object]] = (),
     steps: Mapping[str, np.ndarray] | None = None,
     documents: Mapping[str, np.ndarray] | None = None,
+    aside_folder: str = "",
 ) -> str:
     """Write one attempt into OUT/results and return the file name; a second call replaces the first.
 
@@ -40,9 +41,10 @@ def commit_attempt(
         records that are columns of `runs` are filled in from `stages`; a value in `run` wins.
     stages: the stage records of the run directory (stage, seconds, metrics, outputs, hashes), in order.
     steps, documents: arrays of equal length by column name, key columns left out; empty for an attempt that has none.
+    aside_folder: where files are written before they are moved into place, on the same local filesystem.
     Raises ValueError for an unknown or missing column, with the nearest name.
     """
-    location = open_location(out)
+    location = open_location(out)._replace(aside=aside_folder)
     row = _run_row(run, stages)
     keys = {column.name: row[column.name] for column in KEYS}
     tables = {

@@ -23,8 +23,16 @@ DOCUMENT_FILES = ("evaluate.npz", "ttt.npz")
 MACHINE_COLUMNS = ("gpu_model", "driver_version", "cuda_version")
 
 
-def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str, Any], node_label: str = "") -> None:
-    """Write the attempt that run stands for into the sweep's results.
+def commit_run(
+    spec: SweepSpec,
+    workdir: Path,
+    run: Run,
+    *,
+    record: Mapping[str, Any],
+    node_label: str = "",
+    aside_folder: str = "",
+) -> None:
+    """Write the attempt that run stands for into the sweep's results; aside_folder: the driver's own (runner.fence).
 
     record: what attempt.json would say; used where the attempt ended before it wrote one. state TEARDOWN and the like
     count as FAILED. Raises OSError or ValueError when results cannot be written or a record is damaged.
@@ -48,6 +56,7 @@ def commit_run(spec: SweepSpec, workdir: Path, run: Run, *, record: Mapping[str,
         stages=stages,
         steps=step_rows(workdir) if is_done else {},
         documents=document_rows(workdir) if is_done else {},
+        aside_folder=aside_folder,
     )
 
 

@@ -4,7 +4,7 @@
     events.jsonl    one line for each transition, appended
     state.json      the newest picture of every run, replaced
     heartbeat.json  the driver's last sign of life, replaced every few seconds
-    lease.json      which driver owns the folder
+    lease.json      which driver owns the folder; drivers/ holds the claim of the present one, or the last
     cancel/         requests of `seedsweep cancel`, one file each
 
 Everything here can be read without Ray, while a driver is at work and after it died.
@@ -12,63 +12,26 @@ Everything here can be read without Ray, while a driver is at work and after it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
-import secrets
-import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from runner.errors import DirectoryInUse, Failure, Kind
+from model.data.files import writing_aside_in
+from runner.errors import Failure, Kind
+from runner.fence import retire, take_place
+from runner.lease import CLAIMS, Lease, Owner
 from runner.spec import RunKey
 from runner.states import Run, State
 from runner.storage import LocalStorage, ObjectStorage
 
 FORMAT = 1
-BEAT_EVERY_S = 3.0
 UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells otherwise, or leaves out
-LEASE_TTL_S = 60.0  # a driver on another host that has been silent for longer is taken for dead
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Owner:
-    """One driver process, named so that another process can tell whether it still lives."""
-
-    host: str
-    boot: str  # of the host; pids of another boot mean nothing
-    pid: int
-    started: float  # of the process, seconds since 1970; a pid alone may be used again
-    token: str
-    beat: float  # last sign of life, seconds since 1970
-
-    @classmethod
-    def me(cls) -> Owner:
-        """Return this process."""
-        return cls(
-            host=socket.gethostname(), boot=boot_id(), pid=os.getpid(), started=psutil.Process().create_time(),
-            token=secrets.token_hex(8), beat=time.time(),
-        )  # fmt: skip
-
-    def is_alive(self, now: float) -> bool:
-        """Return whether the driver lives: by its process on this host, by its heartbeat elsewhere."""
-        if self.host != socket.gethostname() or self.boot != boot_id():
-            return now - self.beat < LEASE_TTL_S
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.started) < 2 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    def describe(self, now: float) -> str:
-        """Return the owner in words, with the age of its last sign of life."""
-        return f"pid {self.pid} on {self.host}, last heard {max(0.0, now - self.beat):.0f} s ago"
 
 
 @dataclass(slots=True)
@@ -76,92 +39,60 @@ class SweepDirectory:
     """Reads and writes the files above. One driver writes; anybody reads."""
 
     storage: LocalStorage | ObjectStorage
-    owner: Owner | None = None
-    last_beat: float = field(default=0.0)
+    lease: Lease = field(init=False)
+    place: Path | None = None  # the driver's own folder for files being written
+
+    def __post_init__(self) -> None:
+        self.lease = Lease(self.storage)
 
     def read_json(self, name: str) -> Any:
         """Return a JSON file's content, None if it is not there. Raises ValueError if it is damaged."""
-        try:
-            return json.loads(self.storage.read(name))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            raise ValueError(f"{self.storage.shown}/{name} is damaged; remove it or restore it") from None
+        return self.lease.read_json(name)
 
     def write_json(self, name: str, value: object) -> None:
         """Replace a JSON file."""
-        self.storage.write(name, json.dumps(value, indent=1, default=str).encode() + b"\n")
+        self.lease.write_json(name, value)
 
-    def acquire(self) -> None:
-        """Become the driver of this folder.
+    @property
+    def owner(self) -> Owner | None:
+        """This process as the owner, None while it is not."""
+        return self.lease.owner
+
+    def acquire(self) -> bool:
+        """Become the driver of this folder; return whether gangs of an earlier one may still be at work.
 
         Raises DirectoryInUse, naming owner and age, while another driver lives.
         """
-        other = self.read_owner()
-        if other is not None and other.is_alive(time.time()):
-            raise DirectoryInUse(
-                f"{self.storage.shown} is driven by {other.describe(time.time())}; "
-                f"wait for it, or end it with: seedsweep cancel {self.storage.shown}"
-            )
-        me = Owner.me()
-        if isinstance(self.storage, LocalStorage) and other is None:
-            self.create_lease(self.storage.root, me)
-        else:
-            self.write_json("lease.json", dataclasses.asdict(me))
-            time.sleep(0.2)  # two that took over at the same moment: the later write stays
-        winner = self.read_owner()
-        if winner is None or winner.token != me.token:
-            raise DirectoryInUse(
-                f"{self.storage.shown} was taken by another driver just now; look with seedsweep status"
-            )
-        self.owner = me
-        self.beat(force=True)
+        may_be_at_work = self.lease.acquire()
+        assert self.owner is not None
+        if isinstance(self.storage, LocalStorage):
+            self.place = take_place(self.storage.root / CLAIMS, self.owner.epoch)
+            self.lease.check()  # a newer driver has taken away what was there before it, not what came since
+        return may_be_at_work
 
-    def create_lease(self, root: Path, me: Owner) -> None:
-        """Make lease.json if nobody has made it yet; whoever comes second finds it there."""
-        aside = root / f".lease.{me.token}.tmp"
-        root.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(dataclasses.asdict(me)))
-        try:
-            os.link(aside, root / "lease.json")
-        except FileExistsError:
-            pass
-        finally:
-            aside.unlink()
+    @contextlib.contextmanager
+    def writing_fenced(self) -> Iterator[None]:
+        """Let this thread write into the folder only while no newer driver has taken it over."""
+        if self.place is None or not isinstance(self.storage, LocalStorage):
+            yield
+            return
+        with writing_aside_in(self.place, self.storage.root):
+            yield
 
     def read_owner(self) -> Owner | None:
         """Return the driver named in the lease, with its newest heartbeat; None where there is none."""
-        plain = self.read_json("lease.json")
-        if plain is None:
-            return None
-        try:
-            owner = Owner(**plain)
-        except TypeError:
-            raise ValueError(f"{self.storage.shown}/lease.json is damaged; remove it") from None
-        beat = self.read_json("heartbeat.json")
-        if isinstance(beat, Mapping) and beat.get("token") == owner.token:
-            owner = dataclasses.replace(owner, beat=float(beat["beat"]))
-        return owner
+        return self.lease.read_owner()
 
     def beat(self, *, force: bool = False) -> None:
-        """Leave a sign of life, every few seconds.
-
-        Raises DirectoryInUse if another driver has taken the folder over meanwhile.
-        """
-        now = time.time()
-        if self.owner is None or (not force and now - self.last_beat < BEAT_EVERY_S):
-            return
-        self.last_beat = now
-        lease = self.read_json("lease.json")
-        if not isinstance(lease, Mapping) or lease.get("token") != self.owner.token:
-            raise DirectoryInUse(f"{self.storage.shown} was taken over by another driver; this one stops")
-        self.write_json("heartbeat.json", {"token": self.owner.token, "beat": now, "time": utc(now)})
+        """Leave a sign of life, every few seconds. Raises Superseded if another driver has taken the folder."""
+        self.lease.beat(force=force)
 
     def release(self) -> None:
-        """Give the folder up."""
-        if self.owner is not None:
-            self.storage.remove("lease.json")
-            self.owner = None
+        """Give the folder up, if it is still this driver's."""
+        self.lease.release()
+        if self.place is not None:
+            retire(self.place)
+            self.place = None
 
     def driver_is_alive(self) -> bool:
         """Return whether a living driver owns the folder."""
@@ -238,9 +169,3 @@ def failure_from_json(plain: Mapping[str, Any]) -> Failure:
 def utc(seconds: float) -> str:
     """Return a time as ISO text in UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
-
-
-def boot_id() -> str:
-    """Return what names this boot of this host; nothing where the system does not say."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""

@@ -3,22 +3,28 @@
     SweepError
       Infeasible        no node can ever hold one gang          (exit 2)
       DirectoryInUse    another driver owns the run directory   (exit 2)
+        Superseded      it took the directory over meanwhile    (exit 3)
       Refused           the run directory belongs to another config, data set or code (exit 2)
     Failure             why one attempt of one seed ended; a value, not an exception
 
-The first three are ValueErrors, because the person at the keyboard can mend them.
+All but Failure are ValueErrors, because the person at the keyboard can mend them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+NO_ROOM = "NoRoomError"  # the name of the exception of a node that waited for room on its disk in vain
+
 
 class SweepError(ValueError):
     """A sweep cannot start or go on; the message is one line that says what to change."""
+
+    exit_code = 2
 
 
 class Infeasible(SweepError):
@@ -33,6 +39,12 @@ class Refused(SweepError):
     """The run directory was made by another configuration, data set or code."""
 
 
+class Superseded(DirectoryInUse):
+    """Another driver has taken the run directory over; this one, or its gang, stops."""
+
+    exit_code = 3
+
+
 class Kind(StrEnum):
     """The nature of a failure; it decides who pays for the attempt and whether another one follows."""
 
@@ -45,6 +57,7 @@ class Kind(StrEnum):
     START = "start"  # the gang never became ready
     PREFLIGHT = "preflight"  # the node is not fit: busy GPUs, other versions, no data
     COMMIT = "commit"  # results could not be written
+    DISK = "disk"  # no room on a disk; tried again once, and the next attempt waits for room first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,10 +100,17 @@ class Failure:
         return "; ".join(part for part in parts if part)
 
     def is_same_error(self, other: Failure | None) -> bool:
-        """Return whether other is the same exception with the same message: a deterministic error."""
+        """Return whether other is the same exception with the same message, or a disk that is full still."""
+        if other is not None and self.kind is other.kind is Kind.DISK:
+            return True
         if other is None or not self.error_type:
             return False
         return (self.kind, self.error_type, self.message) == (other.kind, other.error_type, other.message)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether an error says that a disk, or the user's share of it, has no room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def first_line(text: str, *, limit: int = 300) -> str:

@@ -5,6 +5,7 @@ A thread cannot be killed. A run that is to end is asked to stop, and its place 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -20,6 +21,8 @@ from runner.spec import Gang, RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05
+CLOSE_S = 5.0  # for a run to end with its driver
+THREAD_NAME = "seedsweep-"  # of threads that cannot be ended; jobs.cli ends the process under them
 
 
 class LocalRank(Rank):
@@ -41,14 +44,18 @@ class LocalRun:
         self.outcome: Outcome | None = None
         self.serial_seen = 0
         self.is_told = False
-        self.thread = threading.Thread(target=self.work, name=job.key.name, daemon=True)
+        self.thread = threading.Thread(target=self.work, name=f"{THREAD_NAME}{job.key.name}", daemon=True)
         self.thread.start()
 
     def work(self) -> None:
         """Run the rank with its logging in a file of its own."""
         path = self.rank.job.log_path(0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(path)
+        except OSError as error:
+            self.outcome = Outcome(kind="failed", at=time.time(), failure=self.rank.failure_of(error))
+            return
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         ours = [logging.getLogger(name) for name in ("model", "runner")]
         for logger in ours:
@@ -59,7 +66,8 @@ class LocalRun:
         finally:
             for logger in ours:
                 logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take of the log
+                handler.close()
 
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""
@@ -123,6 +131,12 @@ class LocalBackend:
             self.is_releasing = True
             if self.running is not None:
                 self.running.rank.stop()
+
+    def close(self) -> None:
+        """Ask a run that is still at work to stop, and give it a moment: a driver leaves before its time."""
+        if self.running is not None and self.running.thread.is_alive():
+            self.running.rank.stop()
+            self.running.thread.join(CLOSE_S)
 
     def poll(self, timeout_s: float) -> list[states.Event]:
         """Return what happened, waiting up to timeout_s where nothing has."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runner.fence import check_epoch
 from runner.storage import LocalStorage, ObjectStorage, open_storage, remove_tree
 
 FOLDERS = ("", "checkpoints", "ledger", "stages")  # of a run directory; stages last, as when they were written
@@ -22,13 +23,17 @@ COMMITTED = (
 
 
 class Mirror:
-    """A run directory and its copy under a prefix of an object store."""
+    """A run directory and its copy under a prefix of an object store; epoch is that of the driver it works for."""
 
-    def __init__(self, storage: ObjectStorage, prefix: str, workdir: Path) -> None:
-        self.storage, self.prefix, self.workdir = storage, prefix, workdir
+    def __init__(self, storage: ObjectStorage, prefix: str, workdir: Path, *, epoch: int = 0) -> None:
+        self.storage, self.prefix, self.workdir, self.epoch = storage, prefix, workdir, epoch
 
     def put(self, path: Path) -> None:
-        """Put one finished file; after a checkpoint, forget those that training has dropped."""
+        """Put one finished file; after a checkpoint, forget those that training has dropped.
+
+        Raises Superseded if another driver has taken the sweep over.
+        """
+        check_epoch(self.storage, self.epoch)
         name = path.relative_to(self.workdir).as_posix()
         self.storage.write(f"{self.prefix}/{name}", path.read_bytes())
         if path.parent.name == "checkpoints" and path.suffix == ".json":
@@ -65,7 +70,7 @@ class Mirror:
         LocalStorage(self.workdir).write(name, self.storage.read(f"{self.prefix}/{name}"))
 
 
-def open_mirror(out: str, run_name: str, workdir: Path) -> Mirror | None:
+def open_mirror(out: str, run_name: str, workdir: Path, *, epoch: int = 0) -> Mirror | None:
     """Return the mirror of a run, None where the sweep lies on a filesystem and the run directory is the original."""
     storage = open_storage(out)
-    return Mirror(storage, f"seeds/{run_name}", workdir) if isinstance(storage, ObjectStorage) else None
+    return Mirror(storage, f"seeds/{run_name}", workdir, epoch=epoch) if isinstance(storage, ObjectStorage) else None

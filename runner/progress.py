@@ -111,6 +111,8 @@ def note_of(run: Run, now: float) -> str:
         return "waits for a free place"
     if run.is_stopping:
         return "stopping"
+    if run.state is State.STARTING and isinstance(run.metrics.get("note"), str):
+        return str(run.metrics["note"])
     if run.attempt > 1 and run.previous is not None and run.state in WORKING:
         return f"after {run.previous.kind}"
     return ""
@@ -155,6 +157,7 @@ class PlainView:
         self.stream, self.every_s = stream or sys.stdout, every_s
         self.paces = Paces()
         self.next_at: float | None = None
+        self.noted: set[RunKey] = set()
 
     def update(self, runs: Mapping[RunKey, Run], changed: list[Run], now: float) -> None:
         """Print changed runs, and all that are at work where it is time."""
@@ -165,6 +168,9 @@ class PlainView:
             self.next_at = now + self.every_s
             shown += [run for run in runs.values() if run.state in WORKING and run not in shown]
         for run in runs.values():
+            if run.state is State.STARTING and run.metrics.get("note") and run.key not in self.noted:
+                self.noted.add(run.key)  # a node that waits says so once
+                shown.append(run)
             if run.state in WORKING:
                 self.paces.eta_s(run, now)
         self.show([row_of(run, self.paces, now) for run in shown])

@@ -120,6 +120,22 @@ def data_hash(data: DataConfig, *, vocab_size: int) -> str:
     return hashes.data_hash
 
 
+def data_files(data: DataConfig, *, vocab_size: int) -> dict[str, Any]:
+    """Return what the data hash is taken over, by file, {} where this machine lacks data or cannot read it.
+
+    It only lets a later refusal name what differs; the hash itself decides.
+    """
+    from model.data.manifest import hash_data
+    from model.differences import DATA_LIMITS
+
+    try:
+        hashed = hash_data(data, vocab_size=vocab_size)
+    except (ValueError, OSError):
+        return {}
+    files = {"train": dict(hashed.train), "val": dict(hashed.val), "tokenizer": hashed.tokenizer}
+    return {**files, **{name: getattr(data, name) for name in DATA_LIMITS}}
+
+
 def data_problems(data: DataConfig) -> list[str]:
     """Return one line for each thing of data that this machine lacks; sizes and headers only, in milliseconds."""
     from model.data.manifest import check_data

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from model.config import RunConfig
-from runner.errors import Failure, Kind, first_line
+from runner.errors import Failure, Kind, first_line, is_full
+from runner.fence import fenced
 from runner.mirror import Mirror, open_mirror
 from runner.spec import RunKey
 from runner.storage import local_root
@@ -53,6 +54,8 @@ class Job:
     fetch: Mapping[str, Any] | None = None
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
+    disk_s: float = 0.0  # how long to wait for room on the disk
+    epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
 
     def log_path(self, rank: int) -> Path:
         """Return the log of one rank of this attempt."""
@@ -158,9 +161,7 @@ class Rank:
         puts_logs = self.rank == 0
         try:
             self.check_out()
-            self.mirror = open_mirror(self.job.out, self.job.key.name, Path(self.job.workdir))
-            work = load_target(self.job.target)
-            work(self)
+            self.work()
         except (Exception, SystemExit) as error:
             if type(error).__name__ == STOPPED:
                 return Outcome(kind="interrupted", at=time.time())
@@ -174,6 +175,20 @@ class Rank:
             if self.mirror is not None and puts_logs:
                 self.put_logs(self.mirror)
         return Outcome(kind="finished", at=time.time())
+
+    def work(self) -> None:
+        """Run the target, fenced off from other drivers and attempts."""
+        job, workdir = self.job, Path(self.job.workdir)
+        with fenced(
+            job.out, workdir, epoch=job.epoch, attempt=job.attempt, is_writer=self.rank == 0,
+            on_superseded=self.end_superseded,
+        ):  # fmt: skip
+            self.mirror = open_mirror(job.out, job.key.name, workdir, epoch=job.epoch)
+            load_target(job.target)(self)
+
+    def end_superseded(self) -> None:
+        """End because another driver has come. In a thread of the driver: it sees the same and ends the process."""
+        self.stop()
 
     def put_logs(self, mirror: Mirror) -> None:
         """Copy the logs to the object store; a store that refuses them must not hide how the rank ended."""
@@ -195,6 +210,8 @@ class Rank:
         message = first_line(str(error)) or type(error).__name__
         if isinstance(error, PreflightError):
             kind = Kind.PREFLIGHT
+        if isinstance(error, NoRoomError) or is_full(error):
+            kind = Kind.DISK
         return Failure(
             kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
             at=self.newest.where, traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
@@ -220,6 +237,10 @@ class OutNotShared(ValueError):
 
 class PreflightError(RuntimeError):
     """This node is not fit for the gang; another one may be."""
+
+
+class NoRoomError(PreflightError):
+    """The run directory's disk is full, and nobody made room in time."""
 
 
 def load_target(dotted: str) -> Callable[[Rank], object]:

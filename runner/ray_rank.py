@@ -5,12 +5,15 @@ Beside each rank stands a small process that notes how it ended, and a signal ma
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
 
 from runner.inquest import listen_for_stacks, start_watch
 from runner.rank import Job, Outcome, Rank, redirect_output
+
+EXIT_SUPERSEDED = 3
 
 
 class RankActor(Rank):
@@ -37,6 +40,10 @@ class RankActor(Rank):
             **super().hello(), "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id(),
             "stacks_fd": stacks_fd,
         }  # fmt: skip
+
+    def end_superseded(self) -> None:
+        """End this process at once: its driver may be suspended and unable to, and its peers hold GPUs."""
+        os._exit(EXIT_SUPERSEDED)
 
     def open_store(self) -> int:
         """Open the gang's rendezvous server and return its port."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from runner.capacity import Node, count_slots, why_infeasible
 from runner.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
 from runner.directory import SweepDirectory, utc
-from runner.errors import Failure, Kind, first_line
+from runner.errors import Failure, Kind, Superseded, first_line, is_full
 from runner.rank import Job
 from runner.spec import Limits, RunKey, SweepSpec
 from runner.states import FINAL, Committed, Event, Failed, Run, State, after
@@ -98,10 +98,13 @@ class Scheduler:
 
     def tick(self) -> None:
         """Apply what happened, decide, and tell disk and view."""
-        for event in self.backend.poll(POLL_S):
+        events = self.backend.poll(POLL_S)
+        can_write = self.beat()  # before anything is done: this process may have been suspended, another have come
+        for event in events:
             self.apply(event)
         self.give_all()
-        self.persist()
+        if can_write:
+            self.persist()
         self.view.update(self.runs, self.changed, self.clock())
         self.changed = []
 
@@ -167,10 +170,13 @@ class Scheduler:
     def commit_now(self, run: Run) -> Event:
         """Write a finished attempt's results; return how that went."""
         try:
+            self.directory.beat(force=True)  # an ousted driver must not add to what its successor writes
             self.commit(run)
+        except Superseded:
+            raise
         except (OSError, ValueError) as error:
             failure = Failure(
-                kind=Kind.COMMIT,
+                kind=Kind.DISK if is_full(error) else Kind.COMMIT,
                 error_type=type(error).__name__,
                 message=f"results not written: {first_line(str(error))}",
             )
@@ -193,18 +199,35 @@ class Scheduler:
     def record_failed_attempt(self, run: Run) -> None:
         """Write the row of an attempt that failed; the sweep goes on where that is not possible either."""
         try:
+            self.directory.beat(force=True)
             self.commit(run)
+        except Superseded:
+            raise
         except (OSError, ValueError) as error:
             logger.warning("%s attempt %d has no row in the results: %s", run.key.name, run.attempt, error)
 
+    def beat(self) -> bool:
+        """Leave a sign of life; return whether the folder took it. Raises Superseded if another driver has come."""
+        try:
+            self.directory.beat()
+        except OSError as error:
+            self.note_disk(error)
+            return False
+        return True
+
+    def note_disk(self, error: OSError) -> None:
+        """Say once that the sweep's folder cannot be written."""
+        if not self.is_disk_failing:
+            logger.warning("state not saved to %s: %s", self.directory.storage.shown, error)
+        self.is_disk_failing = True
+
     def persist(self, *, force: bool = False) -> None:
-        """Append the new transitions, replace state.json where it is due, leave a sign of life.
+        """Append the new transitions, replace state.json where it is due.
 
         A full disk does not end the sweep: it is said once, and everything unsaved is written when space returns.
         """
         now = self.clock()
         try:
-            self.directory.beat()
             if self.unsaved:
                 self.directory.log_events(self.unsaved)
                 self.unsaved = []
@@ -212,9 +235,7 @@ class Scheduler:
                 self.directory.write_state(self.spec.name, self.runs.values(), self.offset, slots=self.slots)
                 self.state_at = now
         except OSError as error:
-            if not self.is_disk_failing:
-                logger.warning("state not saved to %s: %s", self.directory.storage.shown, error)
-            self.is_disk_failing = True
+            self.note_disk(error)
             return
         if self.is_disk_failing:
             logger.warning("state is saved to %s again", self.directory.storage.shown)

@@ -82,6 +82,7 @@ class Limits:
     heartbeat_s: float = 60.0  # without an answer from a rank's process
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang
+    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
     stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
     restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
 
@@ -94,7 +95,7 @@ class Limits:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"limits.{name}={value} must be positive")
-        for name in ("backoff_s", "backoff_max_s", "wait_s", "stop_grace_s"):
+        for name in ("backoff_s", "backoff_max_s", "wait_s", "disk_s", "stop_grace_s"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"limits.{name}={value} must not be negative")
@@ -175,6 +176,8 @@ def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
     Raises FileNotFoundError without the file, ValueError (one line) for anything that does not fit.
     """
     file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"spec {file} is {kind_of_file(file)}, not a file; give the YAML file of a sweep")
     if not file.is_file():
         choices = [str(item) for item in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
         raise FileNotFoundError(f"spec {file} not found" + (f"; {nearest(str(file), choices)}" if choices else ""))
@@ -190,6 +193,12 @@ def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
         return parse_spec(plain, out=out)
     except ValueError as error:
         raise ValueError(f"spec {file}: {error}") from None
+
+
+def kind_of_file(path: Path) -> str:
+    """Return what stands at a path that is no regular file."""
+    kinds = ((path.is_dir, "a folder"), (path.is_fifo, "a FIFO"), (path.is_socket, "a socket"))
+    return next((words for is_kind, words in kinds if is_kind()), "a device")
 
 
 def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:

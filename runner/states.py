@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from runner.errors import Failure, Kind
+from runner.errors import NO_ROOM, Failure, Kind
 from runner.spec import Limits, RunKey
 
 
@@ -56,7 +56,7 @@ PHASES = {
 }
 
 # Failures that may be the node's fault; the next attempt goes elsewhere where there is an elsewhere.
-NODE_FAULTS = frozenset({Kind.NODE_LOST, Kind.PREFLIGHT, Kind.START, Kind.STALLED, Kind.DIED})
+NODE_FAULTS = frozenset({Kind.NODE_LOST, Kind.PREFLIGHT, Kind.START, Kind.STALLED, Kind.DIED, Kind.DISK})
 
 BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
 
@@ -273,6 +273,8 @@ def why_give_up(run: Run, limits: Limits) -> str:
         return "the same input would fail again"
     if failure.kind is Kind.NODE_LOST:
         return f"{run.preemptions} nodes were lost" if run.preemptions > limits.preemptions else ""
+    if failure.error_type == NO_ROOM:
+        return "the disk is full, and room was waited for"
     if failure.is_same_error(run.previous):
         return "the same error came twice"
     return f"{run.failures} of {limits.attempts} attempts failed" if run.failures >= limits.attempts else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -9,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from runner.directory import SweepDirectory, run_from_json, run_to_json, utc
+from runner.lease import BEAT_EVERY_S, LEASE_TTL_S, Owner
 from runner.progress import Paces, Row, duration, row_of
 from runner.states import FINAL, WORKING, Run, State
 from runner.storage import open_storage
 
 FOLLOW_EVERY_S = 0.5
+LOOK_S = 2 * BEAT_EVERY_S + 1.0  # for a heartbeat to move
 
 
 class Age(NamedTuple):
@@ -44,21 +47,24 @@ class Picture:
 def look(out: str) -> Picture:
     """Return the newest picture of a sweep. Runs whose driver died are settled: CANCELLED, and resumable.
 
+    Nothing is written while the driver's heartbeat is fresh, or where the folder cannot be written.
     Raises FileNotFoundError where no sweep was ever run.
     """
     directory = SweepDirectory(open_storage(out))
     state = directory.read_state()
     if not state:
-        raise FileNotFoundError(f"{directory.storage.shown}: no state.json here; give the run directory of a sweep")
+        raise FileNotFoundError(what_is_there(directory))
     now = time.time()
     owner = directory.read_owner()
-    is_driven = owner is not None and owner.is_alive(now)
     runs = [run_from_json(plain) for plain in state["runs"]]
+    is_driven = owner is not None and (owner.is_alive(now) or moves(directory, owner, runs))
     if is_driven and owner is not None:
         driver = f"driven by {owner.describe(now)}"
+        if owner.process_lives() is False:
+            driver += f", though there is no such process; taken for dead after {LEASE_TTL_S:.0f} s"
     elif owner is not None:
-        driver = f"the driver died ({owner.describe(now)})"
-        runs = settle(directory, state, runs, now)
+        runs, problem = settle(directory, state, runs, now)
+        driver = f"the driver died ({owner.describe(now)})" + (f"; {problem}" if problem else "")
     else:
         driver = f"no driver; last change {duration(now - state['updated'])} ago"
     paces = Paces()
@@ -73,20 +79,54 @@ def look(out: str) -> Picture:
     )
 
 
-def settle(directory: SweepDirectory, state: dict[str, Any], runs: list[Run], now: float) -> list[Run]:
-    """Write down that nobody works on the unfinished runs of a dead driver any more, and return all runs."""
+def what_is_there(directory: SweepDirectory) -> str:
+    """Return why there is no picture of a sweep, in one line."""
+    shown, record = directory.storage.shown, directory.read_json("sweep.json")
+    if not record:
+        return f"{shown}: no sweep here (no sweep.json, no state.json); give the run directory of a sweep"
+    seeds = ", ".join(map(str, record.get("spec", {}).get("seeds", ())))
+    return (
+        f"{shown}: sweep {record.get('sweep')} was announced here (seeds {seeds}) and ended before any run was placed; "
+        f"run the same command again"
+    )
+
+
+def moves(directory: SweepDirectory, owner: Owner, runs: list[Run]) -> bool:
+    """Return whether a driver that seems dead by the clock alone lives after all: hosts' clocks differ."""
+    is_seen_dead = owner.process_lives() is False
+    if is_seen_dead or not owner.is_heard or all(run.is_final for run in runs):
+        return False
+    return directory.lease.moves(owner, LOOK_S)
+
+
+def settle(directory: SweepDirectory, state: dict[str, Any], runs: list[Run], now: float) -> tuple[list[Run], str]:
+    """Write down that nobody works on the unfinished runs of a dead driver any more.
+
+    Returns all runs, and why that could not be written, or nothing.
+    """
     settled = [run if run.is_final else replace(run, state=State.CANCELLED, since=now, has_group=False) for run in runs]
     lines = [
         {"time": utc(now), "seed": run.key.seed, "repeat": run.key.repeat, "attempt": run.attempt,
          "from": str(run.state), "to": str(State.CANCELLED), "node": run.node, "why": "the driver died"}
         for run in runs if not run.is_final
     ]  # fmt: skip
-    if lines:
-        directory.log_events(lines)
+    if not lines:
+        return settled, ""
+    try:
         directory.write_json(
             "state.json", {**state, "updated": now, "runs": [run_to_json(run, 0.0) for run in settled]}
         )
-    return settled
+        directory.log_events(lines)
+    except OSError as error:
+        return settled, f"not settled: {why_not_written(error)}"
+    return settled, ""
+
+
+def why_not_written(error: OSError) -> str:
+    """Return an error of the folder as a few words."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "read-only"
+    return error.strerror or str(error)
 
 
 def age_of(run: Run, now: float) -> Age:

@@ -7,13 +7,17 @@ log that grows is put again as a whole. The file in `results/runs` commits an at
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlparse
 
+from model.data.files import NOT_THERE, replace_file, sync_file
+from results.location import open_location
 from runner.spec import is_uri
 
 
@@ -21,12 +25,16 @@ class Storage(Protocol):
     """Files under one root, by relative path with forward slashes. Errors are OSErrors."""
 
     shown: str
+    is_exclusive: bool  # create lets exactly one of several through
 
     def read(self, path: str) -> bytes:
         """Return a file's bytes; FileNotFoundError if there is none."""
 
     def write(self, path: str, content: bytes) -> None:
         """Put a file, whole or not at all."""
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Put a file unless there is one; return whether this call made it."""
 
     def append(self, path: str, content: bytes) -> None:
         """Add to the end of a file."""
@@ -41,6 +49,8 @@ class Storage(Protocol):
 class LocalStorage:
     """Storage on a filesystem."""
 
+    is_exclusive = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.shown = str(root)
@@ -51,29 +61,45 @@ class LocalStorage:
 
     def write(self, path: str, content: bytes) -> None:
         """Write aside, sync, rename."""
+        with replace_file(self.root / path) as file:
+            file.write(content)
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Link a finished file to its name; without hard links make it under its name, exclusively, and fill it."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         descriptor, aside = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         try:
-            os.fchmod(descriptor, 0o644)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(aside)
-            raise
+                sync_file(file.fileno())
+            os.link(aside, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NOT_THERE | {errno.EMLINK, errno.EXDEV, errno.EACCES}:
+                raise type(error)(error.errno, error.strerror, str(target)) from None
+            return create_filled(target, content)
+        finally:
+            os.unlink(aside)
+        return True
 
     def append(self, path: str, content: bytes) -> None:
-        """Append and sync."""
+        """Append and sync; of what does not fit nothing is left. Raises OSError naming the file."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with target.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    write_all(file, content)
+                    sync_file(file.fileno())
+                except OSError:
+                    file.truncate(before)
+                    raise
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(target)) from None
 
     def names(self, folder: str) -> list[str]:
         """Return file names, those being written left out."""
@@ -90,15 +116,12 @@ class LocalStorage:
 class ObjectStorage:
     """Storage behind a URI: s3://bucket/prefix, gs://bucket/prefix."""
 
-    def __init__(self, uri: str) -> None:
-        import pyarrow.fs as pafs
+    is_exclusive = False  # pyarrow has no put that fails where there is an object
 
-        try:
-            filesystem, root = pafs.FileSystem.from_uri(uri)
-        except (ValueError, NotImplementedError) as error:
-            raise ValueError(f"out={uri} cannot be opened: {error}") from None
-        self.filesystem: Any = filesystem
-        self.root = str(root).rstrip("/")
+    def __init__(self, uri: str) -> None:
+        location = open_location(uri)
+        self.filesystem: Any = location.filesystem
+        self.root = location.root.rstrip("/")
         self.shown = uri
         self.logs: dict[str, bytes] = {}  # what append has put so far
 
@@ -111,6 +134,14 @@ class ObjectStorage:
         """Put one object."""
         with self.filesystem.open_output_stream(f"{self.root}/{path}") as stream:
             stream.write(content)
+
+    def create(self, path: str, content: bytes) -> bool:
+        """Put one object where none is; of two that do so at once the later one stays, so look again afterwards."""
+        folder, _, name = path.rpartition("/")
+        if name in self.names(folder):
+            return False
+        self.write(path, content)
+        return True
 
     def append(self, path: str, content: bytes) -> None:
         """Put the whole log again with content at its end."""
@@ -134,6 +165,30 @@ class ObjectStorage:
         """Delete an object, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.filesystem.delete_file(f"{self.root}/{path}")
+
+
+def write_all(file: RawIOBase, content: bytes) -> None:
+    """Write all of content to an unbuffered file."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) or 0 :]
+
+
+def create_filled(path: Path, content: bytes) -> bool:
+    """Make a file under its name and fill it; return False if there is one. A reader may see it before it is full."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            sync_file(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def open_storage(out: str) -> LocalStorage | ObjectStorage:

@@ -9,30 +9,30 @@ import dataclasses
 import logging
 import os
 import secrets
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+from model.differences import code_words, data_words, settings_words
 from runner.capacity import count_slots, this_machine, why_infeasible
 from runner.commit import commit_run, read_json
 from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.errors import Infeasible, Refused, SweepError
+from runner.fence import yield_s
 from runner.mirror import open_mirror
 from runner.progress import open_view
-from runner.provenance import Git, code_hash, data_hash, data_problems, git_state, machine, package_versions
+from runner.provenance import Git, code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job, OutNotShared
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
+from runner.signals import raise_interrupt, signals_end
 from runner.spec import Gang, RunKey, SweepSpec, absolute_path
 from runner.states import Run, State
-from runner.storage import check_writable, local_root, open_storage, remove_tree
+from runner.storage import check_writable, local_root, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +65,20 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     if not (options.is_local or options.address or is_ray_job()):
         check_this_machine(spec)
     directory = SweepDirectory(open_storage(spec.out))
-    check_writable(directory.storage)
-    directory.acquire()
-    try:
-        record = open_record(spec, directory, options)
-        directory.clear_cancel_requests()
-        runs = take_over(spec, directory, options.only)
-        return drive(spec, runs, directory, record, options)
-    finally:
-        directory.release()
+    with signals_end(raise_interrupt):
+        check_writable(directory.storage)
+        make_record(spec, directory, options)  # a run that is refused must not cost a living driver its lease
+        try:
+            if directory.acquire():
+                time.sleep(yield_s(directory.storage))  # for the earlier driver's ranks to see that they are superseded
+            with directory.writing_fenced():
+                record = open_record(spec, directory, options)
+                directory.clear_cancel_requests()
+                runs = take_over(spec, directory, options.only)
+                directory.write_state(spec.name, runs, time.time() - time.monotonic())
+                return drive(spec, runs, directory, record, options)
+        finally:
+            directory.release()
 
 
 def check_this_machine(spec: SweepSpec) -> None:
@@ -83,8 +88,8 @@ def check_this_machine(spec: SweepSpec) -> None:
         raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
 
 
-def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
-    """Check sweep.json against this sweep, or write it; return what every run of the sweep records.
+def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
+    """Return what every run of the sweep records, checked against sweep.json; nothing is written.
 
     Raises Refused if the directory was made by another config, data set or code.
     """
@@ -101,13 +106,29 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "world_size": spec.gang.world_size,
     }
     earlier = directory.read_json("sweep.json") or {}
-    check_same(earlier, record, directory.storage.shown, options)
+    check_same(earlier, record, spec, directory.storage.shown, options)
     record["first_code_hash"] = earlier.get("first_code_hash", record["code_hash"])
+    return record
+
+
+def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
+    """Check sweep.json against this sweep, or write it; return what every run of the sweep records.
+
+    Raises Refused if the directory was made by another config, data set or code.
+    """
+    record, earlier = make_record(spec, directory, options), directory.read_json("sweep.json") or {}
     announced = {"time": utc(time.time()), "seeds": list(spec.seeds), "repeats": spec.repeats}
     announcements = list(earlier.get("announcements", []))
     if not announcements or {**announcements[-1], "time": ""} != {**announced, "time": ""}:
         announcements.append(announced)
-    whole = {**record, "machine": machine(), "spec": spec.to_json(), "announcements": announcements}
+    files = data_files(spec.config.data, vocab_size=spec.config.model.vocab_size) if record["data_hash"] else {}
+    whole = {
+        **record,
+        "machine": machine(),
+        "spec": spec.to_json(),
+        "data": files or earlier.get("data", {}),
+        "announcements": announcements,
+    }
     directory.write_json("sweep.json", {**whole, "created": earlier.get("created", utc(time.time()))})
     return record
 
@@ -123,18 +144,29 @@ def known_data_hash(spec: SweepSpec, options: Options) -> str | None:
     return data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
 
 
-def check_same(earlier: dict[str, Any], record: dict[str, Any], shown: str, options: Options) -> None:
-    """Raise Refused unless the directory is new, or was made by this config, data and code."""
+def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec, shown: str, options: Options) -> None:
+    """Raise Refused, naming what differs, unless the directory is new or was made by this config, data and code."""
     for name, words in (("config_hash", "configuration"), ("data_hash", "data set")):
         before, now = earlier.get(name), record[name]
         if before and now and before != now:
-            raise Refused(f"{shown} was made by another {words} ({before[:12]}, now {now[:12]}); choose another --out")
+            why = name_differences(name, earlier, spec) or f"{before[:12]}, now {now[:12]}"
+            raise Refused(f"{shown} was made by another {words} ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:
         raise Refused(
-            f"{shown} was made by other code ({before[:12]}, now {now[:12]}); "
+            f"{shown} was made by other code ({code_words(earlier, record)}); "
             f"choose another --out, or continue and mark the rows with --allow-code-change"
         )
+
+
+def name_differences(hash_name: str, earlier: dict[str, Any], spec: SweepSpec) -> str:
+    """Return in words why a hash is not that of sweep.json, or nothing where too little was recorded."""
+    if hash_name == "data_hash":
+        return data_words(
+            earlier.get("data") or {}, data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
+        )
+    before = {**(earlier.get("spec") or {}).get("config", {}), "world_size": earlier.get("world_size")}
+    return settings_words(before, {**dataclasses.asdict(spec.config), "world_size": spec.gang.world_size})
 
 
 def announced_spec(out: str) -> SweepSpec:
@@ -196,7 +228,7 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
     with open_backend(spec, options) as (backend, grace_s):
         limits = replace(spec.limits, **LOCAL_LIMITS) if options.is_local else spec.limits
-        sweep = SweepWork(spec, record, options)
+        sweep = SweepWork(spec, record, options, directory)
         logger.info("sweep=%s runs=%d slots=%d", spec.name, len(runs), count_slots(backend.nodes(), spec.gang))
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
         scheduler = Scheduler(
@@ -239,7 +271,11 @@ def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, f
     if options.is_local:
         from runner.local_backend import LocalBackend
 
-        yield LocalBackend(spec.gang), GRACE_S
+        local = LocalBackend(spec.gang)
+        try:
+            yield local, GRACE_S
+        finally:
+            local.close()
         return
     address = options.address or ("auto" if is_ray_job() else None)
     if address is None:
@@ -265,8 +301,8 @@ def is_ray_job() -> bool:
 class SweepWork:
     """Makes the jobs of a sweep, and commits what comes of them."""
 
-    def __init__(self, spec: SweepSpec, record: dict[str, Any], options: Options) -> None:
-        self.spec, self.record, self.options = spec, record, options
+    def __init__(self, spec: SweepSpec, record: dict[str, Any], options: Options, directory: SweepDirectory) -> None:
+        self.spec, self.record, self.options, self.directory = spec, record, options, directory
         self.root = local_root(spec.out) or scratch_root(spec.out)
         self.nodes: list[str] = []
         self.probe = ""
@@ -274,13 +310,16 @@ class SweepWork:
     def leave_probe(self) -> None:
         """Leave a file in the sweep's folder that every node must see."""
         if local_root(self.spec.out) is not None:
-            self.probe = secrets.token_hex(8)
-            open_storage(self.spec.out).write(f"probes/{self.probe}", b"")
+            probe = secrets.token_hex(8)
+            open_storage(self.spec.out).write(f"probes/{probe}", b"")
+            self.probe = probe
 
     def remove_probe(self) -> None:
-        """Take the probe away again."""
+        """Take the probe away again, and only it: there may be another driver's by now."""
         if self.probe:
-            remove_tree(self.root / "probes")
+            (self.root / "probes" / self.probe).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.root / "probes").rmdir()
 
     def workdir(self, key: RunKey) -> Path:
         """Return the run directory of a run on this machine."""
@@ -313,6 +352,8 @@ class SweepWork:
             fetch=self.spec.fetch,
             target=self.options.target,
             probe=self.probe,
+            disk_s=self.spec.limits.disk_s,
+            epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
         )
 
     def commit(self, run: Run) -> None:
@@ -323,7 +364,10 @@ class SweepWork:
         mirror = open_mirror(self.spec.out, run.key.name, self.workdir(run.key))
         if mirror is not None:
             mirror.fetch_results()
-        commit_run(self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label)
+        commit_run(
+            self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label,
+            aside_folder=str(self.directory.place or ""),
+        )  # fmt: skip
         if run.state is State.COMMITTING and self.record["data_hash"] is None:
             self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree
 
@@ -336,22 +380,3 @@ def stage_data_hash(workdir: Path) -> str | None:
 def scratch_root(out: str) -> Path:
     """Return the node-local folder where runs of a sweep on an object store do their work."""
     return Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}" / sha256(out.encode()).hexdigest()[:16]
-
-
-@contextmanager
-def signals_end(interrupt: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C call interrupt; a second Ctrl-C ends the process the usual way."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        interrupt()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -28,7 +28,7 @@ from model.distributed import Dist, pick_device
 from model.pace import ticking
 from runner.gpus import GpuWatch, query_gpus
 from runner.provenance import different_versions, machine, package_versions
-from runner.rank import Job, PreflightError, Rank
+from runner.rank import Interrupted, Job, NoRoomError, PreflightError, Rank
 from runner.storage import LocalStorage
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
 RENDEZVOUS_S = 120.0
 MIN_FREE_BYTES = 1 << 30
+ROOM_EVERY_S = 5.0  # between looks at a full disk
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
 
 
@@ -144,10 +145,29 @@ def preflight(rank: Rank) -> dict[str, Any]:
     if differing:
         raise PreflightError(f"node {host} has other package versions: {differing}")
     Path(job.workdir).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(job.workdir).free
-    if free < MIN_FREE_BYTES:
-        raise PreflightError(f"node {host} has {free / 1e9:.1f} GB free at {job.workdir}; 1 GB is needed")
+    free = wait_for_room(rank)
     return {"versions": versions, "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free}}
+
+
+def wait_for_room(rank: Rank) -> int:
+    """Return the free bytes of the run directory's disk once they are enough to begin with.
+
+    Raises NoRoomError, naming path and need, if they are not within limits.disk_s.
+    """
+    job, begun = rank.job, time.monotonic()
+    while (free := shutil.disk_usage(job.workdir).free) < MIN_FREE_BYTES:
+        what = (
+            f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; "
+            f"{MIN_FREE_BYTES / 1e9:.1f} GB are needed"
+        )
+        waited_s = time.monotonic() - begun
+        if waited_s >= job.disk_s:
+            raise NoRoomError(f"{what} (waited {waited_s:.0f} s, limits.disk_s={job.disk_s:g})")
+        if rank.should_stop():
+            raise Interrupted("stopped while waiting for room on the disk")
+        rank.report("start", 0, None, {"note": f"waits for room: {what}"})
+        time.sleep(min(ROOM_EVERY_S, job.disk_s))
+    return free
 
 
 def check_node_data(rank: Rank) -> None:

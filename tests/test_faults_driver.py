@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from runner.lease import Owner
 from runner.status import look
 from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, is_zombie, start_driver, wait_until
 from tests.sweep_tools import scores_of, state_of, write_faults
@@ -93,11 +96,19 @@ def test_what_a_killed_driver_left_is_settled_by_the_next_status(cluster: Any, t
     driver.send_signal(signal.SIGTERM)
     time.sleep(3.0)  # as `ray job stop` does
     end(driver)
+    assert look(str(tmp_path)).is_driven  # as its heartbeat says for a minute
     assert state_of(tmp_path)[42] == "TRAIN"
+    grow_old(tmp_path / "heartbeat.json")
     picture = look(str(tmp_path))
     assert not picture.is_driven
     assert state_of(tmp_path)[42] == "CANCELLED"
     assert_nothing_is_left(cluster.address)
+
+
+def grow_old(heartbeat: Path) -> None:
+    """Make a heartbeat a minute older."""
+    beat = json.loads(heartbeat.read_text())
+    heartbeat.write_text(json.dumps({**beat, "beat": beat["beat"] - 61.0}))
 
 
 def test_a_second_driver_refuses_and_names_the_first(cluster: Any, tmp_path: Path) -> None:
@@ -126,6 +137,29 @@ def test_a_killed_driver_takes_its_own_cluster_with_it(tmp_path: Path) -> None:
     assert running(psutil.wait_procs(ours, timeout=20)[1]) == []
     # Ray's agents look for their parent about once a minute
     assert running(psutil.wait_procs(family, timeout=90)[1]) == []
+
+
+def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(tmp_path: Path) -> None:
+    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 2, **WAIT})
+    driver = start_driver(tmp_path, None, gang={"cpus": 1})
+    wait_until(lambda: is_at(tmp_path, 42, "TRAIN"), 90, "seed 42 never trained")
+    ranks = [process for process in psutil.Process(driver.pid).children(recursive=True) if is_rank(process)]
+    assert ranks
+    driver.send_signal(signal.SIGSTOP)
+    before = (tmp_path / "state.json").read_bytes()
+    later = json.dumps(dataclasses.asdict(replace(Owner.me(), epoch=2)))
+    for name in ("drivers/2.json", "lease.json"):
+        (tmp_path / name).write_text(later)
+    assert running(psutil.wait_procs(ranks, timeout=30)[1]) == []
+    driver.send_signal(signal.SIGCONT)
+    assert driver.wait(timeout=60) != 0
+    assert (tmp_path / "state.json").read_bytes() == before
+    assert (tmp_path / "lease.json").read_text() == later
+
+
+def is_rank(process: psutil.Process) -> bool:
+    """Return whether a process is a rank."""
+    return "RankActor" in " ".join([process.name(), *process.cmdline()])
 
 
 def is_working(process: psutil.Process) -> bool:

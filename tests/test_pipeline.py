@@ -304,9 +304,13 @@ def refusal(config: RunConfig, workdir: Path, **options: Any) -> str:
 def test_another_configuration_seed_or_data_is_refused(corpus: Corpus, finished: SeedResult) -> None:
     base, workdir = corpus.config, finished.workdir
     longer = replace(base, train=replace(base.train, max_steps=NUM_STEPS + 1))
-    assert "was made with another configuration (config_hash " in refusal(longer, workdir)
+    told = refusal(longer, workdir)
+    assert "was made with another configuration (config_hash " in told
+    assert f"train.max_steps {NUM_STEPS}, now {NUM_STEPS + 1}" in told
     fewer = replace(base, data=replace(base.data, val_documents=3))
-    assert "was made with another data (data_hash " in refusal(fewer, workdir)
+    told = refusal(fewer, workdir)
+    assert "was made with another data (data_hash " in told
+    assert f"data.val_documents {base.data.val_documents}, now 3" in told
     assert "was made for seed 42, not 0" in refusal(replace(base, seed=0), workdir)
 
 

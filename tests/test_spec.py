@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,21 @@ def test_published_spec_is_the_published_recipe_on_eight_gpus_from_scratch() -> 
 
 def test_demo_gangs_have_one_cpu_each() -> None:
     assert load_spec(SPECS / "demo.yaml").gang.total == {"CPU": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a socket", "a device"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "spec.yaml"
+    with socket.socket(socket.AF_UNIX) as server:
+        match kind:
+            case "a folder":
+                path.mkdir()
+            case "a FIFO":
+                os.mkfifo(path)
+            case "a socket":
+                monkeypatch.chdir(tmp_path)  # the name of a socket is short
+                server.bind(path.name)
+            case _:
+                path = Path(os.devnull)
+        with pytest.raises(ValueError, match=f"spec {path} is {kind}, not a file"):
+            load_spec(path)

@@ -14,7 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Leave the request where the driver looks for it; settle the state where there is no driver."""
     from runner.directory import SweepDirectory
-    from runner.status import look
+    from runner.status import look, why_not_written
     from runner.storage import open_storage
 
     picture = look(args.out)
@@ -24,7 +24,13 @@ def execute(args: argparse.Namespace) -> int:
     if not picture.is_driven:
         print(f"{args.out}: nothing runs ({picture.driver})")
         return 0
-    SweepDirectory(open_storage(args.out)).ask_cancel(args.seed)
+    try:
+        SweepDirectory(open_storage(args.out)).ask_cancel(args.seed)
+    except OSError as error:
+        raise ValueError(
+            f"{args.out}: no request can be left here ({why_not_written(error)}); cancel from where the folder is "
+            f"writable, or end the driver with SIGTERM ({picture.driver})"
+        ) from None
     what = "the sweep" if args.seed is None else f"seed {args.seed}"
     print(f"{args.out}: {what} will stop within seconds ({picture.driver}); run the same command again to continue")
     return 0

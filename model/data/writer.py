@@ -7,6 +7,7 @@ interrupted run of the same corpus left; that is removed and made again, anythin
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from model.data.files import replace_file
+from model.data.files import NOT_THERE, replace_file
 from model.data.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest, write_manifest
 from model.data.shards import TOKEN_DTYPE, shard_header
 from model.data.text_check import text_fault
@@ -32,6 +33,7 @@ WAIT_S = 0.5  # between looks at a folder that another process holds
 SHARD_TOKENS = 100_000_000  # as the published shards
 CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 SPLITS = ("train", "val")
+WAIT_S = 1.0  # between looks at a folder that another process holds
 
 
 @dataclass(slots=True)
@@ -97,14 +99,53 @@ def hold_folder(out: Path, *, on_wait: Callable[[], None] | None = None) -> Iter
                     time.sleep(WAIT_S)
                     continue
                 raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
+            except OSError as error:
+                if error.errno not in NOT_THERE | {errno.ENOLCK}:
+                    raise
+                with _hold_by_name(out, on_wait=on_wait):
+                    yield
+                return
+            if not _is_at(lock_path, lock.fileno()):
+                continue  # its last holder removed the file while this one waited
             try:
-                if os.fstat(lock.fileno()).st_nlink == 0:
-                    continue  # its last holder removed the file while this one waited
                 yield
             finally:
-                if os.fstat(lock.fileno()).st_nlink:
+                if _is_at(lock_path, lock.fileno()):
                     lock_path.unlink(missing_ok=True)
         return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether an open file is the one at path; a count of its links is not kept everywhere."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _hold_by_name(out: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
+    """Hold a folder on a filesystem without flock: by a file that one process alone can make.
+
+    Raises ValueError, naming the file, if another process has made it and nobody waits: it may have been killed.
+    """
+    held = out / f"{LOCK_NAME}.held"
+    while True:
+        try:
+            os.close(os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+            break
+        except FileExistsError:
+            if on_wait is None:
+                raise ValueError(
+                    f"--out {out} is being written by another seedsweep data command; if none runs, remove {held}"
+                ) from None
+            on_wait()
+            time.sleep(WAIT_S)
+    try:
+        yield
+    finally:
+        held.unlink(missing_ok=True)
+        (out / LOCK_NAME).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
