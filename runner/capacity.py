@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from model.cpus import usable_cpus
 from runner.gpus import count_gpus
 from runner.spec import Gang
 
@@ -47,7 +48,7 @@ def why_infeasible(nodes: Sequence[Node], gang: Gang) -> str:
 def this_machine() -> Node:
     """Return this machine as a node, with what Ray would find on it."""
     resources = {
-        "CPU": float(os.cpu_count() or 1),
+        "CPU": float(usable_cpus()),
         "GPU": float(count_gpus()),
         "memory": float(psutil.virtual_memory().total),
     }

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from model.config import DataConfig
+from model.cpus import usable_cpus
 
 PACKAGES = (
     "torch",
@@ -85,6 +86,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu_model": cpu_model(),
         "num_cpus": os.cpu_count() or 1,
+        "usable_cpus": usable_cpus(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 

@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 JOB_GRACE_S = 2.0  # `ray job stop` kills three seconds after it has asked
 GRACE_S = 30.0
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the entrypoint of a job
-LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: a cluster of one machine binds loopback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +242,9 @@ def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, f
         return
     address = options.address or ("auto" if is_ray_job() else None)
     if address is None:
-        os.environ[LOOPBACK_VARIABLE] = "0"  # Ray reads it when it is imported
+        from runner.ray_start import prepare_environment
+
+        prepare_environment()  # before Ray is imported
     from runner.ray_backend import RayBackend, connect, disconnect
 
     connect(address)

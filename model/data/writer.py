@@ -217,8 +217,3 @@ def save_tokenizer(out: Path, name: str, model: bytes) -> Path:
     with replace_file(path) as file:
         file.write(model)
     return path
-
-
-def num_cpus() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
