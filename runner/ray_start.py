@@ -28,7 +28,7 @@ from runner.errors import SweepError
 from runner.provenance import SOURCE_ROOT
 from runner.ray_head import LOCK_NAME
 
-START_S = 90.0  # for Ray on this machine to come up, on a busy machine too
+START_S = 120.0  # for Ray on this machine to come up, on a busy machine too
 TRY_S = 25.0  # for a cluster elsewhere to answer
 PORT_S = 5.0  # for its port to accept a connection
 END_S = 20.0  # for a cluster to shut down
