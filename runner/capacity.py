@@ -12,6 +12,8 @@ from model.cpus import usable_cpus
 from runner.gpus import count_gpus
 from runner.spec import Gang
 
+HERE = "here"  # node id of this machine where no Ray gives it one
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
@@ -52,4 +54,4 @@ def this_machine() -> Node:
         "GPU": float(count_gpus()),
         "memory": float(psutil.virtual_memory().total),
     }
-    return Node(node_id="here", name=os.uname().nodename, resources=resources)
+    return Node(node_id=HERE, name=os.uname().nodename, resources=resources)

@@ -29,9 +29,10 @@ from runner.provenance import SOURCE_ROOT
 from runner.ray_head import LOCK_NAME
 
 START_S = 120.0  # for Ray on this machine to come up, on a busy machine too
-TRY_S = 25.0  # for a cluster elsewhere to answer
+TRY_S = 20.0  # for a cluster elsewhere to answer
 PORT_S = 5.0  # for its port to accept a connection
 END_S = 20.0  # for a cluster to shut down
+GIVE_UP_S = 1.0  # for a child that gave no answer
 STARTS = 2
 PREFIX = "ssw-"  # of a session's folder; short, because the path of a socket may have about a hundred characters
 SOCKET_CHARACTERS = 103
@@ -57,7 +58,7 @@ class Cluster:
         try:
             self.address = answer_of(self.process, START_S)
         except BaseException:
-            end_child(self.process)
+            end_child(self.process, GIVE_UP_S)
             raise
 
     def close(self) -> None:
@@ -99,7 +100,7 @@ def check_address(address: str) -> None:
         except RayDown as error:
             raise SweepError(f"--address {address}: no Ray cluster answers there ({error})") from None
         finally:
-            end_child(process)
+            end_child(process, GIVE_UP_S)
 
 
 def check_port(address: str) -> None:
@@ -189,15 +190,15 @@ def answer_of(process: subprocess.Popen[bytes], within_s: float) -> str:
     return str(answer["address"])
 
 
-def end_child(process: subprocess.Popen[bytes]) -> None:
-    """Let a child shut Ray down and end; kill it with all it started where it does not."""
+def end_child(process: subprocess.Popen[bytes], within_s: float = END_S) -> None:
+    """Let a child shut Ray down and end; kill it with all it started where it does not within some seconds."""
     assert process.stdin is not None
     assert process.stdout is not None
     family = family_of(process.pid)
     with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     try:
-        process.wait(END_S if process.poll() is None else 0)
+        process.wait(within_s)
     except subprocess.TimeoutExpired:
         family += family_of(process.pid)
         process.kill()
@@ -227,7 +228,7 @@ def prepare_environment() -> None:
     if not any(os.environ.get(name) for name in TOKEN_VARIABLES) and not (home and is_readable(home)):
         os.environ[TOKEN_VARIABLES[0]] = secrets.token_hex(32)
     if "ray" in sys.modules:
-        from ray._raylet import Config
+        from ray._raylet import Config  # type: ignore[attr-defined]
 
         Config.initialize("")  # Ray has read its environment already
 

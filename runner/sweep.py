@@ -26,6 +26,7 @@ from runner.commit import commit_run, read_json
 from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.errors import Infeasible, Refused, SweepError
 from runner.mirror import open_mirror
+from runner.packages import missing_packages
 from runner.progress import open_view
 from runner.provenance import Git, code_hash, data_hash, data_problems, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job, OutNotShared
@@ -61,8 +62,8 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     """
     if options.is_local:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
-    if not (options.is_local or options.address or is_ray_job()):
-        check_this_machine(spec)
+    if not (options.address or is_ray_job()):
+        check_this_machine(spec, needs_gang=not options.is_local)
     directory = SweepDirectory(open_storage(spec.out))
     check_writable(directory.storage)
     directory.acquire()
@@ -75,9 +76,12 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
         directory.release()
 
 
-def check_this_machine(spec: SweepSpec) -> None:
-    """Raise Infeasible, with missing data named too, if this machine can never hold a gang; before Ray is started."""
-    problem = why_infeasible([this_machine()], spec.gang)
+def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
+    """Raise SweepError if this machine lacks packages, Infeasible, with missing data named too, if it holds no gang."""
+    missing = missing_packages(spec.config, uses_gpus=spec.gang.gpus > 0)
+    if missing:
+        raise SweepError(missing)
+    problem = why_infeasible([this_machine()], spec.gang) if needs_gang else ""
     if problem and not spec.limits.wait_s:
         raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
 

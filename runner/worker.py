@@ -26,7 +26,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
 from runner.gpus import GpuWatch, query_gpus
-from runner.provenance import different_versions, machine, package_versions
+from runner.provenance import different_versions, machine, package_versions, settings
 from runner.rank import Job, PreflightError, Rank
 from runner.storage import LocalStorage
 
@@ -140,7 +140,10 @@ def preflight(rank: Rank) -> dict[str, Any]:
     free = shutil.disk_usage(job.workdir).free
     if free < MIN_FREE_BYTES:
         raise PreflightError(f"node {host} has {free / 1e9:.1f} GB free at {job.workdir}; 1 GB is needed")
-    return {"versions": versions, "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free}}
+    return {
+        "versions": versions,
+        "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free, "settings": settings()},
+    }
 
 
 def check_node_data(rank: Rank) -> None:
