@@ -161,6 +161,7 @@ def environment() -> dict[str, Any]:
     """Return machine, versions and source of this process; what needs torch is the measuring process's to say."""
     from importlib import metadata
 
+    from model.cpus import usable_cpus
     from runner.provenance import code_hash, git_state, machine, package_versions
 
     host, git = machine(), git_state()
@@ -169,7 +170,7 @@ def environment() -> dict[str, Any]:
     return {
         "gpu_model": None,
         "cpu_model": host["cpu_model"],
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else host["num_cpus"],
+        "num_cpus": usable_cpus(),
         "memory_bytes": host["memory_bytes"],
         "load_average": os.getloadavg()[0],  # above num_cpus the machine was busy with other work
         "python": versions["python"],

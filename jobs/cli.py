@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from seedsweep import hold_packages
+
 # name -> (module in jobs.commands, one line of help); the order is the order of the help page
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("run", "run a sweep: every seed of a spec, on Ray or in this process"),
@@ -43,9 +45,24 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 3
 EXIT_PIPE_CLOSED = 141  # 128 and the number of SIGPIPE
 
 
+class Version(argparse.Action):
+    """Prints the version as installed; looked up only when asked, because that reads the disk."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print and end."""
+        from importlib import metadata
+
+        try:
+            print(f"seedsweep {metadata.version('seedsweep')}")
+        except metadata.PackageNotFoundError:
+            print("seedsweep, from sources that are not installed")
+        parser.exit()
+
+
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Return the parser; only the chosen command's options are filled in."""
     parser = argparse.ArgumentParser(prog="seedsweep", description="Prove what a recipe scores, over seeds.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and end")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, help_line) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=help_line, description=help_line)
@@ -62,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A ValueError or OSError that reaches this point is a user's mistake or a full disk: one line, no traceback. When
     the reader of a pipe leaves (`| head`), the code is the one that a shell gives a program ended by that signal.
     """
+    hold_packages()
     code = run_command(argv)
     if argv is None:  # the whole process is this command's
         end_under_threads(code)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.bench_process import environment_of_children
+
 LOADERS = ("artifact", "shard", "manifest", "checkpoint", "spec", "parquet", "tokenizer")
 GUIDED = ("artifact", "shard", "manifest", "checkpoint", "spec")  # parsers of our own
 THIRD_PARTY = ("parquet", "tokenizer")  # parsers that are not ours run guarded, and on fewer files
@@ -51,7 +53,7 @@ class Worker:
     """One child process that loads files of one loader."""
 
     def __init__(self, loader: str, folder: Path, *, module: str = "jobs.fuzz_worker") -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = environment_of_children({"OMP_NUM_THREADS": "1"})
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, loader, str(folder)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=Path(__file__).resolve().parents[1],
@@ -161,8 +163,8 @@ def fuzz_guided(loader: str, folder: Path, *, seed: int, count: int) -> Outcome:
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "jobs.fuzz_coverage", loader, str(folder / loader), str(count), str(seed)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).resolve().parents[1], capture_output=True,
-        text=True, errors="replace", check=False,
+        env=environment_of_children({"OMP_NUM_THREADS": "1"}), cwd=Path(__file__).resolve().parents[1],
+        capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
     outcome = Outcome(loader, num_files=count, seconds=time.monotonic() - started)
     if done.returncode != 0:

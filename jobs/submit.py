@@ -6,6 +6,8 @@ submission. Token authentication stays as the cluster wants it; nothing of it is
 
 from __future__ import annotations
 
+import logging
+import re
 import shlex
 import sys
 import time
@@ -13,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from runner.provenance import Git, git_state
+from runner.provenance import Git, git_state, run_git
 from runner.spec import SweepSpec
 
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
@@ -36,6 +38,7 @@ class Submission:
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+    left_links: tuple[str, ...] = ()  # links to folders that stay at home
 
 
 def make_submission(
@@ -51,7 +54,9 @@ def make_submission(
         raise ValueError(
             f"spec {spec_path} is not inside the working directory {working_dir}, which is what travels"
         ) from None
-    size = upload_bytes(working_dir)
+    if run_git(working_dir, "check-ignore", "--", str(inside)):
+        raise ValueError(f"spec {spec_path} is ignored by git, and what git ignores does not travel; move it")
+    size, links = pack(working_dir)
     if size > MAX_UPLOAD_BYTES:
         raise ValueError(
             f"working directory {working_dir} would upload {size / 1e6:.1f} MB, over {MAX_UPLOAD_BYTES / 1e6:.0f} MB; "
@@ -63,7 +68,8 @@ def make_submission(
         words += ["--git-dirty", "yes" if git.is_dirty else "no"]
     return Submission(
         entrypoint=shlex.join([*words, *run_arguments]),
-        runtime_env={"working_dir": str(working_dir), "excludes": list(EXCLUDES)},
+        runtime_env={"working_dir": str(working_dir), "excludes": [*EXCLUDES, *map(as_pattern, links)]},
+        left_links=links,
         metadata={
             "sweep": spec.name,
             "config_hash": spec.config_hash,
@@ -74,19 +80,35 @@ def make_submission(
     )
 
 
-def upload_bytes(working_dir: Path) -> int:
-    """Return the size of what would travel, by the same patterns that Ray is given."""
-    total = 0
-    waiting = [working_dir]
+class Luggage(NamedTuple):
+    """What of a working directory travels."""
+
+    num_bytes: int
+    links: tuple[str, ...]  # links to folders, which stay at home: Ray would pack whatever they lead to
+
+
+def pack(working_dir: Path) -> Luggage:
+    """Return the size of what would travel, by the patterns that Ray is given; a link to a file counts as the file.
+
+    What .gitignore names is counted though Ray leaves it at home too: never less than what travels.
+    """
+    total, links, waiting = 0, [], [working_dir]
     while waiting:
         for path in waiting.pop().iterdir():
             if is_excluded(path, working_dir):
                 continue
-            if path.is_dir() and not path.is_symlink():
+            if path.is_dir() and path.is_symlink():
+                links.append(path.relative_to(working_dir).as_posix())
+            elif path.is_dir():
                 waiting.append(path)
             elif path.is_file():
                 total += path.stat().st_size
-    return total
+    return Luggage(total, tuple(sorted(links)))
+
+
+def as_pattern(name: str) -> str:
+    """Return the pattern, in .gitignore's words, of exactly this path."""
+    return "/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name)
 
 
 def is_excluded(path: Path, working_dir: Path) -> bool:
@@ -99,9 +121,15 @@ def is_excluded(path: Path, working_dir: Path) -> bool:
     )
 
 
-def connect(address: str) -> Any:
-    """Return a client of the cluster's job server. Raises ValueError if none answers at address."""
+def connect(address: str, *, is_verbose: bool = False) -> Any:
+    """Return a client of the cluster's job server, which says what it packs only where is_verbose.
+
+    Raises ValueError if none answers at address.
+    """
     from ray.job_submission import JobSubmissionClient
+
+    if not is_verbose:
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
 
     try:
         return JobSubmissionClient(address)

@@ -8,7 +8,6 @@ compiler tells sizes apart only by whether they are multiples of 16, so small in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 
 from model.compile_clock import COMPILE
 from model.config import RunConfig
+from model.cpus import usable_cpus
 from model.data.loader import Batch, inputs_and_targets
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID
@@ -56,7 +56,7 @@ def _rehearse(run: Run, stages: list[str]) -> None:
         model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, config.train.embedding_dtype))
     # A backward pass runs in a thread of its own, where cuBLAS wants to find that CUDA has been used.
     torch.ones(1, device=device, requires_grad=True).exp().sum().backward()
-    with compiling_ahead(device, len(os.sched_getaffinity(0))):
+    with compiling_ahead(device, usable_cpus()):
         for name in stages:
             model.requires_grad_(name == "train")
             REHEARSALS[name](model, config)

@@ -6,13 +6,17 @@ and a figure saved as a file takes the light ones.
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
-import matplotlib
 import numpy as np
 
 from results.report_data import LENGTH_EDGES, System
@@ -22,6 +26,21 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+
+def _load_matplotlib() -> ModuleType:
+    """Import matplotlib as if MPLBACKEND were not set: a notebook's backend may not be there, and none is needed."""
+    named = os.environ.pop("MPLBACKEND", None)
+    try:
+        return importlib.import_module("matplotlib")
+    finally:
+        if named is not None:
+            os.environ["MPLBACKEND"] = named
+
+
+matplotlib = _load_matplotlib()
+NOT_STYLE = ("backend", "interactive", "toolbar", "webagg", "tk.")  # settings that say where windows go
+OWN_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "seedsweep", "font.size": 11}
 
 # name -> (placeholder drawn, color in files); the page's style sheet defines --ink, --s1, ... for both schemes
 PALETTE = {
@@ -49,6 +68,14 @@ class Drawn(NamedTuple):
     caption: str
     figure: Figure
     svg: str
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Draw by matplotlib's built-in defaults inside the block, whatever a matplotlibrc or the caller has set."""
+    plain = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith(NOT_STYLE)}
+    with matplotlib.rc_context(plain):
+        yield
 
 
 def color(name: str) -> str:
@@ -261,7 +288,7 @@ def _new_figure(num_rows: int, ratios: list[int] | None = None, height: float = 
     """Return a figure with axes below each other, sharing x, in the placeholder colors."""
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "seedsweep", "font.size": 11})
+    matplotlib.rcParams.update(OWN_STYLE)
     figure = Figure(figsize=(WIDTH_IN, height), layout="constrained", facecolor="none")
     made = figure.subplots(num_rows, 1, sharex=True, squeeze=False, height_ratios=ratios)
     for axes in made[:, 0]:

@@ -96,7 +96,7 @@ class Child:
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from results.guard import serve; serve()"
         self.owner = os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         assert self.process.stdout is not None
         self.selector = selectors.DefaultSelector()

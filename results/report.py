@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from results.figures import Drawn, draw_all, inline_svg, save_files, score_intervals
+from results.figures import Drawn, draw_all, inline_svg, own_style, save_files, score_intervals
 from results.published import Record
 from results.published_text import published_block
 from results.render import fixed, signed
@@ -40,7 +40,11 @@ def write_report(outs: list[str], path: Path, *, records: list[Record] | None = 
     records: published records to show in a block of their own. Figures go to <stem>_figures beside the page.
     Raises FileNotFoundError or ValueError when a directory has no row to show.
     """
-    systems = [read_system(out) for out in outs]
+    with own_style():
+        return _write_report([read_system(out) for out in outs], path, records or [])
+
+
+def _write_report(systems: list[System], path: Path, records: list[Record]) -> list[Path]:
     folder = path.with_name(f"{path.stem}_figures")
     written: list[Path] = []
     parts = [_header(systems)]
@@ -55,7 +59,7 @@ def write_report(outs: list[str], path: Path, *, records: list[Record] | None = 
         prefix = f"{number}_" if len(systems) > 1 else ""
         for entry in drawn:
             written += save_files(entry, folder, f"{prefix}{entry.name}")
-    parts += _published(records or [], systems[0])
+    parts += _published(records, systems[0])
     parts.append(f'<p class="note">Made by seedsweep from Parquet, results schema {SCHEMA_VERSION}.</p>')
     title = " and ".join(dict.fromkeys(system.name for system in systems))
     page = Template(_asset("page.html")).substitute(

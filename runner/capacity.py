@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from model.cpus import usable_cpus
 from runner.gpus import count_gpus
 from runner.spec import Gang
+
+HERE = "here"  # node id of this machine where no Ray gives it one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +50,8 @@ def why_infeasible(nodes: Sequence[Node], gang: Gang) -> str:
 def this_machine() -> Node:
     """Return this machine as a node, with what Ray would find on it."""
     resources = {
-        "CPU": float(os.cpu_count() or 1),
+        "CPU": float(usable_cpus()),
         "GPU": float(count_gpus()),
         "memory": float(psutil.virtual_memory().total),
     }
-    return Node(node_id="here", name=os.uname().nodename, resources=resources)
+    return Node(node_id=HERE, name=os.uname().nodename, resources=resources)

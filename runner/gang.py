@@ -8,6 +8,7 @@ and a fresh one takes its place.
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ COLLECT_S = 1.0  # after a rank's first failure, for what else has failed alread
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 PROBE_S = 0.5  # for a node's daemon to accept a connection
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 NODE_ID_LABEL = "ray.io/node-id"
 
 
@@ -355,8 +357,8 @@ def rank_environment(job: Job) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+        "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
     }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from runner.capacity import Node, count_slots, gangs_on, why_infeasible
+from runner.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
+from runner.packages import missing_packages
 from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec import RunKey, SweepSpec
 from runner.storage import LocalStorage, ObjectStorage, open_storage
@@ -51,7 +52,9 @@ class Plan:
 
 def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     """Return the plan of spec on nodes, reading the run directory and the data but changing nothing."""
-    problems = [line for line in (why_infeasible(nodes, spec.gang),) if line]
+    is_here = [node.node_id for node in nodes] == [HERE]
+    packages = missing_packages(spec.config, uses_gpus=spec.gang.gpus > 0) if is_here else ""
+    problems = [line for line in (why_infeasible(nodes, spec.gang), packages) if line]
     missing = data_problems(spec.config.data)
     hashes = {"config_hash": spec.config_hash, "code_hash": code_hash()}
     if not missing:

@@ -6,6 +6,7 @@ All three are made from the same Row, and `seedsweep status` makes its table fro
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
@@ -230,4 +231,9 @@ def open_view(mode: str, title: str) -> LiveView | PlainView | JsonView:
     """Return the view for --progress: auto is live on a terminal and plain elsewhere."""
     if mode == "json":
         return JsonView()
-    return LiveView(title) if mode == "auto" and sys.stdout.isatty() else PlainView()
+    return LiveView(title) if mode == "auto" and can_redraw(sys.stdout) else PlainView()
+
+
+def can_redraw(stream: IO[str]) -> bool:
+    """Return whether stream is a terminal that can draw over what it shows: not a dumb one, nor one without a name."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from model.config import DataConfig
+from model.cpus import usable_cpus
 
 PACKAGES = (
     "torch",
@@ -27,7 +28,13 @@ PACKAGES = (
     "seedsweep",
 )
 SOURCE_ROOT = Path(__file__).resolve().parent.parent
+OWN_FILE = "runner/provenance.py"
 GIT_TIMEOUT_S = 20
+# what may decide a figure, or whether two runs are alike, and comes from whoever starts the driver
+SETTING_PREFIXES = (
+    "CUDA_", "CUBLAS", "CUDNN_", "NCCL_", "NVIDIA_", "GLOO_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "KMP_",
+    "GOMP_", "OPENBLAS_", "ATEN_", "DNNL_", "ONEDNN_", "PYTHONHASHSEED", "LD_PRELOAD",
+)  # fmt: skip
 
 
 class Git(NamedTuple):
@@ -40,17 +47,27 @@ class Git(NamedTuple):
 def git_state(root: Path = SOURCE_ROOT) -> Git:
     """Return commit and dirty flag of the sources, ("unknown", None) where git cannot tell."""
     commit = run_git(root, "rev-parse", "HEAD")
-    if not commit:
+    is_ours = run_git(root, "ls-files", "--error-unmatch", "--", OWN_FILE)  # not of a repository around an installation
+    if not commit or not is_ours:
         return Git("unknown", None)
     changes = run_git(root, "status", "--porcelain", "--untracked-files=no")
     return Git(commit, None if changes is None else bool(changes))
 
 
 def run_git(root: Path, *arguments: str) -> str | None:
-    """Return git's output, or None if it failed or is not there."""
+    """Return git's output, or None if it failed or is not there.
+
+    GIT_DIR and its kin, as hooks have them, would make git speak of another repository than the one around root.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=GIT_TIMEOUT_S,
+            check=False,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -85,8 +102,15 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu_model": cpu_model(),
         "num_cpus": os.cpu_count() or 1,
+        "usable_cpus": usable_cpus(),
         "memory_bytes": psutil.virtual_memory().total,
     }
+
+
+def settings(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables of this process that may decide a result, sorted by name."""
+    given = os.environ if environment is None else environment
+    return {name: value for name, value in sorted(given.items()) if name.startswith(SETTING_PREFIXES)}
 
 
 def cpu_model() -> str:

@@ -208,10 +208,12 @@ class Rank:
         """Return error as plain values, with its traceback and the end of this rank's log."""
         kind = Kind.USER if isinstance(error, ValueError) else Kind.RAISED
         message = first_line(str(error)) or type(error).__name__
-        if isinstance(error, PreflightError):
+        if isinstance(error, PreflightError | ImportError):
             kind = Kind.PREFLIGHT
         if isinstance(error, NoRoomError) or is_full(error):
             kind = Kind.DISK
+        if isinstance(error, ImportError):
+            message = f"node {socket.gethostname()} lacks a package: {message}; install it there as at the driver"
         return Failure(
             kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
             at=self.newest.where, traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),

@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
+from model.cpus import usable_cpus
 from runner.capacity import Node
 from runner.decisions import Release, Start, Stop, Submit
-from runner.errors import Kind, SweepError
+from runner.errors import Kind, SweepError, first_line
 from runner.gang import Phase, RayGang
+from runner.provenance import SOURCE_ROOT
 from runner.rank import Job
+from runner.ray_start import Cluster, check_address, start_cluster
 from runner.spec import Gang, RunKey
 from runner.states import Event
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 QUIET = logging.CRITICAL  # what Ray has to say about dead workers, the gang says with rank and node
 POLL_EVERY_S = 0.05
+
+
+RUNNING: list[Cluster] = []  # the cluster that this process started, if it did
 
 
 def connect(address: str | None) -> None:
     """Join the cluster at address, or start one on this machine that listens on loopback only.
 
-    Raises SweepError if there is no cluster at address.
+    Raises SweepError if there is no cluster at address, or Ray does not start.
     """
-    if address is not None:
-        try:
+    if address is None:
+        RUNNING.append(start_cluster(usable_cpus()))
+        join(RUNNING[-1].address, "Ray on this machine")
+    else:
+        check_address(address)
+        join(address, f"--address {address}")
+
+
+def join(address: str, words: str) -> None:
+    """Connect this process. Raises SweepError, opening with words, if the cluster is gone meanwhile.
+
+    Ray puts the current folder in front of the import path of every rank. It is ours for that moment: a user's folder
+    with a model.py would otherwise stand before the package of that name.
+    """
+    try:
+        with contextlib.chdir(SOURCE_ROOT):
             ray.init(address=address, log_to_driver=False, logging_level=QUIET)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SweepError(
-                f"--address {address}: no Ray cluster answers there ({str(error).splitlines()[0]})"
-            ) from None
-        return
-    ray.init(
-        address="local", _node_ip_address=LOOPBACK, include_dashboard=False, log_to_driver=False,
-        logging_level=QUIET,
-    )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        disconnect()
+        raise SweepError(f"{words}: no Ray cluster answers there ({first_line(str(error))})") from None
+    except BaseException:
+        disconnect()
+        raise
 
 
 def disconnect() -> None:
     """Leave the cluster; one that `connect` started ends."""
     ray.shutdown()
+    while RUNNING:
+        RUNNING.pop().close()
 
 
 def living_nodes() -> tuple[Node, ...]:

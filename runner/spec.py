@@ -27,6 +27,17 @@ URI_PATTERN = re.compile(r"[a-z][a-z0-9+.-]*://")
 SPEC_LIMIT_BYTES = 1 << 20
 MAX_ALIASES = 20
 PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+# what a plain word may look like: YAML 1.1 also reads 042 as 34, 1:30 as 90, 1_000 as 1000 and no as false
+PLAIN_FORMS = {
+    "int": re.compile(r"[-+]?(0|[1-9][0-9]*)"),
+    "float": re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+    "bool": re.compile(r"true|false|True|False|TRUE|FALSE"),
+}
+FORM_FIXES = {
+    "int": "write a whole number in plain decimal digits, without a leading 0",
+    "float": "write a number in plain decimal digits",
+    "bool": "write true or false",
+}
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 
 
@@ -284,12 +295,19 @@ def check_seeds(value: object) -> tuple[int, ...]:
         raise ValueError("seeds is empty; name at least one")
     for seed in value:
         if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seeds: {seed!r} is not a whole number")
+            fix = f"; write {int(seed)}" if isinstance(seed, str) and seed.isdecimal() else ""
+            raise ValueError(f"seeds: {seed!r} is not a whole number{fix}")
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"seeds: {seed} must be between 0 and {MAX_SEED}")
         if value.count(seed) > 1:
             raise ValueError(f"seeds: {seed} is given twice; use repeats to run a seed again")
     return tuple(value)
+
+
+def seeds_line(spec: SweepSpec) -> str:
+    """Return the seeds as they were read, for the first line that a command prints."""
+    repeats = f", {spec.repeats} times each" if spec.repeats > 1 else ""
+    return f"seeds: {', '.join(map(str, spec.seeds))}{repeats}"
 
 
 def is_uri(path: str) -> bool:
@@ -314,6 +332,19 @@ class SpecLoader(yaml.SafeLoader):
             if self.num_aliases > MAX_ALIASES:
                 raise yaml.composer.ComposerError(None, None, f"more than {MAX_ALIASES} aliases", None)
         return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Return the value of node; raises where YAML 1.1 reads a plain word as another number than people do."""
+        if isinstance(node, yaml.ScalarNode) and node.style is None:
+            kind = node.tag.rpartition(":")[2]
+            pattern = PLAIN_FORMS.get(kind)
+            if pattern is not None and not pattern.fullmatch(node.value):
+                read = super().construct_object(node, deep=deep)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{node.value} would be read as {read}; {FORM_FIXES[kind]}, or text in quotes",
+                    node.start_mark,
+                )  # fmt: skip
+        return super().construct_object(node, deep=deep)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Return the mapping of node; raises on a duplicate key, or one that is no plain value."""

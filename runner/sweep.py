@@ -25,6 +25,7 @@ from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.errors import Infeasible, Refused, SweepError
 from runner.fence import yield_s
 from runner.mirror import open_mirror
+from runner.packages import missing_packages
 from runner.progress import open_view
 from runner.provenance import Git, code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.rank import PIPELINE, Job, OutNotShared
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 JOB_GRACE_S = 2.0  # `ray job stop` kills three seconds after it has asked
 GRACE_S = 30.0
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the entrypoint of a job
-LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: a cluster of one machine binds loopback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +62,8 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     """
     if options.is_local:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
-    if not (options.is_local or options.address or is_ray_job()):
-        check_this_machine(spec)
+    if not (options.address or is_ray_job()):
+        check_this_machine(spec, needs_gang=not options.is_local)
     directory = SweepDirectory(open_storage(spec.out))
     with signals_end(raise_interrupt):
         check_writable(directory.storage)
@@ -81,9 +81,12 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
             directory.release()
 
 
-def check_this_machine(spec: SweepSpec) -> None:
-    """Raise Infeasible, with missing data named too, if this machine can never hold a gang; before Ray is started."""
-    problem = why_infeasible([this_machine()], spec.gang)
+def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
+    """Raise SweepError if this machine lacks packages, Infeasible, with missing data named too, if it holds no gang."""
+    missing = missing_packages(spec.config, uses_gpus=spec.gang.gpus > 0)
+    if missing:
+        raise SweepError(missing)
+    problem = why_infeasible([this_machine()], spec.gang) if needs_gang else ""
     if problem and not spec.limits.wait_s:
         raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
 
@@ -279,7 +282,9 @@ def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, f
         return
     address = options.address or ("auto" if is_ray_job() else None)
     if address is None:
-        os.environ[LOOPBACK_VARIABLE] = "0"  # Ray reads it when it is imported
+        from runner.ray_start import prepare_environment
+
+        prepare_environment()  # before Ray is imported
     from runner.ray_backend import RayBackend, connect, disconnect
 
     connect(address)

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from model.distributed import Dist, pick_device
 from model.pace import ticking
 from runner.gpus import GpuWatch, query_gpus
-from runner.provenance import different_versions, machine, package_versions
+from runner.provenance import different_versions, machine, package_versions, settings
 from runner.rank import Interrupted, Job, NoRoomError, PreflightError, Rank
 from runner.storage import LocalStorage
 
@@ -146,7 +146,10 @@ def preflight(rank: Rank) -> dict[str, Any]:
         raise PreflightError(f"node {host} has other package versions: {differing}")
     Path(job.workdir).mkdir(parents=True, exist_ok=True)
     free = wait_for_room(rank)
-    return {"versions": versions, "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free}}
+    return {
+        "versions": versions,
+        "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free, "settings": settings()},
+    }
 
 
 def wait_for_room(rank: Rank) -> int:

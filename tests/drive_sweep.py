@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner import sweep
+from runner.ray_start import LOOPBACK_VARIABLE
 from runner.spec import Gang
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec
@@ -17,7 +18,7 @@ from tests.sweep_tools import QUICK, make_spec
 def main() -> int:
     """Run the sweep that the argument describes; data is never read."""
     given = json.loads(sys.argv[1])
-    os.environ[sweep.LOOPBACK_VARIABLE] = "0"
+    os.environ[LOOPBACK_VARIABLE] = "0"
     sweep.data_hash = lambda _data, **_more: "d" * 64
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))

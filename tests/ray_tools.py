@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from runner.ray_start import LOOPBACK_VARIABLE
 from runner.spec import Gang
-from runner.sweep import LOOPBACK_VARIABLE, Options, run_sweep
+from runner.sweep import Options, run_sweep
 from tests.stub_work import GANG_TARGET, TARGET
 from tests.sweep_tools import make_spec
 

@@ -19,7 +19,7 @@ MAX_FUNCTION_LINES = 50
 
 # A module of model/ imports only from its own floor and those below; one that is not named here is a stage.
 MODEL_FLOORS: dict[str, int] = {
-    "config": 0, "field_types": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
+    "config": 0, "field_types": 0, "cpus": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
     "lora": 1, "gpt": 1,
     "pipeline": 3, "stages": 3, "standalone": 3,
 }  # fmt: skip

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.submit import EXCLUDES, MAX_UPLOAD_BYTES, make_submission, upload_bytes
+from jobs.submit import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
 from runner.provenance import Git
 from runner.spec import load_spec
 
@@ -42,7 +42,7 @@ def test_outside_a_repository_the_commit_is_unknown() -> None:
 
 
 def test_the_upload_is_small_and_holds_the_code() -> None:
-    assert upload_bytes(ROOT) < MAX_UPLOAD_BYTES
+    assert pack(ROOT).num_bytes < MAX_UPLOAD_BYTES
     assert "/data" in EXCLUDES  # model/data is code and goes along
     assert "data" not in EXCLUDES
 
@@ -88,3 +88,32 @@ def test_ray_packs_what_is_not_excluded() -> None:
         name for name in ("jobs/cli.py", "model/data/shards.py", "pyproject.toml", "") if is_excluded(ROOT / name)
     ] == []
     assert [name for name in (".git", ".venv", "runs", "data") if not is_excluded(ROOT / name)] == []
+
+
+def test_a_link_to_a_folder_stays_at_home_and_is_named(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import _get_excludes
+
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    for folder in (home, elsewhere):
+        folder.mkdir()
+    (home / "spec.yaml").write_text(DEMO.read_text())
+    with (elsewhere / "large").open("wb") as file:
+        file.truncate(MAX_UPLOAD_BYTES + 1)
+    name = "data sets [v2]!"
+    (home / name).symlink_to(elsewhere)
+    (home / "loop").symlink_to(home)
+    job = make_submission(load_spec(DEMO), home / "spec.yaml", working_dir=home, git=Git("abc", False))
+    assert job.left_links == (name, "loop")
+    is_excluded = _get_excludes(home, job.runtime_env["excludes"])
+    assert [path.name for path in home.iterdir() if not is_excluded(path)] == ["spec.yaml"]
+
+
+def test_a_link_to_a_file_counts_as_the_file(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "large").write_bytes(b"x" * 1000)
+    (tmp_path / "home" / "link").symlink_to(tmp_path / "large")
+    assert pack(tmp_path / "home") == (1000, ())
+
+
+def test_a_pattern_means_one_path_only() -> None:
+    assert as_pattern("a/b c[1]*") == r"/a/b\ c\[1\]\*"

@@ -78,7 +78,9 @@ def self_test(args: argparse.Namespace) -> int:
 
 def show_progress(phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
     """Say on a terminal what is being probed; silent elsewhere."""
-    if sys.stderr.isatty():
+    from runner.progress import can_redraw
+
+    if can_redraw(sys.stderr):
         print(f"\r\033[K{phase} {step}/{total} {metrics.get('probe', '')}", end="", file=sys.stderr, flush=True)
 
 

@@ -140,8 +140,10 @@ class ProgressLine:
     """The report callback of data commands: one changing line on a terminal, now and then a line elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
+        from runner.progress import can_redraw
+
         self.stream = stream
-        self.is_terminal = stream.isatty()
+        self.is_terminal = can_redraw(stream)
         self._phase = ""
         self._next_s = 0.0
 

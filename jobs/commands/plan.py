@@ -56,9 +56,11 @@ def print_plan(plan: Plan) -> None:
 
     from runner.plan import slots_per_node
     from runner.progress import duration
+    from runner.spec import seeds_line
 
     spec = plan.spec
     print(f"sweep {spec.name}: preset {spec.preset}, {len(plan.runs)} run(s) -> {spec.out}")
+    print(seeds_line(spec))
     print("config:")
     plain = json.loads(json.dumps(dataclasses.asdict(spec.config)))
     print("".join(f"  {line}\n" for line in yaml.safe_dump(plain, sort_keys=False).splitlines()), end="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Run the sweep; the exit code says how it ended."""
     from runner.provenance import Git
-    from runner.spec import load_spec
+    from runner.spec import load_spec, seeds_line
     from runner.sweep import Options, run_sweep
 
     if args.local and args.address:
@@ -43,4 +44,6 @@ def execute(args: argparse.Namespace) -> int:
         is_local=args.local, address=args.address, allow_code_change=args.allow_code_change, progress=args.progress,
         git=git,
     )  # fmt: skip
-    return run_sweep(load_spec(args.spec, out=args.out), options)
+    spec = load_spec(args.spec, out=args.out)
+    print(seeds_line(spec), file=sys.stderr if args.progress == "json" else sys.stdout, flush=True)
+    return run_sweep(spec, options)

@@ -18,6 +18,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-code-change", action="store_true", help="continue under other code or surroundings; rows are marked"
     )
+    parser.add_argument("--verbose", action="store_true", help="show what Ray says while it packs")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -31,7 +32,9 @@ def execute(args: argparse.Namespace) -> int:
         *(["--allow-code-change"] if args.allow_code_change else []),
     ]
     submission = make_submission(spec, Path(args.spec), working_dir=args.working_dir.resolve(), run_arguments=arguments)
-    client = connect(args.address)
+    for link in submission.left_links:
+        print(f"left at home: {link}, a link to another folder", flush=True)
+    client = connect(args.address, is_verbose=args.verbose)
     job_id = submit(client, submission)
     print(f"{job_id}: {submission.entrypoint}")
     print(f"follow: ray job logs {job_id} --follow --address {args.address}; stop: ray job stop {job_id}", flush=True)

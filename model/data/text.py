@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from model.config import require
+from model.cpus import usable_cpus
 from model.data.manifest import Report
 from model.data.tokenizer import load_tokenizer
 from model.data.vocabulary import train_vocabulary
-from model.data.writer import SHARD_TOKENS, Corpus, CorpusWriter, claim_folder, num_cpus, save_tokenizer
+from model.data.writer import SHARD_TOKENS, Corpus, CorpusWriter, claim_folder, save_tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 DEFAULT_VOCAB_SIZE = 1024
@@ -245,7 +246,7 @@ def _train_on(files: list[Path], options: TextOptions, split: str, report: Repor
 
 
 def _encode_all(files: list[Path], options: TextOptions, writer: CorpusWriter, report: Report) -> None:
-    num_threads = num_cpus()
+    num_threads = usable_cpus()
     waiting: dict[str, list[str]] = {"train": [], "val": []}
     num_characters = index = 0
     for index, text in enumerate(read_documents(files, column=options.column), start=1):

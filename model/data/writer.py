@@ -297,8 +297,3 @@ def save_tokenizer(out: Path, name: str, model: bytes) -> Path:
 def content_hash(text: str) -> str:
     """Return the sha256 (hex) of a document's text; two that differ in white space only are the same document."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-
-
-def num_cpus() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
