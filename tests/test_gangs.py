@@ -36,7 +36,7 @@ def run(out: Path, address: str, *faults: dict[str, Any], seconds: float, limits
     """Run gangs of two that work for so long together, and as long again on rank 0 alone."""
     write_faults(out, *faults)
     (out / "patience.json").write_text(json.dumps(seconds))
-    gang = Gang(cpus=1 if len(seeds) > 8 else 4, ranks=2)
+    gang = Gang(cpus=4, ranks=2)  # a few gangs at a time: a starved process is no healthy one
     return sweep(out, address, gang=gang, target=TARGET, limits=limits, seeds=seeds)
 
 
