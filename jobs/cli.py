@@ -1,4 +1,4 @@
-"""The front door: one command, `seedsweep`, with a module of jobs.commands behind each subcommand.
+"""The front door: one command, `seedsweep`, with a module of jobs behind each subcommand.
 
 Only the chosen command's module is imported, so `seedsweep --help` needs neither torch nor ray.
 """
@@ -16,29 +16,28 @@ from collections.abc import Sequence
 
 from seedsweep import hold_packages
 
-# name -> (module in jobs.commands, one line of help); the order is the order of the help page
+# name -> (module in jobs, one line of help); the order is the order of the help page
 COMMANDS: dict[str, tuple[str, str]] = {
-    "run": ("run", "run a sweep: every seed of a spec, on Ray or in this process"),
-    "plan": ("plan", "say what a sweep would do, and whether it can, without starting anything"),
-    "status": ("status", "say where every seed stands, from the run directory alone"),
-    "logs": ("logs", "print what a rank printed"),
-    "cancel": ("cancel", "let a running sweep, or one seed, end with a checkpoint"),
-    "rerun": ("rerun", "run the failed seeds of a sweep again"),
-    "submit": ("submit", "run a sweep on a cluster as a Ray job"),
-    "data": ("data", "make or fetch token shards"),
-    "table": ("table", "print the seed table of a run directory, computed from Parquet"),
-    "compare": ("compare", "compare two systems: difference, interval, p, and what it means"),
-    "published": ("published", "list or show the figures other people published"),
-    "import-logs": ("import_logs", "read a submission folder into the same Parquet tables"),
-    "report": ("report", "make one self-contained page of figures and tables"),
-    "export": ("export", "write a submission folder from Parquet"),
-    "verify": ("verify", "derive every figure of a submission folder again from its own files"),
-    "reproduce": ("reproduce", "run a seed again as recorded and say how far each stage moved"),
-    "fuzz": ("fuzz", "load thousands of damaged files: each is refused in one line, or loads right"),
-    "bundle": ("bundle", "write an artifact with the one file that scores it, or trains it again"),
-    "audit": ("audit", "probe finished runs against every rule, or the probes themselves"),
-    "bench": ("bench", "measure how fast each part is here, with raw samples"),
-    "inspect": ("inspect", "print what is inside an artifact"),
+    "run": ("sweeps.run", "run a sweep: every seed of a spec, on Ray or in this process"),
+    "plan": ("sweeps.plan", "show what a sweep would do, and whether it can, without starting anything"),
+    "status": ("sweeps.status", "show where every seed stands, from the run directory alone"),
+    "logs": ("sweeps.logs", "print what a rank printed"),
+    "cancel": ("sweeps.cancel", "let a running sweep, or one seed, end with a checkpoint"),
+    "rerun": ("sweeps.rerun", "run the failed seeds of a sweep again"),
+    "submit": ("sweeps.submit", "run a sweep on a cluster as a Ray job"),
+    "data": ("sweeps.data", "make or fetch token shards"),
+    "table": ("figures.table", "print the seed table of a run directory, computed from Parquet"),
+    "compare": ("figures.compare", "compare two systems: difference, interval, p, and what it means"),
+    "published": ("figures.published", "list or show the figures other people published"),
+    "import-logs": ("figures.import_logs", "read a submission folder into the same Parquet tables"),
+    "report": ("figures.report", "make one self-contained page of figures and tables"),
+    "export": ("figures.export", "write a submission folder from Parquet"),
+    "verify": ("evidence.verify", "derive every figure of a submission folder again from its own files"),
+    "reproduce": ("evidence.reproduce", "run a seed again as recorded and show how far each stage moved"),
+    "bundle": ("evidence.bundle", "write an artifact with the one file that scores it, or trains it again"),
+    "audit": ("evidence.audit", "probe finished runs against every rule, or the probes themselves"),
+    "bench": ("bench.command", "measure how fast each part is here, with raw samples"),
+    "inspect": ("evidence.inspect", "print what is inside an artifact"),
 }
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 3
@@ -67,7 +66,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, (module, help_line) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=help_line, description=help_line)
         if name == chosen:
-            command = importlib.import_module(f"jobs.commands.{module}")
+            command = importlib.import_module(f"jobs.{module}")
             command.configure(subparser)
             subparser.set_defaults(execute=command.execute)
     return parser

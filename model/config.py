@@ -11,15 +11,23 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.field_types import fit_fields
+from model.fields import fit_fields
 
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "flex", "fa2", "fa3", "fa4", "triton")  # see model/kernels/attention.py
+ATTENTION_BACKENDS = (
+    "auto",
+    "sdpa",
+    "varlen",
+    "fa2",
+    "fa3",
+    "fa4",
+    "triton",
+)  # see model/attention/backends.py
 
 
 def require(is_valid: bool, message: str) -> None:
@@ -228,7 +236,7 @@ class TTTConfig:
     window_tokens: int = 2048  # before the chunk's end, the chunk's own included
     updates_per_chunk: int = 1
     adapter_kinds: tuple[str, ...] = ADAPTER_KINDS
-    adapter_key: Literal["seed", "document"] = "seed"  # what A's starting value depends on beside visit and kind
+    adapter_key: Literal["seed", "document"] = "seed"  # what A's starting value depends on besides visit and kind
     order: Literal["stream", "sorted"] = "stream"  # sorted: by length over the whole set, as published
     batch_documents: int = 64  # adapter slots held at once
 
@@ -342,66 +350,3 @@ def config_hash(config: RunConfig, *, world_size: int) -> str:
 def canonical_json(value: object) -> str:
     """Return JSON with sorted keys and no spaces, the form that hashes are taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def published() -> RunConfig:
-    """Return the recipe of parameter-golf PR #1536 with our repairs (see docs/recipe.md)."""
-    return RunConfig()
-
-
-def bench_500() -> RunConfig:
-    """Return 500 steps of the published recipe on one GPU, as the published code was measured."""
-    base = published()
-    return replace(
-        base,
-        train=replace(base.train, max_steps=500, budget_s=None, batch_tokens=196_608, span_group=1, clip="per_rank"),
-        quant=replace(base.quant, calibration_documents="unmasked"),
-        evaluation=replace(base.evaluation, row_tokens=32_768),
-        ttt=replace(base.ttt, order="sorted"),
-    )
-
-
-def tiny() -> RunConfig:
-    """Return a model that trains, quantizes and adapts in two minutes on one CPU core (the demo)."""
-    base = published()
-    return replace(
-        base,
-        model=ModelConfig(
-            vocab_size=1024,
-            num_layers=4,
-            model_dim=128,
-            num_heads=4,
-            num_kv_heads=2,
-            mlp_mult=3.0,
-            rope_dims=16,
-            xsa_last_n=4,
-            loop_start=1,
-            loop_end=2,
-            num_loops=1,
-            parallel_start_layer=3,
-        ),
-        train=TrainConfig(
-            max_steps=120,
-            budget_s=None,
-            batch_tokens=2048,
-            micro_batch_tokens=1024,
-            seq_len=512,
-            span_group=2,
-            muon_momentum_warmup_steps=60,
-            ema_decay=0.95,
-            newton_schulz_dtype="float32",
-            embedding_dtype="float32",
-        ),
-        quant=replace(
-            base.quant,
-            num_calibration_batches=4,
-            calibration_windows=8,
-            calibration_seq_len=512,
-            keep_float_numel=4096,
-        ),
-        evaluation=EvalConfig(row_tokens=8192, seq_len=512),
-        ttt=TTTConfig(lora_rank=8, lr=1e-3, chunk_tokens=64, window_tokens=256, batch_documents=16),
-    )
-
-
-PRESETS: dict[str, Callable[[], RunConfig]] = {"published": published, "tiny": tiny, "bench_500": bench_500}

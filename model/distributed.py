@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,22 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by siz
 def bit_sum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's elements read as integers, an int64 scalar on its device that may wrap round."""
     return tensor.detach().contiguous().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute with so many threads."""
+    torch.set_num_threads(count)
+
+
+def visible_gpus() -> dict[str, Any]:
+    """Return model, number and CUDA version of the GPUs that this process sees, {} where it sees none."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_model": torch.cuda.get_device_name(0),
+        "cuda_version": torch.version.cuda,
+        "num_gpus": torch.cuda.device_count(),
+    }
 
 
 @dataclass(slots=True)
@@ -172,12 +189,6 @@ class Dist:
                 torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors)])
 
         return Pending(flat, dist.all_reduce(flat, async_op=True), finish)
-
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Overwrite tensor with rank 0's and return it."""
-        if self.world_size > 1:
-            dist.broadcast(tensor, src=0)
-        return tensor
 
     def broadcast_floats(self, values: list[float]) -> list[float]:
         """Return rank 0's values on every rank, over the CPU group, without waiting for a GPU."""

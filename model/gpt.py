@@ -11,56 +11,23 @@ Source: parameter-golf PR #1536.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention.self_attention import Rows, self_attention
+from model.banks import EMBEDDING_PARAMETER, num_skips, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
 from model.kernels.adapters import adapted_product, add_low_rank_, reduce_inputs
 from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.dispatch import uses_triton
 from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
-from model.kernels.self_attention import Rows, self_attention
 from model.layers import rotary_tables, softcap
 from model.lora import HEAD, Adapters, Visit
-
-BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-EMBEDDING = "tok_emb.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class VisitPlan:
-    """The layers in the order they are visited; encoder outputs are skip sources for the decoder, last first."""
-
-    encoder: tuple[int, ...]
-    decoder: tuple[int, ...]
-
-    @property
-    def num_visits(self) -> int:
-        """Layer visits of one forward pass."""
-        return len(self.encoder) + len(self.decoder)
-
-
-def visit_plan(config: ModelConfig, *, is_looped: bool) -> VisitPlan:
-    """Return the plan with or without the extra passes over layers loop_start..loop_end."""
-    layers = list(range(config.num_layers))
-    if not is_looped or config.num_loops == 0:
-        half = config.num_layers // 2
-        return VisitPlan(tuple(layers[:half]), tuple(layers[half:]))
-    block = layers[config.loop_start : config.loop_end + 1]
-    order = layers[: config.loop_start] + block * (config.num_loops + 1) + layers[config.loop_end + 1 :]
-    half = len(order) // 2
-    return VisitPlan(tuple(order[:half]), tuple(order[half:]))
-
-
-def num_skips(config: ModelConfig) -> int:
-    """Return how many skip rows the model has: the decoder visits of the looping plan that find a source."""
-    plan = visit_plan(config, is_looped=True)
-    return min(len(plan.encoder), len(plan.decoder))
 
 
 class Projection(nn.Module):
@@ -103,6 +70,7 @@ class Context(NamedTuple):
     cos: Tensor  # (T or B x T, rope_dims / 2)
     sin: Tensor
     rows: Rows
+    num_scored: int  # positions at the end of each row that are scored
 
 
 class Stream(NamedTuple):
@@ -110,6 +78,13 @@ class Stream(NamedTuple):
 
     x: Tensor  # (B, T, D)
     delta: Tensor | None  # (B, T, D)
+
+
+class Lanes(NamedTuple):
+    """The decoder's residual streams: one until parallel_start_layer, then one for attention and one for the MLPs."""
+
+    attention: Stream  # skips and the first state are mixed into this one only
+    mlp: Stream | None  # None while there is one lane
 
 
 class GPT(nn.Module):
@@ -155,7 +130,7 @@ class GPT(nn.Module):
 
     def _draw_weights(self, seed: int) -> None:
         num_layers, embedding = self.config.num_layers, torch.empty(self.tok_emb.weight.shape)
-        embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING))
+        embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING_PARAMETER))
         self.tok_emb.weight.copy_(embedding.bfloat16())
         self.qo_bank.zero_()
         self.mlp_down_bank.zero_()
@@ -181,15 +156,13 @@ class GPT(nn.Module):
 
         tokens (B, T) integers; targets (B, T). packing cuts a single row (B = 1) into segments that do not see each
         other; without it each row is one causal sequence. left_padding (B,) int64: leading tokens of each row that
-        are no part of it. With num_scored = n only the last n positions of each row are scored: targets and results
+        do not belong to it. With num_scored = n only the last n positions of each row are scored: targets and results
         have n columns, and work that cannot reach them is left out. adapters: one set a row.
-        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n); "calibrate" -> nothing of use, for hooks.
+        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n).
         Logits are (B, T or n, V).
         """
         assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
         hidden = self._hidden(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
-        if reduction == "calibrate":  # the head's input is heard, its 8,192 columns are not computed
-            return self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
         embedding, head = self.tok_emb.weight.to(hidden.dtype), adapters.head() if adapters is not None else None
         if head is None:
             logits = self.projections["head"](hidden, embedding)  # (B, n, V)
@@ -199,6 +172,12 @@ class GPT(nn.Module):
         if targets is None:
             return softcap(logits, self.config.logit_softcap)
         return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
+
+    def visit(self, tokens: Tensor, *, is_looped: bool, packing: Packing | None = None) -> None:
+        """Run every visit for those who listen to `projections`; arguments as for forward."""
+        hidden = self._hidden(tokens, is_looped, packing, None, None, None)
+        # the head's hook hears its input; no row of the embedding is multiplied, for nobody wants the logits
+        self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
 
     def _hidden(
         self,
@@ -215,40 +194,69 @@ class GPT(nn.Module):
         weights = self._layer_weights()
         n = num_scored or tokens.size(1)
         _, x0 = add_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype), None)  # (B, T, D)
-        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding))
-        stream = Stream(x0, None)
+        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding), n)
+        stream, skips = self._encode(plan.encoder, weights, context, visits)
+        lanes = Lanes(stream, None)
+        for step, layer in enumerate(plan.decoder):
+            visit = len(plan.encoder) + step
+            skip = None
+            # Rows of skip_weights belong to decoder steps, not to layers: with loops on they pair other layers.
+            if step < self.skip_weights.size(0) and skips:
+                skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
+            is_last = visit + 1 == plan.num_visits
+            lanes = self._decode(layer, lanes, weights[layer], context, visits[visit], skip, is_last=is_last)
+        return self._join(lanes, n)
+
+    def _encode(
+        self, layers: tuple[int, ...], weights: list[LayerWeights], context: Context, visits: list[Visit]
+    ) -> tuple[Stream, list[Tensor]]:
+        """Return the stream after the first half of the visits, and what each of them left for the second half."""
+        stream = Stream(context.x0, None)
         skips: list[Tensor] = []
-        for visit, layer in enumerate(plan.encoder):
+        for visit, layer in enumerate(layers):
             x, stream = self._attend(layer, stream, weights[layer], context, visits[visit])
+            # A visit's output exists only once the next one has made the pending addition, so it is kept from there.
             if visit > 0:
                 skips.append(x)
             stream = self._mlp(layer, stream, weights[layer], visits[visit])
         x = stream.x if stream.delta is None else stream.x + stream.delta
-        stream = Stream(x, None)
-        if plan.encoder:
+        if layers:
             skips.append(x)
-        lane: Stream | None = None  # the MLPs' lane, once the lanes have parted
-        for step, layer in enumerate(plan.decoder):
-            visit = len(plan.encoder) + step
-            skip = None
-            if step < self.skip_weights.size(0) and skips:
-                skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
-            is_last = visit + 1 == plan.num_visits
-            is_parting = lane is None and layer >= self.config.parallel_start_layer
-            num_queries = n if is_last and (is_parting or lane is not None) and n < tokens.size(1) else None
-            x, stream = self._attend(layer, stream, weights[layer], context, visits[visit], skip, num_queries)
-            if is_parting:
-                lane = Stream(last_positions(x, n), None)  # no MLP of this lane looks at another position
-            if lane is None:
-                stream = self._mlp(layer, stream, weights[layer], visits[visit])
-            else:
-                lane = self._mlp(layer, lane, weights[layer], visits[visit])
-        x, delta = last_positions(stream.x, n), None if stream.delta is None else last_positions(stream.delta, n)
-        if lane is None:
+        return Stream(x, None), skips
+
+    def _decode(
+        self,
+        layer: int,
+        lanes: Lanes,
+        w: LayerWeights,
+        context: Context,
+        adapters: Visit,
+        skip: Skip | None,
+        *,
+        is_last: bool,
+    ) -> Lanes:
+        """Return the lanes after one visit of the second half, which parts them from parallel_start_layer on."""
+        is_parting = lanes.mlp is None and layer >= self.config.parallel_start_layer
+        n = context.num_scored
+        # After the last visit no attention follows that could look at the other positions, unless an MLP still does.
+        is_narrow = is_last and n < context.x0.size(1) and (is_parting or lanes.mlp is not None)
+        x, attention = self._attend(layer, lanes.attention, w, context, adapters, skip, n if is_narrow else None)
+        if is_parting:
+            # Nothing but MLPs reads this lane, and they mix no positions: only those that are scored go on in it.
+            return Lanes(attention, self._mlp(layer, Stream(last_positions(x, n), None), w, adapters))
+        if lanes.mlp is not None:
+            return Lanes(attention, self._mlp(layer, lanes.mlp, w, adapters))
+        return Lanes(self._mlp(layer, attention, w, adapters), None)
+
+    def _join(self, lanes: Lanes, n: int) -> Tensor:
+        """Return the lanes' mean by a learned share, normed (B, n, D); the one lane normed where they never parted."""
+        x, delta = last_positions(lanes.attention.x, n), lanes.attention.delta
+        delta = None if delta is None else last_positions(delta, n)
+        if lanes.mlp is None:
             return add_norm(x, delta)[1]
         assert delta is not None
-        assert lane.delta is not None
-        return merge_norm(x, delta, lane.x, lane.delta, self.lane_merge)
+        assert lanes.mlp.delta is not None
+        return merge_norm(x, delta, lanes.mlp.x, lanes.mlp.delta, self.lane_merge)
 
     def _attend(
         self,
@@ -325,6 +333,19 @@ class GPT(nn.Module):
         return rotary_tables(positions, rope_dims=self.config.rope_dims, base=self.config.rope_base, dtype=dtype)
 
 
+def build_model(
+    config: ModelConfig, device: torch.device, *, embedding_dtype: str = "float32", attention: str = "auto"
+) -> GPT:
+    """Return an unfilled model on a device, its embedding stored in embedding_dtype.
+
+    Activations are bf16 on CUDA and float32 on a CPU, where bf16 is many times slower.
+    """
+    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = GPT(config, compute_dtype=compute_dtype, attention_backend=attention).to(device)
+    model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, embedding_dtype))
+    return model
+
+
 def last_positions(x: Tensor, n: int) -> Tensor:
     """Return the last n positions of each row of x (B, T, D), x itself where that is all: slicing costs a backward."""
     return x if x.size(1) == n else x[:, -n:]
@@ -339,3 +360,13 @@ def _generator(seed: int, name: str) -> torch.Generator:
     """Return a CPU generator that depends on the seed and a tensor's name only."""
     digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def fits_graphs(model: GPT) -> bool:
+    """Return whether this model's work can be recorded: 16-bit floats on CUDA, where nothing waits for the host."""
+    return uses_triton(torch.empty(0, dtype=model.compute_dtype, device=model.qo_bank.device))
+
+
+def fits_row_graphs(model: GPT) -> bool:
+    """Return whether packed rows can be recorded too: "sdpa" lays out their segments on the host."""
+    return fits_graphs(model) and model.attention_backend != "sdpa"

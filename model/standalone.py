@@ -17,23 +17,22 @@ from typing import Any
 
 import torch
 
-from model.artifact import load_artifact, read_artifact_info
-from model.compile_ahead import compile_kernels
 from model.config import RunConfig, config_from_plain, config_hash
-from model.data.shards import list_shards
-from model.data.text_check import text_fault
-from model.data.tokenizer import load_tokenizer
+from model.data.loader import SpanLoader
+from model.data.shards import find_documents, list_shards
+from model.data.tokenizer import ByteTable, load_tokenizer
 from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
-from model.evaluate import DocumentScores, evaluate_plain
-from model.ledger import Ledger
-from model.own_code import own_source
-from model.pipeline import run_seed
-from model.quantized import dequantize
-from model.run import Run
-from model.stages import load_model
-from model.train import Report
-from model.ttt import score_documents
+from model.gpt import GPT, build_model
+from model.pipeline.warm_up import choose_attention, synthetic_row, warm_up
+from model.quant.artifact import load_artifact, read_artifact_info
+from model.quant.calibrate import collect_hessians
+from model.quant.quantized import dequantize
+from model.quant.rounded import save_rounded
+from model.report import Report
+from model.score.plain import evaluate_plain
+from model.train.trainer import Trainer
+from model.ttt.documents import score_documents
 
 PROGRESS_EVERY_S = 10.0
 SCORE_LABELS = {"pre_ttt": "quantized", "ttt_lr0": "diagnostic quantized_ttt_lr0", "post_ttt": "quantized_ttt_lora"}
@@ -49,49 +48,80 @@ def build_options() -> argparse.ArgumentParser:
     parser.add_argument("--val", nargs="+", metavar="SHARDS", help="validation shards: a glob, or files")
     parser.add_argument("--tokenizer", type=Path, metavar="T", help="SentencePiece model file")
     parser.add_argument("--seed", type=int, default=42, help="seed to train (default 42)")
-    parser.add_argument("--out", type=Path, help="run directory of the training (default runs/seed=SEED)")
+    parser.add_argument("--out", type=Path, help="where training leaves its artifact (default runs/seed=SEED)")
     parser.add_argument(
         "--threads", type=int, help="CPU threads (default: the artifact's when scoring, else PyTorch's)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in SETTINGS")
     parser.add_argument("--plain-only", action="store_true", help="leave out test-time training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON, too")
-    parser.add_argument("--source", action="store_true", help="print the readable source of this program")
     return parser
 
 
-def main(argv: Sequence[str], settings: str) -> int:
-    """Run the program; settings are the JSON at the head of the generated file."""
+def main(argv: Sequence[str], settings: str, code_bytes: int) -> int:
+    """Run the program; settings are the JSON at the head of the generated file, code_bytes what its code counts."""
     args = build_options().parse_args(argv)
-    if args.source:
-        print(own_source(), end="")
-        return 0
     try:
         config = config_from_plain(json.loads(settings))
         if args.device is not None:
             config = replace(config, runtime=replace(config.runtime, device=args.device))
-        return score_artifact(config, args) if args.eval is not None else train_seed(config, args)
+        return score_artifact(config, args) if args.eval is not None else train_seed(config, args, code_bytes)
     except (ValueError, OSError) as error:
         print(f"train_gpt.py: error: {error}", file=sys.stderr)
         return 2
 
 
-def train_seed(config: RunConfig, args: argparse.Namespace) -> int:
-    """Run all stages of one seed into a run directory, continuing what is there."""
+def train_seed(config: RunConfig, args: argparse.Namespace, code_bytes: int) -> int:
+    """Train one seed, round it, and score it: live, averaged and quantized weights, then with test-time training."""
     require_options(args, "train", "val", "tokenizer")
-    data = replace(config.data, train=as_glob("train", args.train), val=as_glob("val", args.val),
-                   tokenizer=str(args.tokenizer))  # fmt: skip
-    config = replace(config, seed=args.seed, data=data)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     dist = Dist.from_environment(config.runtime.device)
     try:
-        result = run_seed(config, dist, args.out or Path("runs") / f"seed={args.seed}", progress_of(dist))
+        metrics = run_training(attend_here(replace(config, seed=args.seed), dist), args, dist, code_bytes)
     finally:
         dist.close()
     if dist.is_main:
-        show_scores(result.metrics, args.json)
+        show_scores(metrics, args.json)
     return 0
+
+
+def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_bytes: int) -> dict[str, Any]:
+    """Return every metric of a seed that is trained here; rank 0 leaves the artifact in --out."""
+    report = Progress() if dist.is_main else silent
+    loader = SpanLoader(
+        list_shards(as_glob("train", args.train)), micro_batch_tokens=config.train.micro_batch_tokens,
+        span_group=config.train.span_group, vocab_size=config.model.vocab_size,
+    )  # fmt: skip
+    model = new_model(config, dist)
+    model.init_weights(config.seed)
+    choice = choose_attention(config, dist)
+    if choice is not None:
+        model.attention_backend = choice.name
+    warm_up(model, config, report)
+    runtime = replace(config.runtime, attention=model.attention_backend)
+    trained = Trainer(model, loader, config.train, dist, report, runtime=runtime).run()
+    metrics, model = dict(trained.metrics), model.requires_grad_(False)
+    tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size)
+    validation = read_validation(config, args.val)
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    for prefix, weights in (("live", live), ("post_ema", trained.ema)):
+        model.load_state_dict(weights)
+        scores = evaluate_plain(model, validation, tokenizer.byte_table, config.evaluation, dist, report)
+        metrics |= scores.metrics(prefix)
+    hessians = collect_hessians(model, loader, config.quant, dist, report, seed=config.seed)
+    path = (args.out or Path("runs") / f"seed={args.seed}") / "model.ssq"
+    if dist.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "seed": config.seed, "world_size": dist.world_size, "num_threads": torch.get_num_threads(),
+            "torch": torch.__version__, "config_hash": config_hash(config, world_size=dist.world_size),
+        }  # fmt: skip
+        metrics |= save_rounded(path, trained.ema, hessians, config, meta=meta, code_bytes=code_bytes)
+    dist.barrier()
+    model.load_state_dict(dequantize(load_artifact(path)[1]))
+    warm_up_scoring(model, tokenizer.byte_table, config, dist)
+    return metrics | score_model(model, validation, tokenizer.byte_table, config, dist, report)
 
 
 def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
@@ -102,45 +132,67 @@ def score_artifact(config: RunConfig, args: argparse.Namespace) -> int:
     if model_config != config.model:
         raise ValueError(f"artifact {args.eval} holds another model than SETTINGS describe; use its own train_gpt.py")
     check_recipe(config, meta, args.eval)
+    config = replace(config, seed=seed_of(meta, args.eval))
     threads = args.threads or meta.get("num_threads")
     if isinstance(threads, int) and threads > 0:
         torch.set_num_threads(threads)
     dist = Dist.from_environment(config.runtime.device)
     try:
-        tokenizer = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size)
+        table = load_tokenizer(args.tokenizer, vocab_size=config.model.vocab_size).byte_table
         validation = read_validation(config, args.val)
-        fault = text_fault(tokenizer, validation)
-        if fault:
-            raise ValueError(f"--val {args.val[0]}: {fault}")
-        report, table = progress_of(dist), tokenizer.byte_table
-        run = Run(attend_here(config, dist), dist, args.eval.parent, report)
-        model = load_model(run, dequantize(state))
-        compile_kernels(run, Ledger("eval"), *(("evaluate",) if args.plain_only else ("evaluate", "ttt")))
-        scores: dict[str, DocumentScores] = {
-            "pre_ttt": evaluate_plain(model, validation, table, config.evaluation, dist, report)
-        }
-        for prefix in () if args.plain_only else ("ttt_lr0", "post_ttt"):
-            scores[prefix] = score_documents(
-                model, validation, table, config.ttt, dist, report, seed=seed_of(meta, args.eval),
-                is_adapting=prefix == "post_ttt",
-            ).scores  # fmt: skip
+        config = attend_here(config, dist)
+        model = new_model(config, dist).requires_grad_(False)
+        model.load_state_dict(dequantize(state))
+        report = Progress() if dist.is_main else silent
+        warm_up_scoring(model, table, config, dist, is_plain_only=args.plain_only)
+        metrics = score_model(model, validation, table, config, dist, report, is_plain_only=args.plain_only)
     finally:
         dist.close()
     if dist.is_main:
-        metrics: dict[str, Any] = {"num_threads": torch.get_num_threads(), "torch": torch.__version__}
-        for prefix, found in scores.items():
-            metrics |= found.metrics(prefix)
-        show_scores(metrics, args.json)
+        show_scores({"num_threads": torch.get_num_threads(), "torch": torch.__version__, **metrics}, args.json)
     return 0
 
 
 def attend_here(config: RunConfig, dist: Dist) -> RunConfig:
     """Return config; where it names an attention backend of GPUs and there is none, with "auto", and say so."""
     name = config.runtime.attention
-    if dist.device.type == "cuda" or name in ("auto", "sdpa", "flex"):
+    if dist.device.type == "cuda" or name in ("auto", "sdpa"):
         return config
-    print(f"runtime.attention={name} needs a GPU: scoring with auto on {dist.device}", file=sys.stderr)
+    print(f"runtime.attention={name} needs a GPU: going on with auto on {dist.device}", file=sys.stderr)
     return replace(config, runtime=replace(config.runtime, attention="auto"))
+
+
+def new_model(config: RunConfig, dist: Dist) -> GPT:
+    """Return an unfilled model of the recipe."""
+    return build_model(
+        config.model, dist.device, embedding_dtype=config.train.embedding_dtype, attention=config.runtime.attention
+    )
+
+
+def warm_up_scoring(
+    model: GPT, table: ByteTable, config: RunConfig, dist: Dist, *, is_plain_only: bool = False
+) -> None:
+    """Score synthetic documents, so that on a GPU every kernel is compiled before a pass is timed."""
+    if dist.device.type == "cuda":
+        tokens, _ = synthetic_row(config)
+        validation = ValidationSet(tokens, find_documents(tokens))
+        score_model(model, validation, table, config, dist, silent, is_plain_only=is_plain_only)
+
+
+def score_model(
+    model: GPT, validation: ValidationSet, table: ByteTable, config: RunConfig, dist: Dist, report: Report,
+    *, is_plain_only: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the metrics of the quantized weights: plain, each document on its own, and adapted to each document."""
+    metrics: dict[str, Any] = {}
+    scores = evaluate_plain(model, validation, table, config.evaluation, dist, report)
+    metrics |= scores.metrics("pre_ttt")
+    for prefix in () if is_plain_only else ("ttt_lr0", "post_ttt"):
+        result = score_documents(
+            model, validation, table, config.ttt, dist, report, seed=config.seed, is_adapting=prefix == "post_ttt"
+        )
+        metrics |= result.scores.metrics(prefix)
+    return metrics
 
 
 def check_recipe(config: RunConfig, meta: dict[str, Any], path: Path) -> None:
@@ -203,9 +255,7 @@ def show_scores(metrics: dict[str, Any], path: Path | None) -> None:
             print(f"{label} val_loss:{loss:.8f} val_bpb:{metrics[f'{prefix}_bpb']:.8f} eval_time:{milliseconds:.0f}ms")
     if "artifact_bytes" in metrics:
         print(f"Serialized model: {metrics['model_bytes']} bytes")
-        print(
-            f"Code size as committed: {metrics['code_bytes_readable']} bytes, as counted: {metrics['code_bytes']} bytes"
-        )
+        print(f"Code size: {metrics['code_bytes']} bytes")
         print(f"Total submission size: {metrics['artifact_bytes']} bytes")
     text = json.dumps(metrics, sort_keys=True)
     print(text, flush=True)
@@ -213,9 +263,8 @@ def show_scores(metrics: dict[str, Any], path: Path | None) -> None:
         path.write_text(text + "\n")
 
 
-def progress_of(dist: Dist) -> Report:
-    """Return whom a rank tells of its progress: rank 0 speaks."""
-    return Progress() if dist.is_main else lambda *_: None
+def silent(_phase: str, _step: int, _total: int | None, _metrics: dict[str, Any]) -> None:
+    """Report nothing: rank 0 speaks."""
 
 
 class Progress:

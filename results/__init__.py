@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 
 def load(out: object) -> pd.DataFrame:
     """Return the `runs` table of a run directory (path or URI): one row an attempt."""
-    from results.reader import load_table
+    from results.store.reader import load_table
 
     return load_table(out, "runs")
 
 
 def stages(out: object) -> pd.DataFrame:
     """Return the `stages` table: one row a finished stage of a committed attempt."""
-    from results.reader import load_table
+    from results.store.reader import load_table
 
     return load_table(out, "stages")
 
 
 def steps(out: object) -> pd.DataFrame:
     """Return the `steps` table: one row an optimizer step of a committed attempt."""
-    from results.reader import load_table
+    from results.store.reader import load_table
 
     return load_table(out, "steps")
 
 
 def documents(out: object) -> pd.DataFrame:
     """Return the `documents` table: one row a validation document of a committed attempt."""
-    from results.reader import load_table
+    from results.store.reader import load_table
 
     return load_table(out, "documents")

@@ -212,7 +212,7 @@ def describe() -> str:
         "One attempt of one seed is `OUT/results/TABLE/seed=S-repeat=R-attempt=A.parquet` in each of four tables,",
         f"committed in the order {', '.join(TABLES)}: the file in `runs` is the commit, and readers ignore the",
         "others without it. Names end in their unit: `_s` seconds, `_bytes` bytes, `_bpb` bits per UTF-8 byte;",
-        "nats are summed unless the name says `per_token`. A failed attempt is a row too: `state`, `error`, and",
+        "nats are summed unless the name contains `per_token`. A failed attempt is a row too: `state`, `error`, and",
         "null where nothing was measured. A file of another version is refused by name.",
         "",
         "Any reader of Parquet will do. DuckDB takes a folder named like `seed=42` on the way to the files for a Hive",

@@ -7,7 +7,7 @@ One spread has one name: the sample standard deviation, ddof=1. Where n is too s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -56,15 +56,6 @@ class Difference(NamedTuple):
         if not self.standard_error:  # every value equal: the difference is exact
             return 0.0 if distance < 0 else 1.0
         return float(stats.t.cdf(distance / self.standard_error, self.degrees_of_freedom))
-
-
-class VarianceComponents(NamedTuple):
-    """One-way random effects: std between seeds, std between repeats of one seed, and how much data each rests on."""
-
-    seed_std: float | None
-    repeat_std: float | None
-    num_seeds: int
-    num_runs: int
 
 
 def finite(values: Sequence[float | None]) -> NDArray[np.float64]:
@@ -159,28 +150,6 @@ def paired_documents(
     residuals = gaps - rate * sizes
     error = math.sqrt(gaps.size / (gaps.size - 1) * float(residuals @ residuals)) / float(sizes.sum())
     return Difference(rate, error, gaps.size - 1.0, _interval(rate, error, gaps.size - 1.0, confidence))
-
-
-def variance_components(groups: Mapping[int, Sequence[float]]) -> VarianceComponents:
-    """Split the variance of repeated seeds into between seeds and within a seed (analysis of variance, unbalanced).
-
-    groups: seed -> scores of its repeats. A component is None where the data cannot tell: no seed repeated, or only
-    one seed. A negative estimate of the variance between seeds is reported as 0.
-    """
-    sets = [finite(list(values)) for values in groups.values()]
-    sets = [values for values in sets if values.size]
-    sizes = np.array([values.size for values in sets], dtype=np.float64)
-    num_seeds, num_runs = len(sets), int(sizes.sum())
-    if num_runs == num_seeds:
-        return VarianceComponents(None, None, num_seeds, num_runs)
-    within = sum(float(((values - values.mean()) ** 2).sum()) for values in sets) / (num_runs - num_seeds)
-    if num_seeds < 2:
-        return VarianceComponents(None, math.sqrt(within), num_seeds, num_runs)
-    means = np.array([values.mean() for values in sets])
-    grand = float((sizes * means).sum() / num_runs)
-    between = float((sizes * (means - grand) ** 2).sum()) / (num_seeds - 1)
-    repeats = (num_runs - float((sizes**2).sum()) / num_runs) / (num_seeds - 1)
-    return VarianceComponents(math.sqrt(max(0.0, (between - within) / repeats)), math.sqrt(within), num_seeds, num_runs)
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

@@ -119,3 +119,15 @@ def first_line(text: str, *, limit: int = 300) -> str:
         if line.strip():
             return line.strip()[:limit]
     return ""
+
+
+class OutNotShared(ValueError):
+    """The sweep's folder on this node is not the driver's."""
+
+
+class PreflightError(RuntimeError):
+    """This node is not fit for the gang; another one may be."""
+
+
+class NoRoomError(PreflightError):
+    """The run directory's disk is full, and nobody made room in time."""

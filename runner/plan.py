@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from runner.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
-from runner.packages import missing_packages
+from runner.folder.storage import LocalStorage, ObjectStorage, open_storage
+from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
+from runner.machine.packages import missing_packages
 from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec import RunKey, SweepSpec
-from runner.storage import LocalStorage, ObjectStorage, open_storage
 from runner.sweep import finished_attempts
 
 EVALUATION_S = 600.0  # what the track allows for evaluation on top of training
@@ -81,7 +81,7 @@ def resumable(storage: LocalStorage | ObjectStorage, key: RunKey) -> Left:
 
 def estimate_s(spec: SweepSpec) -> tuple[float | None, str]:
     """Return the estimated seconds of one run and where that is from: earlier runs, or the budget."""
-    from results.reader import read_runs
+    from results.store.reader import read_runs
 
     try:
         frame = read_runs(spec.out, columns=["started_at", "ended_at"]).frame

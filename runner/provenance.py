@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from model.config import DataConfig
-from model.cpus import usable_cpus
+from model.data.cpus import usable_cpus
 
 PACKAGES = (
     "torch",
@@ -125,7 +125,7 @@ def cpu_model() -> str:
 
 def code_hash() -> str:
     """Return the sha256 over the sorted sources of the four packages."""
-    from model.codesize import code_hash as hash_sources
+    from model.bundle.code_hash import code_hash as hash_sources
 
     return str(hash_sources())
 
@@ -150,7 +150,7 @@ def data_files(data: DataConfig, *, vocab_size: int) -> dict[str, Any]:
     It only lets a later refusal name what differs; the hash itself decides.
     """
     from model.data.manifest import hash_data
-    from model.differences import DATA_LIMITS
+    from model.pipeline.differences import DATA_LIMITS
 
     try:
         hashed = hash_data(data, vocab_size=vocab_size)

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from runner.capacity import Node, count_slots, why_infeasible
-from runner.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
-from runner.directory import SweepDirectory, utc
 from runner.errors import Failure, Kind, Superseded, first_line, is_full
-from runner.rank import Job
+from runner.folder.directory import SweepDirectory, utc
+from runner.life.capacity import Node, count_slots, why_infeasible
+from runner.life.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
+from runner.life.job import Job
+from runner.life.states import FINAL, Committed, Event, Failed, Run, State, after
 from runner.spec import Limits, RunKey, SweepSpec
-from runner.states import FINAL, Committed, Event, Failed, Run, State, after
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ class Scheduler:
         return len(commands)
 
     def situation(self) -> Situation:
-        """Return what decisions depend on beside the runs."""
+        """Return what decisions depend on besides the runs."""
         now = self.clock()
         if now - self.nodes_at >= NODES_EVERY_S:
             self.nodes, self.nodes_at = self.backend.nodes(), now

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
-from model.config import PRESETS, DataConfig, RunConfig, config_hash
-from model.field_types import checked, describe, nearest
-from runner.fields import check_keys, updated
+from model.config import DataConfig, RunConfig, config_hash
+from model.fields import check_keys, checked, describe, nearest, updated
+from model.presets import PRESETS
 
 MAX_RANKS = 8  # one gang lives on one host
 MAX_SEED = 2**32 - 1  # numpy's generators take no more

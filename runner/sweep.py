@@ -8,51 +8,33 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import secrets
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from hashlib import sha256
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-from model.differences import code_words, data_words, settings_words
-from runner.capacity import count_slots, this_machine, why_infeasible
-from runner.commit import commit_run, read_json
-from runner.directory import FORMAT, SweepDirectory, run_from_json, utc
-from runner.errors import Infeasible, Refused, SweepError
-from runner.fence import yield_s
-from runner.mirror import open_mirror
-from runner.packages import missing_packages
-from runner.progress import open_view
-from runner.provenance import Git, code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
-from runner.rank import PIPELINE, Job, OutNotShared
+from model.pipeline.differences import code_words, data_words, settings_words
+from runner.errors import Infeasible, OutNotShared, Refused, SweepError
+from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
+from runner.folder.fence import yield_s
+from runner.folder.storage import check_writable, open_storage
+from runner.life.capacity import count_slots, why_infeasible
+from runner.life.states import Run, State
+from runner.machine.node import this_machine
+from runner.machine.packages import missing_packages
+from runner.machine.signals import raise_interrupt, signals_end
+from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
-from runner.signals import raise_interrupt, signals_end
 from runner.spec import Gang, RunKey, SweepSpec, absolute_path
-from runner.states import Run, State
-from runner.storage import check_writable, local_root, open_storage
+from runner.view.progress import open_view
+from runner.work import Options, SweepWork
 
 logger = logging.getLogger(__name__)
 
 JOB_GRACE_S = 2.0  # `ray job stop` kills three seconds after it has asked
 GRACE_S = 30.0
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the entrypoint of a job
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """How a sweep is run, beside its spec."""
-
-    is_local: bool = False  # in this process, without Ray
-    address: str | None = None
-    allow_code_change: bool = False
-    progress: str = "auto"
-    git: Git | None = None  # as recorded at submission; None: ask git here
-    target: str = PIPELINE
-    only: frozenset[RunKey] | None = None  # these runs only
 
 
 def run_sweep(spec: SweepSpec, options: Options) -> int:
@@ -207,8 +189,8 @@ def taken_over(key: RunKey, earlier: Run | None, finished: int | None, *, is_wan
 
 def finished_attempts(out: str) -> dict[RunKey, int]:
     """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
-    from results.reader import read_runs
     from results.schema import FINISHED
+    from results.store.reader import read_runs
 
     try:
         rows = read_runs(out, columns=["attempt"])
@@ -272,7 +254,7 @@ LOCAL_LIMITS: dict[str, Any] = {
 def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, float]]:
     """Yield the backend, and the grace that stopping ranks get on it; whatever was started ends with the block."""
     if options.is_local:
-        from runner.local_backend import LocalBackend
+        from runner.gang.local_backend import LocalBackend
 
         local = LocalBackend(spec.gang)
         try:
@@ -282,10 +264,10 @@ def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, f
         return
     address = options.address or ("auto" if is_ray_job() else None)
     if address is None:
-        from runner.ray_start import prepare_environment
+        from runner.gang.ray_start import prepare_environment
 
         prepare_environment()  # before Ray is imported
-    from runner.ray_backend import RayBackend, connect, disconnect
+    from runner.gang.ray_backend import RayBackend, connect, disconnect
 
     connect(address)
     try:
@@ -301,87 +283,3 @@ def open_backend(spec: SweepSpec, options: Options) -> Iterator[tuple[Backend, f
 def is_ray_job() -> bool:
     """Return whether this process is the entrypoint of a submitted job; only its environment says so."""
     return JOB_VARIABLE in os.environ
-
-
-class SweepWork:
-    """Makes the jobs of a sweep, and commits what comes of them."""
-
-    def __init__(self, spec: SweepSpec, record: dict[str, Any], options: Options, directory: SweepDirectory) -> None:
-        self.spec, self.record, self.options, self.directory = spec, record, options, directory
-        self.root = local_root(spec.out) or scratch_root(spec.out)
-        self.nodes: list[str] = []
-        self.probe = ""
-
-    def leave_probe(self) -> None:
-        """Leave a file in the sweep's folder that every node must see."""
-        if local_root(self.spec.out) is not None:
-            probe = secrets.token_hex(8)
-            open_storage(self.spec.out).write(f"probes/{probe}", b"")
-            self.probe = probe
-
-    def remove_probe(self) -> None:
-        """Take the probe away again, and only it: there may be another driver's by now."""
-        if self.probe:
-            (self.root / "probes" / self.probe).unlink(missing_ok=True)
-            with suppress(OSError):
-                (self.root / "probes").rmdir()
-
-    def workdir(self, key: RunKey) -> Path:
-        """Return the run directory of a run on this machine."""
-        return self.root / "seeds" / key.name
-
-    def record_of(self, run: Run) -> dict[str, Any]:
-        """Return what attempt.json says of a run before its node is known."""
-        return {
-            **self.record,
-            "seed": run.key.seed,
-            "repeat": run.key.repeat,
-            "config": dataclasses.asdict(self.spec.config_for(run.key)),
-            "started_at": time.time() - time.monotonic() + run.placed_at,
-        }
-
-    def make_job(self, run: Run) -> Job:
-        """Return the job of a placed run."""
-        return Job(
-            key=run.key,
-            attempt=run.attempt,
-            config=self.spec.config_for(run.key),
-            world_size=self.spec.gang.world_size,
-            threads=self.spec.gang.cpus,
-            uses_gpus=self.spec.gang.gpus > 0,
-            workdir=str(self.workdir(run.key)),
-            out=self.spec.out,
-            restart=self.spec.limits.restart,
-            allow_code_change=self.options.allow_code_change,
-            record=self.record_of(run),
-            fetch=self.spec.fetch,
-            target=self.options.target,
-            probe=self.probe,
-            disk_s=self.spec.limits.disk_s,
-            epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
-        )
-
-    def commit(self, run: Run) -> None:
-        """Write the results of an attempt that ended. Raises OSError or ValueError if that fails."""
-        if run.node_id not in self.nodes:
-            self.nodes.append(run.node_id)
-        label = f"node-{self.nodes.index(run.node_id)}"
-        mirror = open_mirror(self.spec.out, run.key.name, self.workdir(run.key))
-        if mirror is not None:
-            mirror.fetch_results()
-        commit_run(
-            self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label,
-            aside_folder=str(self.directory.place or ""),
-        )  # fmt: skip
-        if run.state is State.COMMITTING and self.record["data_hash"] is None:
-            self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree
-
-
-def stage_data_hash(workdir: Path) -> str | None:
-    """Return the data hash in a run's training record, None where there is none."""
-    return read_json(workdir / "stages" / "train.json").get("data_hash")
-
-
-def scratch_root(out: str) -> Path:
-    """Return the node-local folder where runs of a sweep on an object store do their work."""
-    return Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}" / sha256(out.encode()).hexdigest()[:16]

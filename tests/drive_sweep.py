@@ -8,8 +8,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from runner import sweep
-from runner.ray_start import LOOPBACK_VARIABLE
+from runner import sweep, work
+from runner.gang.ray_start import LOOPBACK_VARIABLE
 from runner.spec import Gang
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec
@@ -23,7 +23,7 @@ def main() -> int:
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))
     spec = make_spec(Path(given["out"]), gang=Gang(**given.get("gang", {"gpus": 1, "cpus": 8})), limits=limits)
-    options = sweep.Options(address=given.get("address"), target=given.get("target", TARGET), progress="plain")
+    options = work.Options(address=given.get("address"), target=given.get("target", TARGET), progress="plain")
     return sweep.run_sweep(spec, options)
 
 

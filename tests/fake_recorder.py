@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.graphs import Recorder, Recording
+from model.kernels.graphs import Recorder, Recording
 
 
 class FakeRecorder(Recorder):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from results.store import commit_attempt
+from results.store.writer import commit_attempt
 
 BYTES_PER_TOKEN = 3.7266
 STAGE_LEVELS = {"live": 1.0763, "post_ema": 1.0767, "pre_ttt": 1.0879, "ttt_lr0": 1.0834, "post_ttt": 1.0775}

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from jobs import fuzz_cases
-from jobs.fuzz import SEED_STRIDE
-from jobs.fuzz_worker import main
+from tests.fuzz import cases as fuzz_cases
+from tests.fuzz.drive import SEED_STRIDE
+from tests.fuzz.worker import main
 
 BAD_SEED = SEED_STRIDE + 3  # the file at which each control goes wrong
 

@@ -21,16 +21,18 @@ import torch
 import torch.distributed as collective
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from model.calibrate import collect_hessians
-from model.checkpoint import CheckpointStore
 from model.config import EvalConfig, QuantConfig, RuntimeConfig
 from model.distributed import Dist, Pending
-from model.evaluate import evaluate_plain
+from model.files.checkpoint import CheckpointStore
 from model.gpt import GPT
-from model.optim import Optimizers, gradients, muon_scale, muon_update
-from model.train import Interrupted, Trainer
-from model.ttt import score_documents
-from runner.worker import open_store
+from model.quant.calibrate import collect_hessians
+from model.report import Interrupted
+from model.score.plain import evaluate_plain
+from model.train.gradients import gradients
+from model.train.optim import Optimizers, muon_scale, muon_update
+from model.train.trainer import Trainer
+from model.ttt.documents import score_documents
+from runner.gang.worker import open_store
 from tests.micro_model import (
     ignore,
     micro_bytes,
@@ -113,7 +115,6 @@ def collectives(dist: Dist) -> dict[str, np.ndarray]:
         "gathered": dist.all_gather(torch.full((1, 2), mine, dtype=torch.bfloat16)).float().numpy(),
         "sum": dist.all_reduce_(torch.full((2,), mine)).numpy(),
         "mean": dist.mean_(torch.full((2,), mine, dtype=torch.bfloat16)).float().numpy(),
-        "first": dist.broadcast_(torch.full((2,), mine)).numpy(),
         "floats": np.array(dist.broadcast_floats([mine, 0.1 * mine])),
         "rows": dist.gather_rows(rows),
         "is_main": np.array(dist.is_main),

@@ -22,11 +22,12 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels import varlen_backward_triton
-from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, segment_bounds
-from model.kernels.varlen_backward_triton import KEY_TILING, QUERY_TILING, attend_backward, grad_keys, grad_queries
-from model.kernels.varlen_tiles_triton import Tiling, list_key_tiles, list_query_tiles
-from model.kernels.varlen_triton import TILING, attend
+from model.attention import varlen_backward_triton
+from model.attention.backends import VARLEN_KERNELS, attention
+from model.attention.bounds import Bounds, segment_bounds
+from model.attention.varlen_backward_triton import KEY_TILING, QUERY_TILING, attend_backward, grad_keys, grad_queries
+from model.attention.varlen_tiles_triton import Tiling, list_key_tiles, list_query_tiles
+from model.attention.varlen_triton import TILING, attend
 from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
 
 SLEEP_CYCLES = 2_000_000  # a millisecond: longer than the host takes to launch a pass

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from model import gpt
-from model.config import bench_500
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
 from model.data.shards import list_shards
 from model.distributed import Dist
-from model.gpt import GPT
+from model.gpt import GPT, build_model
 from model.layers import rotary_tables
-from model.stages import build_model
-from model.train import Interrupted, Trainer, accumulate_gradients
+from model.presets import bench_500
+from model.report import Interrupted
+from model.train.gradients import accumulate_gradients
+from model.train.trainer import Trainer
 
 VARIANTS = {
     "base": "as the preset",
@@ -86,7 +87,7 @@ def run(variant: str, num_steps: int, pattern: str, attention: str) -> tuple[Tra
         list_shards(pattern), micro_batch_tokens=train.micro_batch_tokens, span_group=1, vocab_size=8192
     )
     embedding_dtype = "float32" if variant == "e32" else train.embedding_dtype
-    model = build_model(model_config, dist, embedding_dtype=embedding_dtype, attention=attention)
+    model = build_model(model_config, dist.device, embedding_dtype=embedding_dtype, attention=attention)
     model.init_weights(CONFIG.seed)
     stops: list[Trainer] = []
     trainer = Trainer(

@@ -19,7 +19,8 @@ import torch
 
 from jobs.cli import main as command_line
 from runner.spec import SweepSpec, parse_spec
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.work import Options
 
 VOCAB_SIZE = 1024  # of the corpus made of docstrings
 

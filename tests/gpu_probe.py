@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import bench_500
+from model.attention.backends import is_available
+from model.attention.probe import probe_backends
 from model.data.loader import Batch, SpanLoader
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID, list_shards
 from model.distributed import Dist
 from model.gpt import GPT
-from model.kernels.attention import is_available
-from model.kernels.probe import probe_backends
-from model.optim import Optimizers
-from model.train import Ema, accumulate_gradients
-from model.ttt import Slots
+from model.presets import bench_500
+from model.train.gradients import accumulate_gradients
+from model.train.optim import Optimizers
+from model.train.trainer import Ema
+from model.ttt.documents import Slots
 
 CONFIG = bench_500()
 TOKENS = CONFIG.train.micro_batch_tokens
@@ -86,8 +87,8 @@ def probe_attention(pattern: str) -> dict[str, Any]:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, TOKENS, n, 64, device=DEVICE, dtype=torch.bfloat16) for n in heads.values())
     result: dict[str, Any] = {}
-    for entries in (None, TOKENS // 32 + 64):
-        packing = pack_row(batch.inputs, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048, num_entries=entries)
+    for entries in (64, TOKENS // 32 + 64):
+        packing = pack_row(batch.inputs, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048, bucket=entries)
         choice = probe_backends(q, k, v, packing.to(DEVICE), candidates=backends())
         result[f"entries_{packing.cu_seqlens.numel()}"] = choice._asdict()
     return result
@@ -95,7 +96,8 @@ def probe_attention(pattern: str) -> dict[str, Any]:
 
 def probe_kernels(_pattern: str) -> dict[str, Any]:
     """Each fused kernel on one micro-batch of rows: milliseconds and the bytes it must move over that time."""
-    from model.kernels import cross_entropy_triton, heads_triton, mlp_triton, residual_triton
+    from model.attention import heads_triton
+    from model.kernels import cross_entropy_triton, mlp_triton, residual_triton
 
     width, vocab = CONFIG.model.model_dim, CONFIG.model.vocab_size
 

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.config import bench_500
 from model.data.shards import HEADER_BYTES, find_documents
 from model.data.validation import ValidationSet
-from model.score_ledger import times_scored
-from model.ttt import make_slots
-from model.ttt_graphs import GraphAdapter, StepRecorder
-from model.ttt_slots import Slots
-from model.ttt_windows import window_cost
+from model.presets import bench_500
+from model.ttt.documents import make_slots
+from model.ttt.recorded_pass import GraphAdapter, StepRecorder
+from model.ttt.score_ledger import times_scored
+from model.ttt.slots import Slots
+from model.ttt.windows import window_cost
 from tests.gpu_probe import build_model, profile, time_ms
 
 CONFIG = bench_500().ttt

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from results.published import one_run_a_seed, recompute
-from results.submission import Submission, findings_of
+from results.findings.importer import Submission, findings_of
+from results.published.records import one_run_a_seed, recompute
 
 BYTES_PER_TOKEN = 3.7266252  # times VAL_TOKENS: the challenge's 151.08 MB of validation text
 VAL_TOKENS = 40_540_160

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runner.rank import Rank
+from runner.gang.rank import Rank
 from tests.stub_work import misbehave
 
 FAULTY_PIPELINE = "tests.micro:faulty_pipeline"
@@ -36,7 +36,7 @@ OVERRIDES: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with shards and tokenizer, a few dozen documents."""
-    from model.data.text import TextOptions, build_text
+    from model.corpus.text import TextOptions, build_text
 
     folder = tmp_path_factory.mktemp("micro")
     texts = [inspect.getdoc(value) or "" for value in (json, functools, inspect, pytest, str, dict, list, int, bytes)]
@@ -64,7 +64,7 @@ def faulty_pipeline(rank: Rank) -> None:
 
     A rank meets them where it reports, and in training also where it asks whether to stop, at that step.
     """
-    from runner.worker import run_pipeline
+    from runner.gang.worker import run_pipeline
 
     report, should_stop = rank.report, rank.should_stop
     asked = iter(range(10**6))

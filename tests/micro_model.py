@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from model.config import EvalConfig, ModelConfig, QuantConfig, RunConfig, RuntimeConfig, TrainConfig, TTTConfig
+from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
-from model.data.shards import BOS_ID, find_documents, write_shard
+from model.data.shards import BOS_ID, find_documents
 from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.banks import EMBEDDING_PARAMETER, num_skips, tensor_shapes, visit_plan
 from model.config import ADAPTER_KINDS, ModelConfig, QuantConfig
 from model.distributed import Dist
-from model.gpt import EMBEDDING, GPT, norm_scale, num_skips, visit_plan
+from model.gpt import GPT, build_model, norm_scale
 from model.lora import num_adapter_parameters
-from model.optim import Optimizers, muon_scale, muon_update
-from model.quantized import tensor_shapes
-from model.stages import build_model
+from model.train.optim import Optimizers, muon_scale, muon_update
 from tests.parity_core import GoldenSet, model_config, our_place, take_parameter, train_config
 
 # our matrix kind -> the published name inside blocks.<layer>.
@@ -29,7 +28,7 @@ def check_facts(golden: GoldenSet) -> None:
     """Set 3: build the model that the stored settings describe and compare what can be said without training it."""
     hyper = golden.read("hyperparameters")
     config = model_config(hyper)
-    model = build_model(config, Dist.single(), embedding_dtype=train_config(hyper).embedding_dtype)
+    model = build_model(config, Dist.single().device, embedding_dtype=train_config(hyper).embedding_dtype)
     model.init_weights(int(hyper["seed"]))
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     golden.compare("total_params", sum(tensor.numel() for tensor in parameters.values()), tolerance=0)
@@ -165,6 +164,6 @@ def _check_quantization(golden: GoldenSet, config: ModelConfig, hyper: Mapping[s
 def _published_matrix(name: str) -> str:
     """Return the published name of one of our matrices: layers.3.q -> blocks.3.attn.c_q.weight."""
     if name == "embedding":
-        return EMBEDDING
+        return EMBEDDING_PARAMETER
     _, layer, kind = name.split(".")
     return f"blocks.{layer}.{PUBLISHED_MATRIX[kind]}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from model.banks import visit_plan
 from model.data.packing import Packing, pack_row
 from model.data.shards import BOS_ID, find_documents
-from model.gpt import visit_plan
 from tests.parity_core import (
     GoldenSet,
     build_model,

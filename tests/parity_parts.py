@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.compression import byte_shuffle, compress
 from model.config import QuantConfig, TrainConfig
 from model.data.packing import cu_seqlens_from_bos
 from model.data.tokenizer import load_tokenizer, target_bytes
 from model.distributed import Dist
-from model.gptq import quantize_weight, round_to_nearest
-from model.optim import Muon, muon_scale, muon_update, newton_schulz
-from model.quantized import QuantizedWeight
-from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+from model.quant.compression import byte_shuffle, compress
+from model.quant.gptq import quantize_weight
+from model.quant.quantized import QuantizedWeight
+from model.train.optim import Muon, muon_scale, muon_update, newton_schulz
+from model.train.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 from tests.parity_core import (
     GoldenSet,
     error_of_largest_entry,
@@ -27,6 +27,7 @@ from tests.parity_core import (
     rms_error,
     train_config,
 )
+from tests.rounding import round_to_nearest
 
 MUON = "muon.npz"
 SHUFFLE = "byte_shuffle.npz"

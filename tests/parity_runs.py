@@ -13,17 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.banks import visit_plan
 from model.config import ADAPTER_KINDS, EvalConfig, TrainConfig, TTTConfig
+from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
-from model.data.shards import BOS_ID, find_documents, write_shard
+from model.data.shards import BOS_ID, find_documents
 from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.evaluate import DocumentScores, bits_per_byte, document_sums, row_bounds, score_rows
-from model.gpt import visit_plan
-from model.train import Trainer, TrainResult
-from model.ttt import TTTResult, score_documents
+from model.score.bpb import DocumentScores, bits_per_byte, document_sums
+from model.score.plain import row_bounds, score_rows
+from model.train.trainer import Trainer, TrainResult
+from model.ttt.documents import TTTResult, score_documents
 from tests.parity_core import (
     GoldenSet,
     build_model,

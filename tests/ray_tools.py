@@ -15,9 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from runner.ray_start import LOOPBACK_VARIABLE
+from runner.gang.ray_start import LOOPBACK_VARIABLE
 from runner.spec import Gang
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.work import Options
 from tests.stub_work import GANG_TARGET, TARGET
 from tests.sweep_tools import make_spec
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.cli import main
-from model.data.shards import write_shard
+from model.corpus.shard_file import write_shard
 
 TOKENIZER = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 SEEDS = (42, 0)

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from model.train import Interrupted
-from runner.rank import Rank
-from runner.storage import LocalStorage
+from model.report import Interrupted
+from runner.folder.storage import LocalStorage
+from runner.gang.rank import Rank
 
 STAGES = ("train", "quantize", "evaluate", "ttt")
 NUM_STEPS = {"train": 12, "quantize": 2, "evaluate": 2, "ttt": 4}
@@ -36,7 +36,7 @@ def work(rank: Rank) -> None:
 
 def gang_work(rank: Rank) -> None:
     """Run the stages in a real process group: ranks meet at every step, as in training."""
-    from runner.worker import join_gang
+    from runner.gang.worker import join_gang
 
     rank.report("start", 0, None, {})
     dist = join_gang(rank)
@@ -163,7 +163,7 @@ def mirrored_work(rank: Rank) -> None:
 
 def patient_gang_work(rank: Rank) -> None:
     """Work in a real process group: OUT/patience.json seconds together, and as long again on rank 0 alone."""
-    from runner.worker import join_gang
+    from runner.gang.worker import join_gang
 
     rank.report("start", 0, None, {})
     dist = join_gang(rank)

@@ -44,7 +44,7 @@ def state_of(out: Path) -> dict[int, str]:
 
 def scores_of(out: Path) -> dict[int, float]:
     """Return seed -> post-TTT bpb of every finished attempt in the Parquet files; a seed that came twice fails."""
-    from results.reader import read_runs
+    from results.store.reader import read_runs
 
     frame = read_runs(out).frame
     done = frame[frame["state"] == "DONE"]

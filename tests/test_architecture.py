@@ -5,58 +5,30 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("jobs", "runner", "model", "results")
+from tests import house
+from tests.house import HOUSE, PACKAGES, ROOT, entries, find_circle, imported_names, parse, sources
+
 MAX_TRACKED_BYTES = 1_500_000
-MAX_FILE_LINES = 450
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 50
-
-# A module of model/ imports only from its own floor and those below; one that is not named here is a stage.
-MODEL_FLOORS: dict[str, int] = {
-    "config": 0, "field_types": 0, "cpus": 0, "distributed": 0, "kernels": 0, "data": 0, "layers": 0, "ledger": 0,
-    "lora": 1, "gpt": 1,
-    "pipeline": 3, "stages": 3, "standalone": 3,
-}  # fmt: skip
-MODEL_STAGE_FLOOR = 2
-MODEL_TOP_FLOOR = 3
-
-
-def sources(package: str) -> list[Path]:
-    """Return every Python file of a package, sorted."""
-    return sorted((ROOT / package).rglob("*.py"))
-
-
-@cache
-def parse(path: Path) -> ast.Module:
-    """Return the syntax tree of one file."""
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-def imported_modules(path: Path) -> Iterator[str]:
-    """Yield the dotted name of everything that path imports, inside functions too.
-
-    `from a import b` yields a and a.b, because b may be a module.
-    """
-    package_parts = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            prefix = package_parts[: len(package_parts) - node.level + 1] if node.level else ()
-            base = ".".join((*prefix, *((node.module,) if node.module else ())))
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+ROOM_FILES = range(2, 17)
+# entries at the top of a package, rooms and files
+MAX_ENTRIES = {"model": 23, "results": 13, "runner": 12, "jobs": 7}
+# the files that may import a heavy package; everything else must do without
+ALLOWED = {
+    "torch": ("model/*.py", "model/*/*.py", "runner/gang/worker.py", "jobs/bench/*.py"),
+    "ray": ("runner/gang/ray_*.py", "jobs/sweeps/ray_job.py"),
+}
+WITHOUT_TORCH = ("fields", "report", "config", "presets", "bundle")  # rooms of model/
 
 
 def roots_imported_by(path: Path) -> set[str]:
     """Return the top-level names that path imports."""
-    return {name.split(".")[0] for name in imported_modules(path)}
+    return {name.split(".")[0] for name in imported_names(path)}
 
 
 def offenders(package: str, forbidden: set[str], allowed: tuple[str, ...] = ()) -> list[str]:
@@ -70,6 +42,56 @@ def offenders(package: str, forbidden: set[str], allowed: tuple[str, ...] = ()) 
     return found
 
 
+def test_no_import_goes_up_or_sideways() -> None:
+    assert house.broken_rules() == []
+
+
+def test_neither_files_nor_rooms_import_each_other_in_a_circle() -> None:
+    assert find_circle(house.imports()) == []
+    assert find_circle(house.room_graph()) == []
+
+
+def test_the_table_itself_has_no_circle() -> None:
+    for package, rooms in HOUSE.items():
+        assert find_circle({name: set(room.may_import) for name, room in rooms.items()}) == [], package
+
+
+def test_a_circle_an_upward_import_and_one_inside_a_function_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "config.py": "from model.gpt import GPT\n",
+        "gpt.py": "def build():\n    from model.config import CONFIG\n    return CONFIG\n",
+    }.items():
+        path = tmp_path / "model" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "model" / "__init__.py").touch()
+    monkeypatch.setattr(house, "ROOT", tmp_path)
+    house.modules.cache_clear()
+    house.imports.cache_clear()
+    try:
+        assert house.broken_rules() == ["model.config imports model.gpt"]
+        assert set(find_circle(house.imports())) == {"model.config", "model.gpt"}
+    finally:
+        monkeypatch.undo()
+        house.modules.cache_clear()
+        house.imports.cache_clear()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_entry_is_a_room_of_the_table_with_two_to_sixteen_files(package: str) -> None:
+    listed = {name for name in HOUSE[package] if name != "__init__"}
+    assert {Path(name).stem for name in entries(package)} == listed
+    assert len(entries(package)) <= MAX_ENTRIES[package]
+    for name in listed:
+        folder = ROOT / package / name
+        if folder.is_dir():
+            files = [path for path in folder.rglob("*.py") if path.name != "__init__.py"]
+            assert all(path.parent == folder for path in files), f"{package}/{name} holds a room"
+            assert len(files) in ROOM_FILES, f"{package}/{name} holds {len(files)} files"
+
+
 def test_results_imports_neither_torch_nor_ray_nor_other_packages_of_ours() -> None:
     assert offenders("results", {"torch", "ray", "jobs", "runner", "model"}) == []
 
@@ -78,36 +100,19 @@ def test_model_never_imports_ray_or_what_stands_above_it() -> None:
     assert offenders("model", {"ray", "runner", "jobs", "results"}) == []
 
 
-def test_nobody_imports_jobs() -> None:
+def test_nobody_imports_jobs_or_the_tests() -> None:
     assert [line for package in ("runner", "model", "results") for line in offenders(package, {"jobs"})] == []
+    assert [line for package in PACKAGES for line in offenders(package, {"tests"})] == []
 
 
-def test_ray_is_used_only_by_the_gang_the_scheduler_and_submit() -> None:
-    allowed = ("runner/gang.py", "runner/scheduler.py", "runner/ray_*.py", "jobs/submit.py")
-    assert [line for package in PACKAGES for line in offenders(package, {"ray"}, allowed)] == []
+@pytest.mark.parametrize("name", ALLOWED)
+def test_heavy_packages_are_imported_where_they_belong_and_nowhere_else(name: str) -> None:
+    assert [line for package in PACKAGES for line in offenders(package, {name}, ALLOWED[name])] == []
 
 
-def test_inside_runner_only_the_worker_knows_torch() -> None:
-    assert offenders("runner", {"torch"}, ("runner/worker.py",)) == []
-
-
-def model_floor(dotted: str) -> int:
-    """Return the floor of model.<name>[.<...>]; the package itself stands at the bottom."""
-    parts = dotted.split(".")
-    if len(parts) == 1:
-        return 0
-    return MODEL_TOP_FLOOR if parts[1].startswith("audit") else MODEL_FLOORS.get(parts[1], MODEL_STAGE_FLOOR)
-
-
-def test_inside_model_each_floor_imports_only_from_itself_and_below() -> None:
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sources("model")}
-    wrong = []
-    for path in sources("model"):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        for target in imported_modules(path):
-            if target in modules and model_floor(target) > model_floor(name):
-                wrong.append(f"{name} imports {target}")
-    assert wrong == []
+def test_settings_and_words_of_the_model_do_without_torch() -> None:
+    lines = offenders("model", {"torch"})
+    assert [line for line in lines if line.split("/")[1].split(".")[0] in WITHOUT_TORCH] == []
 
 
 def test_package_files_hold_no_code() -> None:

@@ -12,8 +12,11 @@ import brotli
 import pytest
 import torch
 
-from jobs.fuzz_mutations import changed, fuzz_artifact_once, header_of, places, seal, with_header
-from model.artifact import (
+from model.banks import EMBEDDING, parameter_shapes, tensor_shapes
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.presets import PRESETS, tiny
+from model.quant.artifact import (
     DIGEST_BYTES,
     MAGIC,
     PREFIX,
@@ -22,10 +25,9 @@ from model.artifact import (
     read_artifact_info,
     save_artifact,
 )
-from model.artifact_header import tensor_entries
-from model.config import PRESETS, ModelConfig, tiny
-from model.gpt import GPT
-from model.quantized import EMBEDDING, QuantizedState, QuantizedWeight, dequantize, parameter_shapes, tensor_shapes
+from model.quant.artifact_header import tensor_entries
+from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
+from tests.fuzz.mutations import changed, fuzz_artifact_once, header_of, places, seal, with_header
 from tests.memory import peak_bytes
 
 SMALL = ModelConfig(

@@ -13,22 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-from model import pipeline, stages
-from model.audit_records import longest, probe_separation
-from model.audit_run import load_run
-from model.audit_selftest import make_corpus, micro_config
-from model.audit_sweep import probe_configuration
+from model.attention.probe import Choice
+from model.audit.configuration import probe_configuration
+from model.audit.finished_run import load_run
+from model.audit.records import longest, probe_separation
 from model.config import RunConfig, RuntimeConfig
-from model.data.shards import list_shards, open_shard, write_shard
+from model.controls.self_test import make_corpus, micro_config
+from model.corpus.shard_file import write_shard
+from model.data.shards import list_shards, open_shard
 from model.data.tokenizer import load_tokenizer
 from model.distributed import Dist
-from model.evaluate import order0_bpb
-from model.kernels.probe import Choice
-from model.ledger import Ledger
-from model.memory import RESIDENT, RESIDENT_EVER
-from model.pipeline import STAGES, RunMismatch, SeedResult, read_records, run_seed
-from model.run import Run
-from model.run_record import changes_since
+from model.files.ledger import Ledger
+from model.pipeline import inputs, stage_train
+from model.pipeline import seed as pipeline
+from model.pipeline.memory import RESIDENT, RESIDENT_EVER
+from model.pipeline.records import changes_since
+from model.pipeline.run import Run
+from model.pipeline.seed import STAGES, RunMismatch, SeedResult, read_records, run_seed
+from model.score.bpb import order0_bpb
 from tests.micro_model import ignore
 
 GPU = "NVIDIA H100 80GB HBM3"
@@ -132,8 +134,8 @@ def test_another_device_and_number_of_threads_are_other_code(
 
 
 def test_a_kernel_named_now_is_other_code_than_the_one_trained_with(config: RunConfig, copy: Path) -> None:
-    named = replace(config, runtime=replace(config.runtime, attention="flex"))
-    assert "another attention kernel (sdpa, now flex)" in refusal(named, copy)
+    named = replace(config, runtime=replace(config.runtime, attention="varlen"))
+    assert "another attention kernel (sdpa, now varlen)" in refusal(named, copy)
 
 
 def test_another_node_of_the_same_kind_is_no_change(config: RunConfig) -> None:
@@ -196,7 +198,7 @@ def test_a_damaged_list_of_attempts_is_refused(config: RunConfig, copy: Path, da
 def test_a_kernel_chosen_by_a_stopwatch_stays_with_the_run(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "choose_attention", lambda _run: Choice("sdpa", {"sdpa": 1.0}, {}, {}))
+    monkeypatch.setattr(stage_train, "choose_attention", lambda *_: Choice("sdpa", {"sdpa": 1.0}, {}, {}))
     with pytest.raises(Killed):
         run(config, tmp_path, on_write=killed_at("step-0000002.json"))
     assert run_json(tmp_path)["attention"] == "sdpa"
@@ -206,7 +208,7 @@ def test_a_kernel_chosen_by_a_stopwatch_stays_with_the_run(
     def fail(_run: Run) -> Choice:
         raise AssertionError("the kernel was timed again")
 
-    monkeypatch.setattr(stages, "choose_attention", fail)
+    monkeypatch.setattr(stage_train, "choose_attention", fail)
     with pytest.raises(Killed):
         run(config, tmp_path, on_write=killed_at("stages/train.json"))
     assert read_records(tmp_path)["train"]["surroundings"]["attention"] == "sdpa"
@@ -302,10 +304,10 @@ def test_no_stage_reads_a_training_shard_after_training(config: RunConfig, resum
     assert probe_separation(files, shards).result == "pass"
     tokens = np.concatenate([open_shard(path) for path in list_shards(config.data.train)])
     counts = np.bincount(tokens, minlength=config.model.vocab_size)
-    with np.load(resumed.workdir / stages.TRAIN_COUNTS, allow_pickle=False) as arrays:
+    with np.load(resumed.workdir / inputs.TRAIN_COUNTS, allow_pickle=False) as arrays:
         assert np.array_equal(arrays["count"], counts)
     table = load_tokenizer(Path(config.data.tokenizer)).byte_table
-    _, validation = stages.open_validation(Run(config, Dist.single(), Path(), ignore), Ledger("evaluate"))
+    _, validation = inputs.open_validation(Run(config, Dist.single(), Path(), ignore), Ledger("evaluate"))
     assert resumed.metrics["order0_bpb"] == order0_bpb(counts, validation, table)
 
 

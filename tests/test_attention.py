@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.kernels.attention import VARLEN_KERNELS, Bounds, attention, bucket_length, is_available, resolve_backend
-from model.kernels.flex import BLOCK, segment_block_mask
-from model.kernels.probe import probe_backends
+from model.attention.backends import VARLEN_KERNELS, attention, is_available, resolve_backend
+from model.attention.bounds import Bounds
+from model.attention.probe import probe_backends
 
 LENGTHS = st.lists(st.sampled_from([1, 1, 2, 3, 5, 8, 9, 17, 33, 40]), min_size=1, max_size=12)
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2), (3, 3)])
@@ -106,45 +106,6 @@ def test_a_segment_does_not_feel_what_stands_beside_it() -> None:
     assert torch.equal(attention(*spoiled, pack([40, 13, 37]))[:, 40:53], y[:, 40:53])
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 100, 1025, 2047, 2048])
-def test_bucket_length_pads_by_at_most_a_quarter(length: int) -> None:
-    assert length <= bucket_length(length) <= 1.25 * length
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    lengths=st.lists(st.sampled_from([1, 5, 64, 127, 128, 129, 300, 513]), min_size=1, max_size=6),
-    padded=st.integers(0, 2),
-)
-def test_the_block_mask_covers_exactly_the_visible_pairs(lengths: list[int], padded: int) -> None:
-    packing = pack(lengths, padded)
-    total = sum(lengths)
-    mask = segment_block_mask(packing.cu_seqlens, total)
-    n = -(-total // BLOCK)
-    places = torch.arange(total)
-    visible = mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places[None, :])
-    needs, whole = torch.zeros(n, n, dtype=torch.bool), torch.ones(n, n, dtype=torch.bool)
-    for i in range(n):
-        for j in range(n):
-            tile = visible[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
-            needs[i, j], whole[i, j] = bool(tile.any()), bool(tile.all())
-
-    def listed(counts: Tensor | None, indices: Tensor | None) -> Tensor:
-        assert counts is not None
-        assert indices is not None
-        table = torch.zeros(n, n, dtype=torch.int32)
-        for i in range(n):
-            for j in indices[0, 0, i, : int(counts[0, 0, i])].tolist():
-                table[i, j] += 1
-        return table
-
-    masked, full = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
-    assert torch.equal(masked + full, needs.int())
-    assert not (full.bool() & ~whole).any()
-    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), masked.T)
-    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
-
-
 def test_unusable_backends_are_refused() -> None:
     q, k, v, _ = draw(2, 4, (2, 1), seed=0)
     with pytest.raises(ValueError, match="attention backend 'fa9' is unknown"):
@@ -156,14 +117,6 @@ def test_unusable_backends_are_refused() -> None:
     with pytest.raises(ValueError, match="must cover the row's 4 tokens"):
         attention(q[:1], k[:1], v[:1], pack([3]))
     assert resolve_backend("auto", q, is_packed=True) == "sdpa"
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")  # uncompiled on purpose: no compiler
-def test_flex_agrees_on_a_small_pack() -> None:
-    q, k, v = (x.detach() for x in draw(1, 300, (4, 2), seed=8, dtype=torch.float32)[:3])
-    packing = pack([130, 1, 140, 29], 2)
-    y = attention(q, k, v, packing, backend="flex")
-    torch.testing.assert_close(y, attention(q, k, v, packing), rtol=1e-4, atol=1e-5)
 
 
 def test_our_own_kernel_wants_cuda() -> None:
@@ -193,8 +146,8 @@ def test_a_probe_says_why_a_backend_was_rejected() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore")  # what the compilers behind flex and fa4 have to say
-@pytest.mark.parametrize("backend", ["varlen", "flex", "fa2", "fa3", "fa4", "triton"])
+@pytest.mark.filterwarnings("ignore")  # what the compilers behind fa4 have to say
+@pytest.mark.parametrize("backend", ["varlen", "fa2", "fa3", "fa4", "triton"])
 @pytest.mark.parametrize("lengths", [[1], [1000], [1, 500, 64, 3, 432], [128] * 5])
 def test_cuda_backends_agree_with_float64(backend: str, lengths: list[int]) -> None:
     if not is_available(backend):
@@ -294,7 +247,7 @@ def test_keys_that_no_query_reads_get_gradients_of_zero() -> None:
 def test_the_tables_of_tiles_hold_every_token_once(seed: int) -> None:
     if not is_available("triton"):
         pytest.skip("no Triton")
-    from model.kernels.varlen_tiles_triton import list_key_tiles, list_query_tiles
+    from model.attention.varlen_tiles_triton import list_key_tiles, list_query_tiles
 
     bounds = random_bounds(seed)
     for list_tiles, own, other in (

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from model.audit import PROBES, Audit, choose_probes
-from model.audit_broken import CONTROLS
-from model.audit_bytes import probe_bytes
-from model.audit_causality import probe_chunk_borders
-from model.audit_controls import UpdateFirst, altered
-from model.audit_run import load_run
-from model.audit_selftest import SelfTest, examine, micro_run
-from model.audit_sweep import probe_configuration
-from model.audit_updates import probe_adapter_states, probe_frozen_updates, probe_poisoned_update
+from model.audit.audit import PROBES, Audit, choose_probes
+from model.audit.byte_table import probe_bytes
+from model.audit.causality import probe_chunk_borders
+from model.audit.configuration import probe_configuration
+from model.audit.finished_run import load_run
+from model.audit.updates import probe_adapter_states, probe_frozen_updates, probe_poisoned_update
+from model.controls.broken import CONTROLS
+from model.controls.self_test import SelfTest, examine, micro_run
+from model.controls.systems import UpdateFirst, altered
 from model.data.validation import ValidationSet
-from model.evaluate import document_sums
-from model.ttt_adapter import Adapter
-from model.ttt_graphs import GraphAdapter
-from model.ttt_windows import Window
+from model.score.bpb import document_sums
+from model.ttt.document_pass import Adapter
+from model.ttt.recorded_pass import GraphAdapter
+from model.ttt.windows import Window
 
 ROOT = Path(__file__).parent.parent
 QUICK = "score_ledger,exactly_once,separation,overlap,bytes,size"

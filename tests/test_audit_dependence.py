@@ -1,8 +1,8 @@
-"""model/audit_dependence.py: what a graph of documents says about the order of scoring."""
+"""model/audit/dependence.py: what a graph of documents says about the order of scoring."""
 
 import pytest
 
-from model.audit_dependence import Edge, describe, find_cycle
+from model.audit.dependence import Edge, describe, find_cycle
 
 
 @pytest.mark.parametrize(

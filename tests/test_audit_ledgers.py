@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.audit_records import misordered
+from model.audit.records import misordered
 from model.config import TTTConfig
-from model.ledger import Ledger, join_ledgers
-from model.score_ledger import SCORE, UPDATE, Events, ScoreChain, broken_chains, read_events, times_scored
+from model.files.ledger import Ledger, join_ledgers
+from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain, broken_chains, read_events, times_scored
 
 STARTS, NUM_TARGETS = [0, 100], 149  # two documents of 100 and 49 predictions
 

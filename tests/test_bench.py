@@ -13,19 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from jobs import bench_child
-from jobs.bench_figures import MIN_SPREAD, Report, number, spread, write_report
-from jobs.bench_inputs import made_up_tokens
-from jobs.bench_process import Bench
-from jobs.bench_results import write_store
-from jobs.bench_stages import sample_documents, validation_of, window_tokens
+from jobs.bench import child as bench_child
+from jobs.bench import command as bench
+from jobs.bench.figures import MIN_SPREAD, Report, number, spread, write_report
+from jobs.bench.inputs import made_up_tokens
+from jobs.bench.process import Bench
+from jobs.bench.stages import sample_documents, validation_of, window_tokens
 from jobs.cli import main
-from jobs.commands import bench
 from model.data.shards import BOS_ID
 from model.data.validation import ValidationSet
-from model.evaluate import DocumentScores
-from model.score_ledger import SCORE, UPDATE, ScoreChain
-from model.ttt import TTTResult
+from model.score.bpb import DocumentScores
+from model.ttt.documents import TTTResult
+from model.ttt.score_ledger import SCORE, UPDATE, ScoreChain
+from tests.bench.__main__ import main as run_own_bench
+from tests.bench.results import write_store
 
 
 def stream(num_tokens: int = 4000) -> ValidationSet:
@@ -100,7 +101,8 @@ def test_bad_options_end_with_one_line(arguments: list[str], message: str, capsy
 
 def test_a_measuring_process_hands_a_users_mistake_back(tmp_path: Path) -> None:
     request = {
-        "task": "eval", "process": 0, "folder": str(tmp_path), "preset": "tiny", "train": "", "tokenizer": "",
+        "task": "jobs.bench.stages:measure_eval", "process": 0, "folder": str(tmp_path), "preset": "tiny",
+        "train": "", "tokenizer": "",
         "val": str(tmp_path / "none_*.bin"), "val_tokens": None, "attention": "auto", "weights": "",
     }  # fmt: skip
     (tmp_path / "request.json").write_text(json.dumps(request))
@@ -119,9 +121,9 @@ def test_a_mistake_that_was_handed_back_ends_with_one_line(
 def test_a_measuring_process_that_dies_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("jobs.bench_process.CHILD_MODULE", "jobs.no_such_module")
+    monkeypatch.setattr("jobs.bench.process.CHILD_MODULE", "jobs.no_such_module")
     assert main(["bench", "eval", "--repeats", "1"]) == 1
-    assert "task eval ended with exit code 1" in capsys.readouterr().err
+    assert "task jobs.bench.stages:measure_eval ended with exit code 1" in capsys.readouterr().err
 
 
 def test_the_sample_is_the_one_the_published_code_was_timed_on() -> None:
@@ -151,7 +153,7 @@ def test_window_tokens_count_scores_only_and_no_window_beyond_its_length() -> No
 
 
 def test_made_up_runs_are_rows_that_the_table_adds_up(tmp_path: Path) -> None:
-    from jobs.bench_figures import Probe
+    from jobs.bench.figures import Probe
     from results.tables import seed_table
 
     probe = Probe("store")
@@ -163,10 +165,11 @@ def test_made_up_runs_are_rows_that_the_table_adds_up(tmp_path: Path) -> None:
     assert probe.figures[0][:2] == ("writing a: 3 runs", "s")
 
 
-def run_mode(tmp_path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    """Run one mode with raw samples to a file and return its figures by name."""
+def run_mode(tmp_path: Path, *arguments: str, is_ours: bool = False) -> dict[str, dict[str, Any]]:
+    """Run one mode with raw samples to a file and return its figures by name; is_ours: one of tests.bench."""
     out = tmp_path / "figures.json"
-    assert main(["bench", *arguments, "--repeats", "1", "--out", str(out)]) == 0
+    options = [*arguments, "--repeats", "1", "--out", str(out)]
+    assert (run_own_bench(options) if is_ours else main(["bench", *options])) == 0
     written = json.loads(out.read_text())
     assert set(written["environment"]) >= {"cpu_model", "num_cpus", "torch", "triton", "git_commit", "code_hash"}
     return {figure["name"]: figure for figure in written["figures"]}
@@ -196,19 +199,19 @@ def test_two_ranks_train_in_one_gang(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_laptop_mode_prints_every_figure_that_was_asked_for(tmp_path: Path) -> None:
-    figures = run_mode(tmp_path, "laptop")
+    figures = run_mode(tmp_path, "laptop", is_ours=True)
     bars = {name: figure["wanted"] for name, figure in figures.items() if figure["wanted"]}
     assert sorted(bars.values()) == ["below 0.2", "below 0.5", "below 10", "below 50", "below 50"]
 
 
 @pytest.mark.slow
 def test_the_sweep_and_results_modes_run_small(tmp_path: Path) -> None:
-    figures = run_mode(tmp_path, "sweep", "--runs", "30")
+    figures = run_mode(tmp_path, "sweep", "--runs", "30", is_ours=True)
     assert figures["decisions"]["median"] > 30
     assert {"status of 30 finished seeds", "table of 30 finished seeds", "Ray's overhead"} <= set(figures)
-    figures = run_mode(tmp_path, "results", "--runs", "4", "--documents", "50")
+    figures = run_mode(tmp_path, "results", "--runs", "4", "--documents", "50", is_ours=True)
     assert {"seed table", "paired documents, two runs", "report of 10 runs"} <= set(figures)
 
 
 def test_every_mode_is_described() -> None:
-    assert set(bench.ON_A_MODEL) < set(bench.MODES)
+    assert set(bench.TASKS) == set(bench.MODES)

@@ -1,22 +1,30 @@
-"""model.bundle and jobs.commands.bundle: one file that holds the recipe, and what it scores."""
+"""model.bundle.program and jobs.evidence.bundle: one file that holds the recipe, and what it scores."""
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
 from jobs.cli import main
-from model.bundle import make_program, read_package
-from model.config import EvalConfig, tiny
-from model.own_code import PACKED_NAME, READABLE_NAME
+from model.bundle.program import (
+    PACKED_NAME,
+    QUOTES,
+    READABLE_NAME,
+    ROOT,
+    code_program,
+    is_twin,
+    read_modules,
+    tool_versions,
+)
+from model.presets import published, tiny
+from model.quant.artifact import load_artifact
+from model.quant.quantized import dequantize
 from tests.small_run import TOKENIZER, seed_directory, small_sweep, validation_glob
 
 # Runs a program as an empty environment would that holds only torch (with what it requires), numpy, sentencepiece
@@ -49,15 +57,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def make_package(root: Path, **modules: str) -> Path:
     """Write a model package of the given modules and those that every package needs."""
     (root / "model").mkdir()
+    (root / "model" / "bundle").mkdir()
+    loader = Path("model") / "bundle" / "loader.py"
+    (root / loader).write_text((ROOT / loader).read_text())
     (root / "model" / "__init__.py").write_text("")
     for name, source in modules.items():
         (root / "model" / f"{name}.py").write_text(textwrap.dedent(source))
     return root
-
-
-def generate(root: Path, **modules: str) -> str:
-    """Return the readable file of a made-up package."""
-    return make_program(tiny(), root=make_package(root, **modules)).readable
 
 
 def run_file(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,98 +80,86 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_same_sources_give_the_same_bytes_and_both_files_say_the_same() -> None:
-    program = make_program(tiny())
-    again = type(program).of(program.readable)
-    assert program == again
-    printed = subprocess.run([sys.executable, "-c", program.packed, "--source"], capture_output=True, check=True)
-    assert printed.stdout.decode() == program.readable
+def test_the_same_sources_give_the_same_bytes() -> None:
+    program = code_program(tiny())
+    assert program == code_program(tiny())
+    assert is_twin(program.readable, program.packed)
 
 
-def test_every_section_keeps_its_docstring_and_stands_after_what_it_uses() -> None:
-    text = make_program(tiny()).readable
-    places = []
-    for name, module in read_package(Path(__file__).parent.parent).items():
-        title = f" {name.replace('.', '/')}.py ="
-        assert title in text, name
-        assert (ast.get_docstring(module.tree) or "").splitlines()[0] in text.partition(title)[2][:400]
-        places.append((name, text.index(title)))
-    order = [name for name, _ in sorted(places, key=lambda entry: entry[1])]
-    assert order[:2] == ["model.field_types", "model.config"]
-    assert order.index("model.gpt") < order.index("model.ttt") < order.index("model.standalone") == len(order) - 1
+def test_a_twin_of_other_modules_or_other_tools_is_told_apart() -> None:
+    program = code_program(tiny())
+    altered = program.readable.replace("RMS_EPS = 2.0**-23", "RMS_EPS = 2.0**-22")
+    assert altered != program.readable
+    assert is_twin(altered, program.packed) is False
+    assert is_twin(program.readable.replace("python-minifier ", "python-minifier 0."), program.packed) is None
+    with pytest.raises(ValueError, match="no settings or no modules"):
+        is_twin(f"Twin made with {tool_versions()}\n".join(['"""\n', '"""\n']), program.packed)
+
+
+def test_every_module_is_there_verbatim_and_after_what_it_imports() -> None:
+    text = code_program(tiny()).readable
+    modules = read_modules(ROOT)
+    for name, source in modules.items():
+        assert f'MODULES["{name}"] = r{QUOTES}{source}{QUOTES}' in text
+        assert (ROOT / f"{name.replace('.', '/')}.py").read_text() == source
+    order = list(modules)
+    assert order.index("model.config") < order.index("model.gpt") < order.index("model.ttt.documents")
+    assert order[-1] == "model.standalone"
 
 
 def test_what_neither_training_nor_scoring_needs_is_left_out() -> None:
-    text = make_program(tiny()).readable
-    for word in ("huggingface_hub", "def gather_docstrings", "model/audit", "model/bundle", "import safetensors"):
+    text = code_program(tiny()).readable
+    for word in ("huggingface_hub", "fcntl", "manifest", "class CheckpointStore", "model/audit", "import safetensors"):
         assert word not in text, word
     assert "/work" not in text
     assert str(Path.home()) not in text
 
 
-def test_no_name_of_the_readable_file_is_undefined() -> None:
-    text = make_program(tiny()).readable
-    checked = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F811,F823", "-"],
-        input=text, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert checked.returncode == 0, checked.stdout
+def test_counted_code_stays_small() -> None:
+    assert code_program(published()).num_bytes < 56_000
 
 
-def test_names_that_two_modules_define_are_told_apart(tmp_path: Path) -> None:
-    text = generate(
-        tmp_path,
-        config='LIMIT = 1\n\n\ndef _scale(x: int) -> int:\n    """Ours."""\n    return x * LIMIT  # kept\n',
-        other="""
-        from model.config import LIMIT as FIRST
-        from model.config import _scale as scale_first
-
-        LIMIT = 2
-
-
-        def _scale(x: int, LIMIT: int = LIMIT) -> str:
-            values = [LIMIT for LIMIT in range(2)]
-            return f"{LIMIT} {FIRST} {values} LIMIT {scale_first(x)}"
-        """,
-        standalone="""
-        import sys
-
-        from model import config, other
-
-
-        def main(argv: list[str], settings: str) -> int:
-            from model import other as again
-            from model.other import _scale
-
-            assert again.LIMIT == 2
-            print(config.LIMIT, other.LIMIT, config._scale(3), _scale(5), other._scale(5, LIMIT=7))
-            return 0
-        """,
+def test_a_traceback_names_module_and_line(tmp_path: Path) -> None:
+    program = code_program(
+        tiny(),
+        root=make_package(
+            tmp_path,
+            other="def divide(x):\n    # by zero\n    return x / 0\n",
+            standalone="from model.other import divide\n\n\ndef main(argv, settings, code_bytes):\n    divide(1)\n",
+        ),
     )
-    path = tmp_path / "made.py"
-    path.write_text(text)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True)
-    assert done.stdout == "1 2 3 2 1 [0, 1] LIMIT 5 7 1 [0, 1] LIMIT 5\n"
-    assert "return x * LIMIT_CONFIG  # kept" in text
+    program.write(tmp_path)
+    for name, line in ((READABLE_NAME, 3), (PACKED_NAME, 1)):
+        done = subprocess.run([sys.executable, str(tmp_path / name)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert f'{name}/model/other.py", line {line}, in divide' in done.stderr
+
+
+def test_a_package_of_the_same_name_in_the_current_folder_changes_nothing(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    make_package(here, standalone="raise SystemExit('the wrong one')\n")
+    program = code_program(
+        tiny(), root=make_package(tmp_path, standalone="def main(argv, settings, code_bytes):\n    print('ours')\n")
+    )
+    program.write(here)
+    done = subprocess.run([sys.executable, READABLE_NAME], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout == "ours\n"
 
 
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        ({"standalone": "from model import other\nUSED = [other]\n", "other": ""}, "module other is used as a value"),
-        ({"standalone": "from model.other import x\n", "other": ""}, "model.other has no x"),
-        ({"standalone": "from model.gone import x\n"}, "still imports model.gone"),
-        ({"standalone": "from .other import x\n"}, "relative and star imports"),
-        ({"standalone": "X = 1\nX = 2\n"}, "X is bound twice"),
-        ({"standalone": "try:\n    X = 1\nfinally:\n    pass\n"}, "top-level Try"),
-        ({"standalone": "from a import x\nfrom model.other import y\n", "other": "from b import x\ny = x\n"},
-         "x is imported as"),
-        ({"standalone": "from model.b import y\nx = 1\n", "b": "from model.standalone import x\ny = x\n"}, "circle"),
+        ({"standalone": "from model.gone import x\n"}, "model.gone is imported, but .* is not there"),
+        ({"standalone": "def f():\n    from .other import x\n", "other": ""}, "a relative import in line 2"),
+        ({"standalone": "from model import b\n", "b": "from model.standalone import x\n"}, "circle: model"),
+        ({"standalone": "X = '''text'''\n"}, "holds ''', which ends a text"),
+        ({"standalone": "", "__init__": "X = 1\n"}, "has code: a package in one file has none"),
     ],
-)  # fmt: skip
+)
 def test_what_one_file_cannot_hold_is_refused(tmp_path: Path, modules: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        generate(tmp_path, **modules)
+        code_program(tiny(), root=make_package(tmp_path, **modules))
 
 
 @pytest.mark.parametrize("name", [READABLE_NAME, pytest.param(PACKED_NAME, marks=pytest.mark.slow)])
@@ -184,20 +178,22 @@ def test_two_files_reproduce_the_scores_to_the_last_bit_in_an_empty_environment(
     assert json.loads((bundle / "scores.json").read_text())["scores"]["post_ttt_bpb"] == scores["post_ttt_bpb"]
 
 
-def test_the_program_trains_to_the_same_weights_in_an_empty_environment(bundle: Path, tmp_path: Path) -> None:
+def test_the_program_trains_to_the_same_scores_in_an_empty_environment(bundle: Path, tmp_path: Path) -> None:
     out = small_sweep()
     done = run_file(
         bundle / READABLE_NAME, "--train", f"{out.parent}/data/toy_train_*.bin", "--val", validation_glob(out),
         "--tokenizer", str(TOKENIZER), "--seed", "42", "--threads", "1", "--out", str(tmp_path / "run"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    ours = (seed_directory(out) / "train.safetensors").read_bytes()
-    assert (tmp_path / "run" / "train.safetensors").read_bytes() == ours
-    records = [json.loads((folder / "stages" / "quantize.json").read_text())["metrics"]
-               for folder in (tmp_path / "run", seed_directory(out))]  # fmt: skip
-    for key in ("code_bytes", "code_bytes_readable", "code_bytes_convention"):
-        assert records[0][key] == records[1][key]
-    assert (tmp_path / "run" / READABLE_NAME).read_bytes() == (bundle / READABLE_NAME).read_bytes()
+    ours, theirs = (load_artifact(folder / "model.ssq")[1] for folder in (seed_directory(out), tmp_path / "run"))
+    for name, value in dequantize(ours).items():
+        assert torch.equal(dequantize(theirs)[name], value), name
+    metrics = json.loads(done.stdout.splitlines()[-1])
+    records = {}
+    for path in (seed_directory(out) / "stages").glob("*.json"):
+        records |= json.loads(path.read_text())["metrics"]
+    for key in ("code_bytes", "steps", "live_bpb", "post_ema_bpb", "pre_ttt_bpb", "ttt_lr0_bpb", "post_ttt_bpb"):
+        assert metrics[key] == records[key], key
 
 
 def test_sizes_in_the_record_are_those_of_the_files(bundle: Path) -> None:
@@ -205,7 +201,12 @@ def test_sizes_in_the_record_are_those_of_the_files(bundle: Path) -> None:
     assert metrics["code_bytes"] == (bundle / PACKED_NAME).stat().st_size
     assert metrics["code_bytes_readable"] == (bundle / READABLE_NAME).stat().st_size
     assert metrics["artifact_bytes"] == metrics["code_bytes"] + (bundle / "model.ssq").stat().st_size
-    assert metrics["code_bytes_convention"] == "self-extracting-train_gpt"
+    assert metrics["code_bytes_convention"] == "self-extracting-minified-train_gpt"
+
+
+def settings_text(bundle: Path) -> str:
+    """Return the settings of a bundle's program as JSON."""
+    return (bundle / READABLE_NAME).read_text().partition(f"SETTINGS = r{QUOTES}")[2].partition(QUOTES)[0]
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,7 @@ def test_mistakes_end_in_one_line(
     from model.standalone import main as program
 
     monkeypatch.chdir(bundle)
-    text = (bundle / READABLE_NAME).read_text()
-    settings = text.partition('SETTINGS = """')[2].partition('"""')[0]
-    assert program(arguments, settings) == 2
+    assert program(arguments, settings_text(bundle), 0) == 2
     shown = capsys.readouterr().err.strip()
     assert message in shown
     assert "\n" not in shown
@@ -241,62 +240,11 @@ def test_settings_of_another_recipe_are_refused(
     from model.standalone import main as program
 
     monkeypatch.chdir(bundle)
-    settings = json.loads((bundle / READABLE_NAME).read_text().partition('SETTINGS = """')[2].partition('"""')[0])
+    settings = json.loads(settings_text(bundle))
     settings["ttt"]["lr"] = 0.5
     arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
-    assert program(arguments, json.dumps(settings)) == 2
+    assert program(arguments, json.dumps(settings), 0) == 2
     assert "other settings" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("is_plain_only", [False, True])
-def test_an_artifact_is_scored_as_the_pipeline_does(
-    is_plain_only: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from model import standalone
-
-    monkeypatch.chdir(bundle)
-    order: list[str] = []
-    plain = standalone.evaluate_plain
-
-    def compiles(run: Any, _ledger: Any, *stages: str) -> None:
-        assert run.config.runtime.attention == "sdpa"
-        order.append(" ".join(("compile", *stages)))
-
-    def scores(model: Any, *args: Any, **options: Any) -> Any:
-        assert model.attention_backend == "sdpa"
-        assert not any(parameter.requires_grad for parameter in model.parameters())
-        order.append("score")
-        return plain(model, *args[:4], standalone.Progress())
-
-    def adapts(model: Any, *args: Any, is_adapting: bool, **_options: Any) -> Any:
-        order.append(f"adapt {is_adapting}")
-        return types.SimpleNamespace(scores=plain(model, *args[:2], EvalConfig(), args[3], standalone.Progress()))
-
-    monkeypatch.setattr(standalone, "compile_kernels", compiles)
-    monkeypatch.setattr(standalone, "evaluate_plain", scores)
-    monkeypatch.setattr(standalone, "score_documents", adapts)
-    settings = json.loads((bundle / READABLE_NAME).read_text().partition('SETTINGS = """')[2].partition('"""')[0])
-    settings["runtime"]["attention"] = "sdpa"
-    arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
-    assert standalone.main(arguments + ["--plain-only"] * is_plain_only, json.dumps(settings)) == 0
-    all_stages = ["compile evaluate ttt", "score", "adapt False", "adapt True"]
-    assert order == (["compile evaluate", "score"] if is_plain_only else all_stages)
-
-
-def test_an_artifact_of_a_gpu_backend_is_scored_on_a_cpu_too(
-    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from model.standalone import main as program
-
-    monkeypatch.chdir(bundle)
-    settings = json.loads((bundle / READABLE_NAME).read_text().partition('SETTINGS = """')[2].partition('"""')[0])
-    settings["runtime"]["attention"] = "triton"
-    arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
-    assert program([*arguments, "--plain-only"], json.dumps(settings)) == 0
-    shown = capsys.readouterr()
-    assert "runtime.attention=triton needs a GPU: scoring with auto on cpu" in shown.err
-    wanted = json.loads((bundle / "scores.json").read_text())["scores"]["pre_ttt_bpb"]
-    assert json.loads(shown.out.splitlines()[-1])["pre_ttt_bpb"] == wanted
 
 
 def test_a_damaged_run_is_not_bundled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,14 +302,19 @@ def test_where_triton_is_installed_kernels_are_there_with_their_source(bundle: P
     }.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(text)
-    code = (
-        "import runpy, sys, torch, torch.nn.attention.varlen\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        f"names = runpy.run_path({str(bundle / name)!r}, run_name='program')\n"
-        "import triton\nprint(len(triton.NAMES), all(word in names for word in ('rotate', 'MixNorm', 'activate')))"
-    )
+    code = f"""
+import importlib, runpy, sys, torch, torch.nn.attention.varlen
+sys.path.insert(0, {str(tmp_path)!r})
+program = runpy.run_path({str(bundle / name)!r}, run_name="program")
+sys.meta_path.insert(0, program["TextImporter"](program["MODULES"], {str(bundle / name)!r}))
+names = [name for name in program["MODULES"] if name.endswith("_triton")]
+for name in names:
+    importlib.import_module(name)
+import triton
+print(len(triton.NAMES), len(names) > 5)
+"""
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     count, are_there = done.stdout.split()
-    assert int(count) == make_program(tiny()).readable.count("@triton.jit")
+    assert int(count) == code_program(tiny()).readable.count("@triton.jit")
     assert are_there == "True"

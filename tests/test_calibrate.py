@@ -1,4 +1,4 @@
-"""model/calibrate.py and hessians.py: which text is used, how documents see each other, and what a Hessian is."""
+"""model/quant/calibrate.py and hessians.py: which text is used, how documents see each other, and what a Hessian is."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.calibrate import collect_hessians, draw_windows, window_packing
 from model.config import QuantConfig
+from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
-from model.data.shards import write_shard
 from model.distributed import Dist
 from model.gpt import GPT
+from model.quant.calibrate import collect_hessians, draw_windows, window_packing
 from tests.micro_model import VOCAB_SIZE, ignore, micro_loader, random_model
 
 CONFIG = QuantConfig(num_calibration_batches=3, calibration_windows=4, calibration_seq_len=48)

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from runner import worker
-from runner.causes import Seen, last_words, most_idle
-from runner.decisions import Release, Situation, decide_one
 from runner.errors import Failure, Kind
-from runner.rank import Beat, Rank
+from runner.gang import worker
+from runner.gang.rank import Rank
+from runner.life.causes import Seen, last_words, most_idle
+from runner.life.decisions import Release, Situation, decide_one
+from runner.life.job import Beat
+from runner.life.states import Failed, Idle, Progress, Run, State, after
 from runner.spec import Gang, Limits, RunKey
-from runner.states import Failed, Idle, Progress, Run, State, after
 from tests.test_runner_worker import make_rank
 
 LIMITS = Limits(stall_s=10.0, start_s=300.0, heartbeat_s=100.0)

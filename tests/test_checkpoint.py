@@ -1,4 +1,4 @@
-"""model/checkpoint.py: complete or absent, two kept, damage noticed and said."""
+"""model/files/checkpoint.py: complete or absent, two kept, damage noticed and said."""
 
 import logging
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import CheckpointStore
-from model.tensorfile import load_tensors, save_tensors
+from model.files.checkpoint import CheckpointStore
+from model.files.tensors import load_tensors, save_tensors
 
 
 def fill(store: CheckpointStore, *steps: int) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from model.codesize import PACKAGES, ROOT, code_hash, code_program, source_files
-from model.config import DataConfig, published, tiny
+from model.bundle.code_hash import PACKAGES, ROOT, code_hash, source_files
+from model.bundle.program import code_program
+from model.config import DataConfig
+from model.presets import published, tiny
 
 
 @pytest.fixture

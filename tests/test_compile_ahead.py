@@ -17,21 +17,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import compile_ahead
-from model.compile_ahead import compile_kernels
-from model.compile_clock import noting_compilation
-from model.config import bench_500
 from model.data.loader import inputs_and_targets
 from model.data.packing import pack_row
 from model.data.shards import BOS_ID
 from model.distributed import Dist
-from model.evaluate import RowScorer, evaluate_plain
+from model.files.ledger import Ledger, covered_s
 from model.gpt import GPT
-from model.kernels import launch as launching
-from model.kernels.launch import compiling_ahead, launch
-from model.ledger import Ledger, covered_s
-from model.run import Run
-from model.ttt import score_documents
+from model.kernels import compile_ahead as launching
+from model.kernels.compile_ahead import compiling_ahead
+from model.kernels.launch import launch, listeners
+from model.pipeline import rehearsal as compile_ahead
+from model.pipeline.compile_clock import noting_compilation
+from model.pipeline.rehearsal import compile_kernels
+from model.pipeline.run import Run
+from model.presets import bench_500
+from model.score.plain import RowScorer, evaluate_plain
+from model.ttt.documents import score_documents
 from tests.micro_model import ignore, micro_bytes, micro_run, micro_validation
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKern
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
     yield FakeKernel(tmp_path)
-    assert not launching._rehearsals
+    assert not listeners
     assert not launching._inherited
 
 
@@ -286,7 +287,7 @@ def test_the_stages_launch_nothing_else(tmp_path: Path) -> None:
             inputs, targets = (x.cuda() for x in inputs_and_targets(tokens))
             model(inputs, targets, is_looped=is_looped, packing=packing).backward()
         model.requires_grad_(False)
-        model(inputs.view(2, -1), is_looped=True, reduction="calibrate")
+        model.visit(inputs.view(2, -1), is_looped=True)
         rows = replace(config.evaluation, row_tokens=1024, seq_len=512)
         evaluate_plain(model, validation, table, rows, run.dist, ignore, scorer=RowScorer(model))
         for is_adapting in (False, True):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.compression import byte_shuffle, byte_unshuffle, compress, decompress
+from model.quant.compression import byte_shuffle, byte_unshuffle, compress, decompress
 from tests.memory import peak_bytes
 
 GOLDEN = Path(__file__).parent / "golden" / "byte_shuffle.npz"

@@ -9,7 +9,6 @@ import pytest
 
 from model import config as configs
 from model.config import (
-    PRESETS,
     DataConfig,
     EvalConfig,
     ModelConfig,
@@ -20,9 +19,8 @@ from model.config import (
     TTTConfig,
     config_from_plain,
     config_hash,
-    published,
-    tiny,
 )
+from model.presets import PRESETS, published, tiny
 
 SECTIONS = {
     "model": ModelConfig, "train": TrainConfig, "quant": QuantConfig, "evaluation": EvalConfig, "ttt": TTTConfig,
@@ -131,7 +129,7 @@ def test_a_bad_value_is_refused_in_one_line_with_field_and_value(section: str, n
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_builds_and_looping_changes_its_plan(name: str) -> None:
-    from model.gpt import visit_plan
+    from model.banks import visit_plan
 
     config = PRESETS[name]()
     assert visit_plan(config.model, is_looped=True) != visit_plan(config.model, is_looped=False)

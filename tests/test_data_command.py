@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from jobs.commands.data import ProgressLine
+from jobs.sweeps.data import ProgressLine
 
 SP8192 = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 

@@ -1,18 +1,18 @@
-"""model/data/corpus.py, docstrings.py and vocabulary.py: the built-in corpus is real, split and reproducible."""
+"""model/corpus/builtin.py, docstrings.py and vocabulary.py: the built-in corpus is real, split and reproducible."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from model.data.corpus import build_builtin
-from model.data.docstrings import gather_docstrings, read_docstrings
+from model.corpus.builtin import build_builtin
+from model.corpus.docstrings import gather_docstrings, read_docstrings
+from model.corpus.vocabulary import train_vocabulary
+from model.corpus.writer import Corpus, is_intact
 from model.data.manifest import MANIFEST_NAME, read_manifest
 from model.data.shards import open_shard
 from model.data.tokenizer import load_tokenizer
 from model.data.validation import load_validation
-from model.data.vocabulary import train_vocabulary
-from model.data.writer import Corpus, is_intact
 
 
 def ignore(phase: str, step: int, total: int | None, metrics: dict[str, float | int | str]) -> None:

@@ -1,4 +1,4 @@
-"""model/data/fineweb.py against a loopback server that speaks the hub's protocol."""
+"""model/corpus/fineweb.py against a loopback server that speaks the hub's protocol."""
 
 import os
 import subprocess
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from model.config import DataConfig
-from model.data.fineweb import STAGING, FetchOptions, fetch_fineweb
+from model.corpus.fineweb import STAGING, FetchOptions, fetch_fineweb
+from model.corpus.shard_file import write_shard
 from model.data.manifest import MANIFEST_NAME, check_data, hash_data, read_manifest
-from model.data.shards import write_shard
 from tests import fake_hub
 from tests.fake_hub import COMMIT, REPO, FakeHub
 
@@ -186,7 +186,7 @@ def test_what_the_hub_says_is_passed_on_whole(
 ) -> None:  # fmt: skip
     if token is None:
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr("model.data.fineweb.get_token", lambda: None)
+        monkeypatch.setattr("model.corpus.fineweb.get_token", lambda: None)
     else:
         monkeypatch.setenv("HF_TOKEN", token)
     for refused, kind in (("", ValueError), ("/resolve/", ConnectionError)):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from model.config import DataConfig
+from model.corpus.shard_file import write_shard
 from model.data.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -18,7 +19,6 @@ from model.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from model.data.shards import write_shard
 
 TOKENIZER = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 

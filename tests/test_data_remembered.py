@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.corpus.shard_file import write_shard
 from model.data import manifest, remembered
 from model.data.manifest import scan_shard
-from model.data.shards import write_shard
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""model/data/text.py and writer.py: people's documents become a corpus, unchanged and in order, or one clear line."""
+"""model/corpus/text.py and writer.py: people's documents become a corpus, unchanged and in order, or one clear line."""
 
 import fcntl
 import gzip
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model.corpus.text import TextOptions, build_text, find_inputs, gather_inputs, read_documents
+from model.corpus.vocabulary import train_vocabulary
+from model.corpus.writer import LOCK_NAME, Corpus, ShardWriter
 from model.data.shards import list_shards, open_shard
-from model.data.text import TextOptions, build_text, find_inputs, gather_inputs, read_documents
 from model.data.tokenizer import load_tokenizer
-from model.data.vocabulary import train_vocabulary
-from model.data.writer import LOCK_NAME, Corpus, ShardWriter
 from tests.test_text_check import train
 
 SP8192 = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.data.shards import write_shard
+from model.corpus.shard_file import write_shard
 from model.data.validation import ValidationSet, load_validation
 
 STREAM = np.array([1, 10, 11, 1, 20, 1, 30, 31, 32], dtype=np.uint16)

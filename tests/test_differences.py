@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model.differences import code_words, data_words, settings_words
+from model.pipeline.differences import code_words, data_words, settings_words
 
 
 def test_settings_are_named_with_both_values_and_what_is_not_scored_is_left_out() -> None:

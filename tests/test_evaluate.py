@@ -1,4 +1,4 @@
-"""model/evaluate.py: every target scored once, bytes counted by the rule, nats turned into bits per byte."""
+"""model/score/plain.py: every target scored once, bytes counted by the rule, nats turned into bits per byte."""
 
 import math
 
@@ -7,19 +7,11 @@ import pytest
 import torch
 
 from model.config import EvalConfig
-from model.data.tokenizer import ByteTable
+from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.evaluate import (
-    RowScorer,
-    bits_per_byte,
-    document_sums,
-    evaluate_plain,
-    order0_bpb,
-    row_bounds,
-    score_rows,
-    target_bytes,
-)
+from model.score.bpb import bits_per_byte, document_sums, order0_bpb
+from model.score.plain import RowScorer, evaluate_plain, row_bounds, score_rows
 from tests.fake_recorder import FakeRecorder
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_validation, random_model
 

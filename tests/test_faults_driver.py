@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
-from runner.lease import Owner
-from runner.status import look
+from runner.folder.lease import Owner
+from runner.view.status import look
 from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, is_zombie, start_driver, wait_until
 from tests.sweep_tools import scores_of, state_of, write_faults
 
@@ -115,7 +115,7 @@ def test_a_second_driver_refuses_and_names_the_first(cluster: Any, tmp_path: Pat
     write_faults(tmp_path, {"stage": "train", "step": 2, "do": "wait", "seconds": 15})
     first = start_driver(tmp_path, cluster.address, gang=SMALL)
     wait_until(lambda: is_at(tmp_path, 42, "TRAIN"), 90, "seed 42 never trained")
-    code = "from runner.directory import *; from runner.storage import *; import sys\n" \
+    code = "from runner.folder.directory import *; from runner.folder.storage import *; import sys\n" \
            "SweepDirectory(open_storage(sys.argv[1])).acquire()"  # fmt: skip
     second = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert f"driven by pid {first.pid}" in second.stderr

@@ -12,7 +12,8 @@ import pytest
 
 from runner import sweep as sweep_module
 from runner.spec import Gang
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.work import Options
 from tests.ray_tools import NODE, assert_nothing_is_left, cluster, start_driver, sweep, wait_until
 from tests.stub_work import GANG_TARGET, TARGET
 from tests.sweep_tools import QUICK, make_spec, scores_of, state_of, write_faults

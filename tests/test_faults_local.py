@@ -20,16 +20,18 @@ import pytest
 
 from jobs.cli import main
 from runner import sweep as sweep_module
-from runner import worker
-from runner.directory import SweepDirectory
-from runner.errors import NO_ROOM, DirectoryInUse, Failure, Kind, Refused, Superseded
-from runner.lease import Owner
-from runner.rank import Job, NoRoomError, Rank
+from runner.errors import NO_ROOM, DirectoryInUse, Failure, Kind, NoRoomError, Refused, Superseded
+from runner.folder.directory import SweepDirectory
+from runner.folder.lease import Owner
+from runner.folder.storage import LocalStorage
+from runner.gang import worker
+from runner.gang.rank import Rank
+from runner.life.job import Job
+from runner.life.states import Run, State, why_give_up
 from runner.spec import Limits, RunKey
-from runner.states import Run, State, why_give_up
-from runner.status import look
-from runner.storage import LocalStorage
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.view.status import look
+from runner.work import Options
 from tests.stub_work import TARGET, work
 from tests.sweep_tools import make_spec, no_data, state_of, write_faults
 
@@ -284,7 +286,7 @@ def test_a_log_that_finds_no_room_fails_the_attempt(tmp_path: Path, monkeypatch:
 
 
 def test_an_append_that_does_not_fit_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from runner import storage
+    from runner.folder import storage
 
     def write_half(file: Any, content: bytes) -> None:
         file.write(content[:3])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from runner.spec import Gang
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.work import Options
 from tests.micro import FAULTY_PIPELINE, OVERRIDES, corpus, data_section
 from tests.ray_tools import assert_nothing_is_left, start_cluster
 from tests.sweep_tools import QUICK, make_spec, write_faults
@@ -31,7 +32,7 @@ def run(out: Path, corpus: Path, *, limits: Any = QUICK, gang: Gang | None = Non
 
 def figures(out: Path) -> dict[str, Any]:
     """Return what an undisturbed run must agree in, from the results."""
-    from results.reader import read_runs
+    from results.store.reader import read_runs
 
     frame = read_runs(out).frame
     (row,) = frame[frame["state"] == "DONE"].to_dict("records")

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from model.data import files
-from model.data.files import replace_file
-from model.data.writer import LOCK_NAME, hold_folder
-from results import location as location_module
-from results.location import open_location, write_whole
-from runner.directory import SweepDirectory
+from model.corpus.writer import LOCK_NAME, hold_folder
+from model.files import atomic as files
+from model.files.atomic import replace_file
+from results.store import location as location_module
+from results.store.location import open_location, write_whole
 from runner.errors import DirectoryInUse
-from runner.storage import LocalStorage, create_filled
+from runner.folder.directory import SweepDirectory
+from runner.folder.storage import LocalStorage, create_filled
 
 ROOT = Path(__file__).parent.parent
 POOR = """
@@ -37,12 +37,12 @@ USE = """
 import sys
 from pathlib import Path
 import pytest
-from model.data.files import replace_file
-from model.data.writer import hold_folder
-from results.location import open_location, write_whole
-from runner.directory import SweepDirectory
+from model.files.atomic import replace_file
+from model.corpus.writer import hold_folder
+from results.store.location import open_location, write_whole
+from runner.folder.directory import SweepDirectory
 from runner.errors import DirectoryInUse
-from runner.storage import LocalStorage
+from runner.folder.storage import LocalStorage
 root = Path(sys.argv[1])
 first, second = (SweepDirectory(LocalStorage(root)) for _ in range(2))
 first.acquire()
@@ -140,7 +140,7 @@ def test_a_store_that_never_answers_is_given_up_in_one_line_with_the_way_out() -
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"s3://b/x?endpoint_override=127.0.0.1:{server.getsockname()[1]}&scheme=http&region=us-east-1"
         code = (
-            "import sys; from results import location; from jobs.cli import main; location.PATIENCE_S = 0.5; "
+            "import sys; from results.store import location; from jobs.cli import main; location.PATIENCE_S = 0.5; "
             f"sys.argv = ['seedsweep', 'table', {place!r}]; sys.exit(main())"
         )
         keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_EC2_METADATA_DISABLED": "true"}

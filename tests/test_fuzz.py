@@ -1,4 +1,4 @@
-"""The fuzz command: a short run over every loader, the controls it must catch, and the files it once tripped over."""
+"""python -m tests.fuzz: a short run over every loader, controls it must catch, and files it once tripped over."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import fuzz
-from jobs.cli import main
-from jobs.fuzz import LOADERS, fuzz_loader
-from jobs.fuzz_cases import CASES, make_case
+from tests.fuzz import drive as fuzz
+from tests.fuzz.__main__ import main
+from tests.fuzz.cases import CASES, make_case
+from tests.fuzz.drive import LOADERS, fuzz_loader
 from tests.fuzz_controls import BAD_SEED, CONTROLS
 
 REGRESSIONS = Path(__file__).parent / "regressions"
@@ -27,14 +27,14 @@ def test_damaged_files_are_refused_in_one_line_or_load_right(tmp_path: Path, loa
 
 
 def test_the_command_says_what_came_of_each_loader(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fuzz", "--loader", "shard", "--count", "60", "--seed", "5", "--format", "json"]) == 0
+    assert main(["--loader", "shard", "--count", "60", "--seed", "5", "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["seed"] == 5
     (found,) = content["loaders"]
     assert (found["loader"], found["files"], found["faults"]) == ("shard", 60, {})
     assert 0 < found["refused"] < 60
     assert found["refused"] + found["loaded"] == 60
-    assert main(["fuzz", "--count", "0"]) == 2
+    assert main(["--count", "0"]) == 2
 
 
 def test_the_same_seed_damages_files_in_the_same_ways(tmp_path: Path) -> None:
@@ -84,11 +84,11 @@ def test_files_that_once_caused_a_fault_no_longer_do(tmp_path: Path, path: Path)
 
 def test_guided_fuzzing_needs_atheris_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if importlib.util.find_spec("atheris") is None:
-        assert main(["fuzz", "--guided", "--loader", "shard", "--count", "10"]) == 2
+        assert main(["--guided", "--loader", "shard", "--count", "10"]) == 2
         assert "pip install atheris" in capsys.readouterr().err
     else:
-        assert main(["fuzz", "--guided", "--loader", "shard", "--count", "200"]) == 0
-    assert main(["fuzz", "--guided", "--loader", "parquet"]) == 2
+        assert main(["--guided", "--loader", "shard", "--count", "200"]) == 0
+    assert main(["--guided", "--loader", "parquet"]) == 2
     assert "--guided is for" in capsys.readouterr().err
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayError
 
-from runner import gang as gang_module
-from runner import states
 from runner.errors import Kind
-from runner.gang import Phase, RayGang
-from runner.rank import Beat, Job
+from runner.gang import ray_gang as gang_module
+from runner.gang.ray_gang import Phase, RayGang
+from runner.life import states
+from runner.life.job import Beat, Job, Outcome
 from runner.spec import Gang, RunKey
 from tests.ray_tools import wait_until
 from tests.test_runner_worker import make_rank
@@ -135,7 +135,7 @@ def test_a_rank_that_waits_for_rank_0_is_not_silent(pair: RayGang) -> None:
 def test_a_driver_that_slept_takes_nobody_for_stalled(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
     poll(pair)
     awake = time.monotonic
-    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 5000.0)
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: awake() + 5000.0)
     event = poll(pair)
     assert event.idle is not None
     assert awake() + 5000.0 - event.idle.since < 10
@@ -146,7 +146,7 @@ def test_a_rank_that_does_not_answer_is_the_heartbeats_affair(pair: RayGang, mon
     pair.actors[1].answers = False
     poll(pair)
     awake = time.monotonic
-    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 50.0)
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: awake() + 50.0)
     event = poll(pair)
     assert event.idle is not None
     assert (event.idle.rank, event.silent_rank) == (1, 1)
@@ -158,10 +158,41 @@ def test_what_a_rank_owed_while_it_was_starting_is_forgotten(pair: RayGang, monk
     pair.actors[0].now, pair.actors[1].answers = Beat(serial=1, phase="start"), False
     poll(pair)
     awake = time.monotonic
-    monkeypatch.setattr("runner.gang.time.monotonic", lambda: awake() + 50.0)
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: awake() + 50.0)
     assert poll(pair).silent_s >= 50
     pair.actors[0].now = Beat(serial=2, phase="check")
     assert poll(pair).silent_s < 10
+
+
+def test_what_a_rank_said_before_the_ranks_met_is_out_of_date(pair: RayGang) -> None:
+    first, second = pair.actors
+    first.now = Beat(serial=1, phase="start")
+    second.now = Beat(serial=1, phase="start", idle_s=30.0)  # its imports took so long
+    poll(pair)
+    first.now = Beat(serial=2, phase="train", step=1)  # so both have met; the second one's next answer is on its way
+    second.answers = False
+    event = poll(pair)
+    assert event.idle is not None
+    assert time.monotonic() - event.idle.since < 5
+    (ref, _), second.answers = pair.beats[1], True
+    ref.arrive(Beat(serial=1, phase="start", idle_s=31.0))  # given just before they met
+    pair.next_beat = time.monotonic() + 60
+    pair.next_told = 0.0
+    (event,) = pair.poll()  # type: ignore[assignment]
+    assert event.idle is not None
+    assert time.monotonic() - event.idle.since < 5
+
+
+def test_a_rank_that_waited_for_one_that_ended_is_not_to_blame(pair: RayGang) -> None:
+    first, second = pair.actors
+    first.now = Beat(serial=9, phase="ttt", step=9)
+    second.now = Beat(serial=5, phase="train", step=5, idle_s=20.0, waits=True)
+    poll(pair)
+    second.answers = False
+    next(ref for ref, rank in pair.pending.items() if rank == 0).arrive(Outcome(kind="finished", at=time.time()))
+    event = poll(pair)
+    assert event.idle is not None
+    assert time.monotonic() - event.idle.since < 5
 
 
 def die(gang: RayGang, error: RayError, note: dict[str, Any] | None) -> states.Failed:
@@ -200,7 +231,7 @@ def test_a_dead_rank_is_reported_as_its_watch_saw_it(pair: RayGang, status: int,
 
 
 def test_without_a_watch_the_report_has_what_ray_knows(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.inquest.NOTE_S", 0.0)
+    monkeypatch.setattr("runner.gang.inquest.NOTE_S", 0.0)
     error = RayError(
         "The actor died.\nWorker exit detail: Worker exits unexpectedly. Worker exits with an exit code 4."
     )

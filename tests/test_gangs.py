@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from results.reader import read_runs
+from results.store.reader import read_runs
 from runner import sweep as sweep_module
 from runner.spec import Gang, Limits
-from runner.status import look
+from runner.view.status import look
 from tests.ray_tools import cluster, sweep
 from tests.sweep_tools import QUICK, state_of, write_faults
 

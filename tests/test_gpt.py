@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import published
+from model.banks import num_skips, visit_plan
 from model.data.packing import Packing, pack_row
-from model.gpt import GPT, num_skips, visit_plan
+from model.gpt import GPT
 from model.lora import GOLDEN, Adapters, adapter_widths, initial_a, mix_
+from model.presets import published
 from tests.micro_model import VOCAB_SIZE, micro_model, random_model
 
 ADAPTED = ("q", "k", "v", "o", "mlp", "head")
@@ -159,7 +160,7 @@ def test_reductions_agree_and_calibration_hears_every_projection() -> None:
     for name, module in model.projections.items():
         module.register_forward_pre_hook(lambda _module, _inputs, name=name: heard.append(name))
     with torch.no_grad():
-        model(row, is_looped=True, packing=packing, reduction="calibrate")
+        model.visit(row, is_looped=True, packing=packing)
         visits = [f"layers_{i}_{kind}" for i in (0, 1, 2, 1, 2, 3, 4) for kind in ("qkv", "o", "up", "down")]
         assert sorted(heard) == sorted([*visits, "head"])
         nll, mean, total = (

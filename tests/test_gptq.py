@@ -12,19 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.config import QuantConfig, tiny
+from model.banks import join_banks, parameter_shapes, split_banks, tensor_shapes
+from model.config import QuantConfig
 from model.gpt import GPT
-from model.gptq import fit_to_limit, quantize_state, quantize_weight, quantize_weights, round_to_nearest
-from model.hessians import HessianCollector
-from model.quantized import (
-    QuantizedState,
-    QuantizedWeight,
-    dequantize,
-    join_banks,
-    parameter_shapes,
-    split_banks,
-    tensor_shapes,
-)
+from model.presets import tiny
+from model.quant.gptq import fit_to_limit, quantize_state, quantize_weight, quantize_weights
+from model.quant.hessians import HessianCollector
+from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
+from tests.rounding import round_to_nearest
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq.npz"
 SETTINGS: dict[str, Any] = {"bits": 6, "clip_sigmas": 12.85, "damping_frac": 0.01, "block_columns": 128}

@@ -1,4 +1,4 @@
-"""model/graphs.py: what a recording that fails leaves behind, told from the calls it makes of PyTorch."""
+"""model/kernels/graphs.py: what a recording that fails leaves behind, told from the calls it makes of PyTorch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import graphs
-from model.graphs import MOST_FAILURES, Recorder, Recording, fits_row_graphs
+from model import gpt
+from model.gpt import fits_row_graphs
+from model.kernels.graphs import MOST_FAILURES, Recorder, Recording
 
 CPU = torch.device("cpu")
 
@@ -196,5 +197,5 @@ def test_a_pool_is_not_used_again_after_its_last_recording(cuda: FakeCuda) -> No
 def test_rows_whose_segments_are_laid_out_on_the_host_are_not_recorded(
     backend: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "fits_graphs", lambda _model: True)
+    monkeypatch.setattr(gpt, "fits_graphs", lambda _model: True)
     assert fits_row_graphs(types.SimpleNamespace(attention_backend=backend)) is fits  # type: ignore[arg-type]

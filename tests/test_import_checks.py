@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from results.code_files import read_code
-from results.disagreements import Finding, find_disagreements
-from results.known_texts import FINGERPRINTS, KNOWN_TEXTS
-from results.submission import read_submission
+from results.findings.code_files import read_code
+from results.findings.importer import read_submission
+from results.findings.known_texts import FINGERPRINTS, KNOWN_TEXTS
+from results.findings.review import Finding, find_disagreements
 from tests.made_folders import Made, made_log, write_folder
 
 SP8192, CASEOPS = 2.583104, 2.188371
@@ -303,7 +303,7 @@ def test_every_check_is_in_the_documents() -> None:
     root = Path(__file__).parent.parent
     text = (root / "docs" / "imports.md").read_text()
     rows = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    trees = [ast.parse(path.read_text()) for path in sorted((root / "results").glob("*.py"))]
+    trees = [ast.parse(path.read_text()) for path in sorted((root / "results" / "findings").glob("*.py"))]
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     made = [call.args for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Finding"]
     named = {args[3].value for args in made if len(args) > 3 and isinstance(args[3], ast.Constant)}

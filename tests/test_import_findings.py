@@ -1,4 +1,4 @@
-"""results.disagreements on made-up folders: what contradicts the logs is said once, and what does not is not said."""
+"""results.findings.review on made-up folders: what contradicts the logs is said once, and what does not is not said."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from results.disagreements import Finding, review
-from results.submission import read_submission
+from results.findings.importer import read_submission
+from results.findings.review import Finding, review
 from tests.made_folders import Made, made_log, readme_table, write_folder
 
 TWO = (Made(seed=42, sliding=1.115), Made(seed=7, sliding=1.117))

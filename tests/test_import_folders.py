@@ -1,4 +1,4 @@
-"""results.submission, scoring and log_joins: the stage, the log and the seed that count, and evaluations kept apart."""
+"""results.findings.importer: the stage, the log and the seed that count, and evaluations kept apart."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 import results
 from jobs.cli import main
-from results.published import one_run_a_seed
-from results.sides import open_side
-from results.submission import read_submission
+from results.compare.sides import open_side
+from results.findings.importer import read_submission
+from results.published.records import one_run_a_seed
 from tests.made_folders import (
     Made,
     fields,

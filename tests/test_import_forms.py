@@ -1,4 +1,4 @@
-"""results.logs and folder_layout: a clean folder is read completely in every form of line, encoding and layout."""
+"""results.published.log and layout: a clean folder is read completely in every form of line, encoding and layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from results.submission import Submission, findings_of, read_submission
+from results.findings.importer import Submission, findings_of, read_submission
 from tests.made_folders import (
     ENCODINGS,
     LAYOUTS,

@@ -1,4 +1,4 @@
-"""results.folder_layout and text_files: what lies in a folder, what is left out of it, and files that are no text."""
+"""results.published.layout: what lies in a folder, what is left out of it, and files that are no text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from results.submission import read_submission
+from results.findings.importer import read_submission
 from tests.made_folders import (
     fields,
     finals,

@@ -1,4 +1,4 @@
-"""results.log_lines, log_stages and log_sizes: what each form of line means, and which of several lines counts."""
+"""results.published.lines, stages and sizes: what each form of line means, and which of several lines counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from results.logs import parse_log, parse_runs, seed_in_name, stage_of
+from results.published.log import parse_log, parse_runs, seed_in_name, stage_of
 from tests.made_folders import made_log, nats, score_line
 
 

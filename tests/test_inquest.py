@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from runner.inquest import End, learn_ends, start_watch, write_stacks
+from runner.gang.inquest import End, learn_ends, start_watch, write_stacks
 from tests.ray_tools import wait_until
 from tests.test_runner_worker import make_rank
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ROOT = Path(__file__).parent.parent
-WATCH = ROOT / "runner" / "watch.py"
+WATCH = ROOT / "runner" / "gang" / "watch.py"
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def test_a_process_may_have_itself_watched(tmp_path: Path) -> None:
 
 
 def test_a_death_without_a_note_says_that_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runner.inquest.NOTE_S", 0.1)
+    monkeypatch.setattr("runner.gang.inquest.NOTE_S", 0.1)
     end = learn_ends(make_rank(tmp_path).job, [0])[0]
     assert (end.words, end.log_tail) == ("", "")
     assert "log" in end.advice
@@ -103,7 +103,7 @@ DEADLOCK = (
 )
 STUCK = """
 import ctypes, sys, threading
-from runner.inquest import listen_for_stacks
+from runner.gang.inquest import listen_for_stacks
 stacks = listen_for_stacks()
 def stand_here():
     print(stacks[0], flush=True)

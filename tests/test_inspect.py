@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from model.artifact import save_artifact
-from model.quantized import tensor_shapes
+from model.banks import tensor_shapes
+from model.quant.artifact import save_artifact
 from tests.test_artifact import META, SMALL, random_quantized
 
 

@@ -17,17 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.config import tiny
+from model.attention.backends import attention
+from model.attention.bounds import window_bounds
+from model.attention.self_attention import Rows, self_attention
+from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
-from model.kernels.attention import attention, window_bounds
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
-from model.kernels.self_attention import Rows, self_attention
-from model.kernels.window_attention import window_attention
 from model.layers import rotary_tables
+from model.presets import tiny
 from tests.fake_triton import load_kernels
 
 TOLERANCE = 0.01  # relative, of whole tensors: bf16 rounds each number by up to 0.004

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.data.files import remove_file, replace_file
-from runner import fence
-from runner import lease as lease_module
-from runner.directory import SweepDirectory
+from model.files.atomic import remove_file, replace_file
 from runner.errors import DirectoryInUse, Superseded
-from runner.fence import fenced, take_place
-from runner.lease import LEASE, LEASE_TTL_S, Lease, Owner, process_start
-from runner.storage import LocalStorage
+from runner.folder import fence
+from runner.folder import lease as lease_module
+from runner.folder.directory import SweepDirectory
+from runner.folder.fence import fenced, take_place
+from runner.folder.lease import LEASE, LEASE_TTL_S, Lease, Owner, process_start
+from runner.folder.storage import LocalStorage
 
 
 @dataclass

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader, prefetch_batches
-from model.data.shards import write_shard
 
 # golden set 8: shard0 and shard1, and the batches x, y, cu_seqlens that the published
 # training loop (parameter-golf PR #1536) produced with micro batches of 96 tokens and segments of at most 32

@@ -1,4 +1,4 @@
-"""model/optim.py: the mathematics of Muon and clipping; agreement with the record's figures is in test_parity."""
+"""model/train/optim.py: the mathematics of Muon and clipping; agreement with the record's figures is in test_parity."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from model.config import published
 from model.distributed import Dist
 from model.gpt import GPT
-from model.optim import Muon, Optimizers, clip_, gradients, muon_scale, muon_update, newton_schulz, split_parameters
+from model.presets import published
+from model.train.gradients import clip_, gradients
+from model.train.optim import Muon, Optimizers, muon_scale, muon_update, newton_schulz, split_parameters
 from tests.gang_work import run_gang
 from tests.micro_model import micro_model, micro_train, random_model
 

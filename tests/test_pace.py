@@ -1,4 +1,4 @@
-"""model/pace.py, and who hears of progress: long calls tick for a while, waits are told, every rank reports."""
+"""model/kernels/pace.py, and who hears of progress: long calls tick for a while, waits are told, every rank reports."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from model import pace
-from model.data.writer import hold_folder
+from model.corpus.writer import hold_folder
 from model.distributed import Dist
-from model.pace import Pace, ticking
-from model.pipeline import run_seed
-from model.train import Trainer
+from model.kernels import pace
+from model.kernels.pace import Pace, ticking
+from model.pipeline.seed import run_seed
+from model.train.trainer import Trainer
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 from tests.ray_tools import wait_until
 from tests.test_pipeline import Corpus, Killed, corpus

@@ -43,16 +43,11 @@ def test_positions_restart_at_each_bos_and_each_cut(tokens: list[int], max_segme
 def test_fixed_shapes_change_the_padding_and_nothing_else() -> None:
     row = torch.tensor([[1, 5, 1, 5, 5, 5]])
     free = pack_row(row, bos_id=1, max_segment=3, bucket=4)
-    fixed = pack_row(row, bos_id=1, max_segment=3, max_seqlen=3, num_entries=9)
+    fixed = pack_row(row, bos_id=1, max_segment=3, max_seqlen=3, bucket=9)
     assert free.cu_seqlens.tolist() == [0, 2, 5, 6]
     assert fixed.cu_seqlens.tolist() == [0, 2, 5, 6, 6, 6, 6, 6, 6]
     assert (free.max_seqlen, fixed.max_seqlen) == (3, 3)
     assert torch.equal(segment_positions(free, 6), segment_positions(fixed, 6))
-
-
-def test_too_many_segments_for_the_fixed_entries_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_entries=2 is too few for 3 segments"):
-        pack_row(np.array([1, 1, 1]), bos_id=1, max_segment=0, num_entries=2)
 
 
 def test_a_segment_beyond_the_promised_length_is_refused() -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import published
 from model.gpt import GPT
+from model.presets import published
 from tests import parity
 from tests.parity_core import GoldenSet, model_config, train_config
 

@@ -1,4 +1,4 @@
-"""model/pipeline.py and stages.py: a whole micro seed, killed, continued, tampered with, and refused where need be."""
+"""model/pipeline: a whole micro seed, killed, continued, tampered with, and refused where need be."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pytest
 
-from model import pipeline, stages
-from model.artifact import load_artifact
-from model.codesize import code_program
+from model.bundle.program import code_program
 from model.config import DataConfig, RunConfig, RuntimeConfig
-from model.data.shards import write_shard
+from model.corpus.shard_file import write_shard
+from model.corpus.vocabulary import train_vocabulary
 from model.data.tokenizer import load_tokenizer
-from model.data.vocabulary import train_vocabulary
 from model.distributed import Dist
-from model.evaluate import bits_per_byte
-from model.pipeline import STAGES, RunMismatch, SeedResult, read_records, run_seed
-from model.quantized import dequantize
-from model.tensorfile import load_tensors
-from model.train import Interrupted
+from model.files.tensors import load_tensors
+from model.pipeline import seed as pipeline
+from model.pipeline import stage_quantize
+from model.pipeline.seed import STAGES, RunMismatch, SeedResult, read_records, run_seed
+from model.quant.artifact import load_artifact
+from model.quant.quantized import dequantize
+from model.report import Interrupted
+from model.score.bpb import bits_per_byte
 from tests.micro_model import ignore, micro_model, micro_run, micro_train, micro_ttt
 
 TEXT = """ash birch cedar elm fir hazel larch maple oak pine rowan spruce willow yew walks under over near beyond
@@ -140,7 +141,7 @@ def test_document_rows_add_up_to_the_totals(finished: SeedResult) -> None:
 
 
 def test_records_hold_the_size_and_sha256_of_every_output(finished: SeedResult) -> None:
-    from model.data.files import file_sha256
+    from model.files.atomic import file_sha256
 
     outputs = {
         name: facts for record in read_records(finished.workdir).values() for name, facts in record["outputs"].items()
@@ -350,7 +351,7 @@ def with_limit(config: RunConfig, limit: int, what: Literal["mark", "fail", "fit
 @pytest.fixture(autouse=True)
 def one_program(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Count the code of the fixture's config whatever the config: compressing it takes a second each time."""
-    monkeypatch.setattr(stages, "code_program", lambda _config: code_program(corpus.config))
+    monkeypatch.setattr(stage_quantize, "code_program", lambda _config: code_program(corpus.config))
 
 
 def quantized_only(config: RunConfig, workdir: Path) -> dict[str, Any]:

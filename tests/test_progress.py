@@ -9,9 +9,9 @@ from dataclasses import replace
 from rich.console import Console
 
 from runner.errors import Failure, Kind
-from runner.progress import JsonView, Paces, PlainView, cells, duration, rich_table, row_of
+from runner.life.states import Run, State
 from runner.spec import RunKey
-from runner.states import Run, State
+from runner.view.progress import JsonView, Paces, PlainView, cells, duration, rich_table, row_of
 
 TRAINING = Run(
     key=RunKey(seed=42), state=State.TRAIN, attempt=1, node="10.0.0.4", phase="train", step=50, total=150, since=100.0,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import rans
-from model.compression import compress
+from model.quant import rans
+from model.quant.compression import compress
 from tests.memory import peak_bytes
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from runner import ray_start
 from runner.errors import SweepError
-from runner.ray_start import LOCK_NAME, PREFIX, RayDown, answer_of, check_address, end_child, python_for
+from runner.gang import ray_start
+from runner.gang.ray_start import LOCK_NAME, PREFIX, RayDown, answer_of, check_address, end_child, python_for
 
 
 @pytest.fixture

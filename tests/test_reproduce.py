@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from jobs.reproduction import DIFFERENT, IDENTICAL, WITHIN_NOISE, compare_runs
-from results.repeats import Noise, same_seed_noise
+from model.audit.reproduction import DIFFERENT, IDENTICAL, WITHIN_NOISE, compare_runs
+from results.compare.repeats import Noise, same_seed_noise
 from tests.fake_runs import commit_fake
 from tests.small_run import copy_sweep, seed_directory, small_sweep
 

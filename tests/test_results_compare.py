@@ -1,4 +1,4 @@
-"""results.sides, compare and `seedsweep compare`: what is comparable, what the p values say, and in which words."""
+"""results.compare and `seedsweep compare`: what is comparable, what the p values say, and in which words."""
 
 from __future__ import annotations
 

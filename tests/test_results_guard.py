@@ -1,4 +1,4 @@
-"""results.guard: files as they were committed are read at once, all others are tried out in a child first."""
+"""results.store.guard: files as they were committed are read at once, all others are tried out in a child first."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from results import guard
-from results.guard import Child
-from results.reader import read_runs
+from results.store import guard
+from results.store.guard import Child
+from results.store.reader import read_runs
 from tests.fake_runs import fake_sweep
 
 

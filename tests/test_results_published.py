@@ -1,4 +1,4 @@
-"""results.published and disagreements: every record recomputes itself, and contradictions are found again."""
+"""results.published.records and disagreements: every record recomputes itself, and contradictions are found again."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from results import published
-from results.disagreements import Finding, agrees, column_meaning, find_disagreements, printed_number, review
-from results.published import find_record, load_published, one_run_a_seed, recompute, validation_bytes
+from results.findings.review import Finding, agrees, column_meaning, find_disagreements, printed_number, review
+from results.published import records as published
+from results.published.records import find_record, load_published, one_run_a_seed, recompute, validation_bytes
 
 RECORDS = load_published()["records"]
 

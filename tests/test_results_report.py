@@ -1,4 +1,4 @@
-"""results.report_data, figures and report: the page's numbers are the rows', and contradictions are shown."""
+"""results.report.data, figures and report: the page's numbers are the rows', and contradictions are shown."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 import results
 from jobs.cli import main
-from results.figures import PALETTE, draw_all, inline_svg
-from results.report import write_report
-from results.report_data import read_system
+from results.report.data import read_system
+from results.report.figures import PALETTE, draw_all, inline_svg
+from results.report.page import write_report
 from results.tables import seed_table, shown_columns
 from tests.browser import Page, find_chromium, with_page
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
@@ -47,7 +47,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures out of a page, for tests about its words."""
-    monkeypatch.setattr("results.report.draw_all", lambda _system: [])
+    monkeypatch.setattr("results.report.page.draw_all", lambda _system: [])
 
 
 @pytest.fixture(scope="module")

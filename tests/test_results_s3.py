@@ -1,4 +1,4 @@
-"""results.store on an object store: the same commits and reads at an s3:// address."""
+"""results.store.writer on an object store: the same commits and reads at an s3:// address."""
 
 from __future__ import annotations
 

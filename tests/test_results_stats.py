@@ -1,4 +1,4 @@
-"""results.stats and results.power: against worked examples computed elsewhere, published p values, and simulation.
+"""results.stats and results.compare.power: against worked examples computed elsewhere, published p and simulation.
 
 Published figures: final nats per token of parameter-golf PRs 1493, 1514, 1530 and 1536, copied from their logs.
 """
@@ -6,6 +6,8 @@ Published figures: final nats per token of parameter-golf PRs 1493, 1514, 1530 a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from results.power import minimum_detectable_gain, power, seeds_needed
+from results.compare.power import minimum_detectable_gain, power, seeds_needed
 from results.stats import (
     bits_per_byte,
+    finite,
     paired,
     paired_documents,
     population_std,
     summarize,
     t_interval,
-    variance_components,
     welch,
 )
 from tests.simulate_statistics import coverage_of_interval, print_simulation, size_of_margin_test
@@ -136,6 +138,37 @@ def test_mismatched_pairs_are_refused() -> None:
         paired_documents([float("nan")], [1.0], [1.0])
     with pytest.raises(ValueError, match="confidence=95 must lie between 0 and 1"):
         t_interval([1.0, 2.0], confidence=95)
+
+
+class VarianceComponents(NamedTuple):
+    """One-way random effects: std between seeds, std between repeats of one seed, and how much data each rests on."""
+
+    seed_std: float | None
+    repeat_std: float | None
+    num_seeds: int
+    num_runs: int
+
+
+def variance_components(groups: Mapping[int, Sequence[float]]) -> VarianceComponents:
+    """Split the variance of repeated seeds into between seeds and within a seed (analysis of variance, unbalanced).
+
+    groups: seed -> scores of its repeats. A component is None where the data cannot tell: no seed repeated, or only
+    one seed. A negative estimate of the variance between seeds is reported as 0.
+    """
+    sets = [finite(list(values)) for values in groups.values()]
+    sets = [values for values in sets if values.size]
+    sizes = np.array([values.size for values in sets], dtype=np.float64)
+    num_seeds, num_runs = len(sets), int(sizes.sum())
+    if num_runs == num_seeds:
+        return VarianceComponents(None, None, num_seeds, num_runs)
+    within = sum(float(((values - values.mean()) ** 2).sum()) for values in sets) / (num_runs - num_seeds)
+    if num_seeds < 2:
+        return VarianceComponents(None, math.sqrt(within), num_seeds, num_runs)
+    means = np.array([values.mean() for values in sets])
+    grand = float((sizes * means).sum() / num_runs)
+    between = float((sizes * (means - grand) ** 2).sum()) / (num_seeds - 1)
+    repeats = (num_runs - float((sizes**2).sum()) / num_runs) / (num_seeds - 1)
+    return VarianceComponents(math.sqrt(max(0.0, (between - within) / repeats)), math.sqrt(within), num_seeds, num_runs)
 
 
 def test_variance_components_separate_seeds_from_repeats() -> None:

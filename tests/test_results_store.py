@@ -1,4 +1,4 @@
-"""results.store, reader and location: committing attempts, reading them back, naming what cannot be read."""
+"""results.store.writer, reader and location: committing attempts, reading them back, naming what cannot be read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import results
-from results import store
-from results.reader import OtherVersionError, latest_attempts, read_attempt, read_runs
 from results.schema import SCHEMA_VERSION, TABLES, VERSION_KEY, column_names, describe
+from results.store import writer as store
+from results.store.reader import OtherVersionError, latest_attempts, read_attempt, read_runs
 from tests.fake_runs import commit_failed, commit_fake, fake_run, fake_sweep
 from tests.tutorial import run_tutorial
 
@@ -83,7 +83,7 @@ def test_a_failing_rename_leaves_the_old_file_whole(tmp_path: Path, monkeypatch:
     def refuse(source: str, target: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("results.location.os.replace", refuse)
+    monkeypatch.setattr("results.store.location.os.replace", refuse)
     with pytest.raises(OSError, match="No space"):
         commit_fake(tmp_path, 42, shift=0.1)
     monkeypatch.undo()

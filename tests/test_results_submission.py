@@ -1,4 +1,4 @@
-"""results.logs, submission and export: reading submission folders, and reading back what we write."""
+"""results.published.log, submission and export: reading submission folders, and reading back what we write."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 
 import results
 from jobs.cli import main
-from results.disagreements import find_disagreements
-from results.logs import parse_log, seed_in_name, stage_of
-from results.submission import findings_of, read_submission
+from results.findings.importer import findings_of, read_submission
+from results.findings.review import find_disagreements
+from results.published.log import parse_log, seed_in_name, stage_of
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
 from tests.submissions import SEEDS, log_lines, write_log, write_submission
 

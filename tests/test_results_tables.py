@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from results.tables import SEED_KEYS, as_json, render, seed_table
+from results.table_text import as_json, render
+from results.tables import SEED_KEYS, seed_table
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
 
 

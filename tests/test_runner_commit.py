@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import results
-from model.config import tiny
+from model.presets import tiny
 from results.tables import seed_table
-from runner import gpus
-from runner.commit import commit_run, document_rows, read_json, step_rows
+from runner.folder.commit import commit_run, document_rows, read_json, step_rows
+from runner.life.states import Run, State
+from runner.machine import gpus
 from runner.spec import RunKey, SweepSpec
-from runner.states import Run, State
 from tests.fake_runs import commit_attempt, fake_run
 
 

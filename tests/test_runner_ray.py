@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.work import Options
 from tests.ray_tools import our_processes, wait_until
 from tests.stub_work import TARGET
 from tests.sweep_tools import make_spec, no_data, scores_of

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from runner import sweep as sweep_module
-from runner.directory import SweepDirectory
-from runner.mirror import Mirror
+from runner import work as work_module
+from runner.folder.directory import SweepDirectory
+from runner.folder.mirror import Mirror
+from runner.folder.storage import ObjectStorage, local_root, open_storage
 from runner.spec import RunKey
-from runner.status import look
-from runner.storage import ObjectStorage, local_root, open_storage
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.view.status import look
+from runner.work import Options
 from tests.sweep_tools import make_spec, no_data, scores_of
 
 pytestmark = pytest.mark.usefixtures("no_data")
@@ -45,7 +47,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def uri(server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return a fresh place on the server; scratch work goes to the test's folder."""
-    monkeypatch.setattr(sweep_module, "scratch_root", lambda out: tmp_path / "scratch")
+    monkeypatch.setattr(work_module, "scratch_root", lambda out: tmp_path / "scratch")
     return f"s3://sweeps/{request.node.name}?endpoint_override={server}&scheme=http&region=us-east-1"
 
 

@@ -17,15 +17,18 @@ import pytest
 
 from jobs.cli import main
 from runner import sweep as sweep_module
-from runner.capacity import this_machine
-from runner.directory import Owner, SweepDirectory
+from runner import work
 from runner.errors import DirectoryInUse, Infeasible, Kind, Refused, SweepError
+from runner.folder.directory import Owner, SweepDirectory
+from runner.folder.storage import LocalStorage
+from runner.gang.rank import Rank
+from runner.life.job import Job
+from runner.machine.node import this_machine
 from runner.plan import Left, make_plan
-from runner.rank import Job, Rank
 from runner.spec import Gang, RunKey, SweepSpec
-from runner.status import look
-from runner.storage import LocalStorage
-from runner.sweep import Options, announced_spec, run_sweep
+from runner.sweep import announced_spec, run_sweep
+from runner.view.status import look
+from runner.work import Options
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec, no_data, scores_of, state_of, write_faults
 
@@ -75,7 +78,7 @@ def test_another_config_or_data_set_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_other_code_is_refused_unless_allowed_and_then_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from results.reader import read_runs
+    from results.store.reader import read_runs
 
     assert run(make_spec(tmp_path, seeds=[1])) == 0
     monkeypatch.setattr(sweep_module, "code_hash", lambda: "f" * 64)
@@ -88,7 +91,7 @@ def test_other_code_is_refused_unless_allowed_and_then_marked(tmp_path: Path, mo
 
 
 def test_a_failed_attempt_is_a_row_and_the_retry_another(tmp_path: Path) -> None:
-    from results.reader import read_runs
+    from results.store.reader import read_runs
 
     write_faults(tmp_path, {"seed": 1, "attempt": 1, "stage": "train", "step": 5, "do": "raise"})
     assert run(make_spec(tmp_path, seeds=[1])) == 0
@@ -102,7 +105,6 @@ def test_a_seed_that_fails_for_good_is_run_again_by_rerun(tmp_path: Path, monkey
     write_faults(tmp_path, {"seed": 2, "stage": "ttt", "step": 1, "do": "refuse"})
     assert run(make_spec(tmp_path, seeds=[1, 2])) == 1
     write_faults(tmp_path)
-    monkeypatch.setattr(sweep_module, "PIPELINE", TARGET)
     monkeypatch.setattr(Options, "__init__", with_target(Options.__init__))
     assert main(["rerun", str(tmp_path), "--failed", "--local", "--progress", "plain"]) == 0
     assert state_of(tmp_path) == {1: "DONE", 2: "DONE"}
@@ -128,16 +130,16 @@ def test_a_damaged_result_is_named_and_made_again(tmp_path: Path, caplog: pytest
 def test_a_disk_that_fills_while_results_are_written_costs_an_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import results.store
+    from results.store import writer
 
-    write, fails = results.store.write_whole, iter([True])
+    write, fails = writer.write_whole, iter([True])
 
     def full_once(location: Any, path: str, content: bytes) -> None:
         if "/runs/" in path and next(fails, False):
             raise OSError(28, "No space left on device")
         write(location, path, content)
 
-    monkeypatch.setattr(results.store, "write_whole", full_once)
+    monkeypatch.setattr(writer, "write_whole", full_once)
     assert run(make_spec(tmp_path, seeds=[1])) == 0
     assert set(scores_of(tmp_path)) == {1}
     assert "No space left on device" in (tmp_path / "events.jsonl").read_text()
@@ -261,13 +263,13 @@ def test_a_node_that_does_not_see_the_folder_says_so(tmp_path: Path) -> None:
 
 
 def test_a_sweep_whose_folder_is_not_shared_ends_as_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave = sweep_module.SweepWork.leave_probe
+    leave = work.SweepWork.leave_probe
 
-    def leave_elsewhere(self: sweep_module.SweepWork) -> None:
+    def leave_elsewhere(self: work.SweepWork) -> None:
         leave(self)
         self.remove_probe()  # as a node sees it whose disk is its own
 
-    monkeypatch.setattr(sweep_module.SweepWork, "leave_probe", leave_elsewhere)
+    monkeypatch.setattr(work.SweepWork, "leave_probe", leave_elsewhere)
     with pytest.raises(SweepError, match="out must be shared storage or a URI"):
         run(make_spec(tmp_path, seeds=[1]))
 

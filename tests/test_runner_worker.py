@@ -11,12 +11,14 @@ import psutil
 import pytest
 
 from model.distributed import Dist
-from runner import rank as rank_module
-from runner import worker
+from runner.errors import PreflightError
+from runner.gang import rank as rank_module
+from runner.gang import worker
+from runner.gang.rank import Rank
+from runner.gang.worker import all_reduce_bytes_per_s, check_node_data, open_store, preflight
+from runner.life.job import Job
 from runner.provenance import package_versions
-from runner.rank import Job, PreflightError, Rank
 from runner.spec import RunKey
-from runner.worker import all_reduce_bytes_per_s, check_node_data, open_store, preflight
 from tests.fake_hub import FakeHub
 from tests.sweep_tools import make_spec
 from tests.test_data_fineweb import hub, options
@@ -92,7 +94,7 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(
     CLOSED.clear()
     monkeypatch.setattr(worker, "join_gang", lambda _rank: NotedDist())
     monkeypatch.setattr(worker, "check_node_data", lambda _rank: None)
-    monkeypatch.setattr("model.pipeline.run_seed", run_seed)
+    monkeypatch.setattr("model.pipeline.seed.run_seed", run_seed)
     outcome = make_rank(tmp_path).run()
     assert (outcome.kind, CLOSED) == (("finished", [0]) if error is None else ("failed", []))
 
@@ -111,7 +113,7 @@ def test_the_rank_that_fails_leaves_its_log_on_the_object_store(
             self.count += 1
 
     mirror = FakeMirror()
-    monkeypatch.setattr(rank_module, "open_mirror", lambda *_arguments: mirror)
+    monkeypatch.setattr(rank_module, "open_mirror", lambda *_arguments, **_options: mirror)
     monkeypatch.setattr(worker, "run_pipeline", lambda _rank: None)
     job = make_rank(tmp_path, **({"target": target} if target else {})).job
     outcome = Rank(job, number).run()

@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.config import DataConfig, EvalConfig, RunConfig, tiny
+from model.config import DataConfig, EvalConfig, RunConfig
 from model.data.shards import list_shards
 from model.data.tokenizer import load_tokenizer
 from model.data.validation import load_validation
 from model.distributed import Dist
-from model.pipeline import run_seed
+from model.pipeline.seed import run_seed
+from model.presets import tiny
 from tests.micro_model import ignore
 
 NUM_DOCUMENTS = 100

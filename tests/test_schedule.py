@@ -1,9 +1,9 @@
-"""model/schedule.py: learning rate, looping and momentum as the formulas of the record (the grids are in set 7)."""
+"""model.train.schedule: learning rate, looping and momentum as the formulas of the record (the grids are in set 7)."""
 
 import pytest
 
-from model.config import published
-from model.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+from model.presets import published
+from model.train.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 from tests.micro_model import micro_train
 
 PUBLISHED = published().train

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from runner.capacity import Node, count_slots, why_infeasible
-from runner.directory import SweepDirectory
 from runner.errors import Failure, Kind
+from runner.folder.directory import SweepDirectory
+from runner.folder.storage import LocalStorage
+from runner.life.capacity import Node, count_slots, why_infeasible
+from runner.life.states import Run, State
 from runner.scheduler import Scheduler, exit_code
-from runner.simulate import Clock, NoView, SimulatedCluster, make_nodes, measure_decisions, simulated_job
 from runner.spec import Gang, Limits, RunKey, SweepSpec
-from runner.states import Run, State
-from runner.storage import LocalStorage
+from tests.simulate import Clock, NoView, SimulatedCluster, make_nodes, measure_decisions, simulated_job
 from tests.sweep_tools import make_spec
 
 GANG = Gang(gpus=8, cpus=4)

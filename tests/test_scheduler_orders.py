@@ -9,17 +9,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from runner import states
-from runner.capacity import Node
-from runner.decisions import Release, Start, Stop, Submit
-from runner.directory import SweepDirectory
 from runner.errors import Failure, Kind
-from runner.rank import Job
+from runner.folder.directory import SweepDirectory
+from runner.folder.storage import LocalStorage
+from runner.life import states
+from runner.life.capacity import Node
+from runner.life.decisions import Release, Start, Stop, Submit
+from runner.life.job import Job
+from runner.life.states import Run, State
 from runner.scheduler import Scheduler
-from runner.simulate import Clock, NoView, make_nodes, simulated_job
 from runner.spec import Gang, Limits, RunKey
-from runner.states import Run, State
-from runner.storage import LocalStorage
+from tests.simulate import Clock, NoView, make_nodes, simulated_job
 from tests.sweep_tools import make_spec
 
 GANG = Gang(gpus=8, cpus=4)

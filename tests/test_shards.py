@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.corpus.shard_file import write_shard
 from model.data import shards
-from model.data.shards import find_documents, find_first_bos, list_shards, open_shard, read_num_tokens, write_shard
+from model.data.shards import find_documents, find_first_bos, list_shards, open_shard, read_num_tokens
 
 TOKENS = np.array([7, 1, 300, 65_535, 1, 9], dtype=np.uint16)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from model.config import published, tiny
+from model.presets import published, tiny
 from runner.spec import SweepSpec, absolute_path, load_spec, parse_spec
 
 SPECS = Path(__file__).parent.parent / "jobs" / "specs"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from runner import states
-from runner.decisions import Release, Situation, decide, issued
 from runner.errors import Failure, Kind
+from runner.life import states
+from runner.life.decisions import Release, Situation, decide, issued
+from runner.life.states import Run, State, after
 from runner.spec import Gang, Limits, RunKey
-from runner.states import Run, State, after
 
 KEY = RunKey(seed=42)
 LIMITS = Limits(attempts=3, preemptions=2, backoff_s=5.0, backoff_max_s=12.0)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.submit import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
+from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
 from runner.provenance import Git
 from runner.spec import load_spec
 

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from model.config import RunConfig
-from model.cpus import usable_cpus
-from runner import packages
+from model.data.cpus import usable_cpus
 from runner.errors import Kind
-from runner.progress import can_redraw
+from runner.gang.rank import Rank
+from runner.machine import packages
 from runner.provenance import OWN_FILE, git_state, settings
-from runner.rank import Rank
 from runner.spec import load_spec
-from runner.sweep import Options, run_sweep
+from runner.sweep import run_sweep
+from runner.view.progress import can_redraw
+from runner.work import Options
 from tests.sweep_tools import make_spec, no_data
 
 ROOT = Path(__file__).parent.parent
@@ -59,13 +60,13 @@ def test_the_version_is_printed() -> None:
 
 
 def test_a_notebooks_backend_does_not_stop_the_figures() -> None:
-    code = "import results.figures, os; print(os.environ['MPLBACKEND'])"
+    code = "import results.report.figures, os; print(os.environ['MPLBACKEND'])"
     named = "no such backend"  # as `inline` is where a kernel's variables reach an environment without Jupyter
     assert run("-c", code, cwd=ROOT, MPLBACKEND=named).stdout.strip() == named
 
 
 def test_figures_have_our_style_whatever_is_set() -> None:
-    from results.figures import matplotlib, own_style
+    from results.report.figures import matplotlib, own_style
 
     with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 40}):
         with own_style():
@@ -147,7 +148,7 @@ def test_cpus_are_counted_by_affinity_and_quota(
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a CPU")
 def test_a_plan_on_one_cpu_has_room_for_one_gang() -> None:
     code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-    code += "from runner.capacity import this_machine; print(this_machine().resources['CPU'])"
+    code += "from runner.machine.node import this_machine; print(this_machine().resources['CPU'])"
     assert run("-c", code, cwd=ROOT).stdout.strip() == "1.0"
 
 

@@ -1,4 +1,4 @@
-"""model.tensorfile: the safetensors format, read and written without a parser that trusts its input."""
+"""model.files.tensors: the safetensors format, read and written without a parser that trusts its input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from model.tensorfile import TENSOR_TYPES, load_tensors, save_tensors
+from model.files.tensors import TENSOR_TYPES, load_tensors, save_tensors
 from tests.memory import peak_bytes
 
 TENSORS = {

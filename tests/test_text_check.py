@@ -10,9 +10,9 @@ import pytest
 import sentencepiece as spm
 
 from model.config import DataConfig
+from model.corpus.shard_file import write_shard
 from model.data import remembered, text_check
 from model.data.manifest import hash_data
-from model.data.shards import write_shard
 from model.data.text_check import check_text, text_fault
 from model.data.tokenizer import Tokenizer, load_tokenizer, target_bytes
 from model.data.validation import ValidationSet, load_validation

@@ -1,4 +1,4 @@
-"""model/train.py: gradients, averages, the clock, and a resumed run that equals an undisturbed one."""
+"""model/train/trainer.py: gradients, averages, the clock, and a resumed run that equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import CheckpointStore
 from model.config import RuntimeConfig, TrainConfig
 from model.distributed import Dist
+from model.files.checkpoint import CheckpointStore
+from model.files.ledger import Ledger
 from model.gpt import GPT
-from model.ledger import Ledger
-from model.optim import clip_, gradients
-from model.train import (
-    Diverged,
-    Ema,
-    Interrupted,
-    Reached,
-    Trainer,
-    TrainResult,
-    accumulate_gradients,
-    seconds_between,
-)
+from model.report import Interrupted
+from model.train.gradients import accumulate_gradients, clip_, gradients
+from model.train.trainer import Diverged, Ema, Reached, Trainer, TrainResult, seconds_between
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
 EVERY_STEP = RuntimeConfig(device="cpu", checkpoint_every_s=1e-9, report_every_s=0.0)
@@ -318,10 +310,10 @@ def test_a_resumed_training_keeps_its_attention_kernel(tmp_path: Path) -> None:
     assert after.model.attention_backend == "auto"
     after.run()
     assert after.model.attention_backend == "sdpa"
-    named = start(tmp_path, config, checkpoints=store, runtime=RuntimeConfig(device="cpu", attention="flex"))
-    named.model.attention_backend = "flex"
+    named = start(tmp_path, config, checkpoints=store, runtime=RuntimeConfig(device="cpu", attention="varlen"))
+    named.model.attention_backend = "varlen"
     named._resume()
-    assert named.model.attention_backend == "flex"  # whoever names a kernel gets it
+    assert named.model.attention_backend == "varlen"  # whoever names a kernel gets it
 
 
 def test_at_least_one_step_is_made(tmp_path: Path) -> None:

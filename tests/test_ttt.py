@@ -1,4 +1,4 @@
-"""model/ttt.py: a chunk is scored before it is learned from, and a score depends on its own document only."""
+"""model/ttt/documents.py: a chunk is scored before it is learned from, and a score depends on its own document only."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,8 +11,15 @@ from model.config import TTTConfig
 from model.data.shards import find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.score_ledger import SCORE, UPDATE, times_scored
-from model.ttt import TTTResult, chunk_window, score_documents, share_documents, unadapted_windows, window_cost
+from model.ttt.documents import (
+    TTTResult,
+    chunk_window,
+    score_documents,
+    share_documents,
+    unadapted_windows,
+    window_cost,
+)
+from model.ttt.score_ledger import SCORE, UPDATE, times_scored
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_ttt, micro_validation, random_model
 
 LENGTHS = (30, 5, 61, 2, 17, 44, 9)

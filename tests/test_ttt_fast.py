@@ -1,4 +1,4 @@
-"""model/ttt_graphs.py, ttt_schedule.py and the adapters' kernels: recorded steps and large batches change no score."""
+"""model.ttt.recorded_pass and the adapters' kernels: recorded steps and large batches change no score."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.adapters import GradientBuffers, LowRank, adapted_product, add_low_rank_, reduce_inputs
+from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
-from model.score_ledger import SCORE, UPDATE, times_scored
-from model.ttt_adapter import Adapter
-from model.ttt_graphs import PADDING_TOKENS, GraphAdapter, StepRecorder
-from model.ttt_schedule import Limits, Schedule
-from model.ttt_slots import Slots
-from model.ttt_windows import share_documents, window_cost
+from model.ttt.batches import Limits, Schedule
+from model.ttt.document_pass import Adapter
+from model.ttt.recorded_pass import PADDING_TOKENS, GraphAdapter, StepRecorder
+from model.ttt.score_ledger import SCORE, UPDATE, times_scored
+from model.ttt.slots import Slots
+from model.ttt.windows import share_documents, window_cost
 from tests.fake_recorder import FakeRecorder
 from tests.micro_model import ignore, micro_ttt, micro_validation, random_model
 

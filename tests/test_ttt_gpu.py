@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import EvalConfig, published
+from model.config import EvalConfig
 from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.evaluate import RowScorer, row_bounds, score_rows
 from model.gpt import GPT
-from model.graphs import Recorder
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
-from model.ttt import make_slots
-from model.ttt_adapter import Adapter
-from model.ttt_graphs import GraphAdapter, StepRecorder
-from model.ttt_slots import Slots
+from model.kernels.graphs import Recorder
+from model.presets import published
+from model.score.plain import RowScorer, row_bounds, score_rows
+from model.ttt.document_pass import Adapter
+from model.ttt.documents import make_slots
+from model.ttt.recorded_pass import GraphAdapter, StepRecorder
+from model.ttt.slots import Slots
 from tests.micro_model import ignore
 
 pytestmark = pytest.mark.gpu

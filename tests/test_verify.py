@@ -1,8 +1,10 @@
-"""results.verify: an exported folder agrees with itself, and every altered figure is found."""
+"""results.verify.folder: an exported folder agrees with itself, and every altered figure is found."""
 
 from __future__ import annotations
 
+import base64
 import json
+import lzma
 import shutil
 import subprocess
 import sys
@@ -14,14 +16,16 @@ import numpy as np
 import pytest
 
 from jobs.cli import main
-from jobs.commands.verify import check_score_ledger, hash_config, hash_data_of
-from results.evidence import EVIDENCE, SUMS, write_sums
-from results.verify import DIFFERS, UNCHECKED, Check, Formulas, verify_folder
-from results.verify_seed import unpack_program
+from jobs.evidence.verify import check_score_ledger, hash_config, hash_data_of
+from model.bundle.program import is_twin
+from results.export.evidence import EVIDENCE, SUMS, write_sums
+from results.verify.checks import AGREES, DIFFERS, UNCHECKED, Check, Formulas
+from results.verify.folder import verify_folder
+from results.verify.seed import check_twin, unpack_program
 from tests.fake_runs import fake_sweep
 from tests.small_run import small_sweep
 
-FORMULAS = Formulas(hash_config, hash_data_of, check_score_ledger)
+FORMULAS = Formulas(hash_config, hash_data_of, check_score_ledger, is_twin)
 SEED = f"{EVIDENCE}/seed=42-repeat=0"
 
 
@@ -170,7 +174,7 @@ def test_new_sums_do_not_hide_an_altered_figure(folder: Path) -> None:
 
 def facts_of(path: Path) -> dict[str, object]:
     """Return what a stage record says of an output."""
-    from results.evidence import file_sha256
+    from results.export.evidence import file_sha256
 
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
@@ -219,7 +223,17 @@ def test_a_folder_without_evidence_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["verify", str(tmp_path / "gone")]) == 2
 
 
-def test_a_packed_program_is_unpacked_without_running_it(exported: Path) -> None:
-    assert unpack_program((exported / "train_gpt_packed.py").read_bytes()) == (exported / "train_gpt.py").read_bytes()
+def test_a_packed_program_of_other_modules_is_a_disagreement(exported: Path, tmp_path: Path) -> None:
+    readable, packed = ((exported / name).read_bytes() for name in ("train_gpt.py", "train_gpt_packed.py"))
+    assert check_twin("twin", readable, packed, FORMULAS).state == AGREES
+    altered = readable.replace(b"LEAKY_SLOPE = 0.5", b"LEAKY_SLOPE = 0.6")
+    assert check_twin("twin", altered, packed, FORMULAS).state == DIFFERS
+    elsewhere = readable.replace(b"Twin made with Python 3.", b"Twin made with Python 2.")
+    assert check_twin("twin", elsewhere, packed, FORMULAS).state == UNCHECKED
+
+
+def test_a_program_of_an_older_version_is_unpacked_without_running_it() -> None:
+    packed = b'exec(lzma.decompress(base64.b85decode("%s")))' % base64.b85encode(lzma.compress(b"source"))
+    assert unpack_program(packed) == b"source"
     with pytest.raises(ValueError, match="no compressed source"):
         unpack_program(b"raise SystemExit")

@@ -127,14 +127,10 @@ class SpanLoader:
         """Return inputs and targets of span index, each (1, T) int64, T = micro_batch_tokens."""
         return inputs_and_targets(self.tokens(index))
 
-    def batch(
-        self, index: int, *, max_segment: int, max_seqlen: int | None = None, num_entries: int | None = None
-    ) -> Batch:
-        """Return span index with its packing; max_segment, max_seqlen and num_entries as pack_row takes them."""
+    def batch(self, index: int, *, max_segment: int, max_seqlen: int | None = None) -> Batch:
+        """Return span index with its packing; max_segment and max_seqlen as pack_row takes them."""
         inputs, targets = self.span(index)
-        packing = pack_row(
-            inputs, bos_id=self.bos_id, max_segment=max_segment, max_seqlen=max_seqlen, num_entries=num_entries
-        )
+        packing = pack_row(inputs, bos_id=self.bos_id, max_segment=max_segment, max_seqlen=max_seqlen)
         return Batch(inputs, targets, packing)
 
 

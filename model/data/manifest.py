@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,8 +21,9 @@ import numpy as np
 
 from model.config import DataConfig, canonical_json
 from model.data import remembered
-from model.data.files import READ_BYTES, file_sha256, replace_file
 from model.data.shards import BOS_ID, HEADER_BYTES, TOKEN_DTYPE, list_shards, read_num_tokens
+from model.files.atomic import READ_BYTES, file_sha256, replace_file
+from model.report import Report
 
 MANIFEST_NAME = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -31,8 +32,6 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 NUM_TOKEN_IDS = 1 << (8 * TOKEN_DTYPE.itemsize)
-
-Report = Callable[[str, int, int | None, dict[str, float | int | str]], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,13 +72,11 @@ def pack_row(
     max_segment: int,
     bucket: int = ENTRY_BUCKET,
     max_seqlen: int | None = None,
-    num_entries: int | None = None,
 ) -> Packing:
     """Return the packing of a row of input tokens, a segment at every bos_id.
 
-    tokens (T,) or (1, T), any integer type. For constant shapes on a GPU, max_seqlen replaces the longest segment that
-    occurs (training passes seq_len, as published), and num_entries fixes the length of cu_seqlens.
-    Raises ValueError if a segment is longer than max_seqlen, or there are more segments than num_entries allows.
+    tokens (T,) or (1, T), any integer type. max_seqlen replaces the longest segment that occurs (training passes
+    seq_len, as published: one number for every row). Raises ValueError if a segment is longer than it.
     """
     row = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     row = row.reshape(-1)
@@ -88,15 +86,10 @@ def pack_row(
         if longest > max_seqlen:
             raise ValueError(f"max_seqlen={max_seqlen} is below a segment of {longest} tokens; lower max_segment")
         longest = max_seqlen
-    if num_entries is not None:
-        starts = cu_seqlens.numpy()[: np.searchsorted(cu_seqlens.numpy(), row.size)]
-        cu_seqlens = _padded_entries(starts, row.size, num_entries)
     return Packing(cu_seqlens, longest)
 
 
 def _padded_entries(starts: np.ndarray, total_len: int, num_entries: int) -> Tensor:
-    if starts.size + 1 > num_entries:
-        raise ValueError(f"num_entries={num_entries} is too few for {starts.size} segments and the total")
     entries = np.full(num_entries, total_len, dtype=np.int32)
     entries[: starts.size] = starts
     return torch.from_numpy(entries)  # (S,)

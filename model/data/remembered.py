@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.data.files import replace_file
+from model.files.atomic import replace_file
 
 LEAST_BYTES = 32 << 20  # smaller files are read faster than it is worth
 FORMAT = 2

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from model.data.files import replace_file
-
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAGIC = 20240520
@@ -110,22 +108,3 @@ def check_token_range(tokens: np.ndarray, vocab_size: int, path: Path) -> None:
                 f"shard {path} has token id {block[place]} at {offset + place}, outside vocab_size={vocab_size}; "
                 "it was made with another tokenizer"
             )
-
-
-def shard_header(num_tokens: int) -> bytes:
-    """Return the 1,024 bytes that open a shard of num_tokens tokens."""
-    if not 1 <= num_tokens < 2**31:
-        raise ValueError(f"num_tokens={num_tokens}: a shard holds between 1 and {2**31 - 1} tokens")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, num_tokens
-    return header.tobytes()
-
-
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    """Write tokens (N,), ids below 65,536, as a shard; path is complete or absent."""
-    array = np.asarray(tokens)
-    if array.size and (int(array.min()) < 0 or int(array.max()) > np.iinfo(TOKEN_DTYPE).max):
-        raise ValueError(f"shard {path}: token ids must lie between 0 and 65535")
-    with replace_file(path) as file:
-        file.write(shard_header(array.size))
-        array.astype(TOKEN_DTYPE).tofile(file)

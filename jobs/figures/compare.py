@@ -1,0 +1,49 @@
+"""`seedsweep compare A B`: is A better than B, by how much, and is that shown."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("a", metavar="A", help="run directory, pr:N, or a submission folder with logs")
+    parser.add_argument("b", metavar="B", help="what A is compared with, the baseline")
+    parser.add_argument(
+        "--margin-nats", type=float, help="test only this margin (nats per token) instead of 0 and 0.005"
+    )
+    parser.add_argument("--paired", choices=("documents", "seeds"), help="same artifacts on both sides, pair by this")
+    parser.add_argument("--equivalence-nats", type=float, metavar="BAND", help="also test equivalence within +-BAND")
+    parser.add_argument("--seeds", help="only these seeds of both sides, such as 42,0,1337")
+    parser.add_argument("--stage", help="compare this scoring pass instead of the last one")
+    parser.add_argument("--force", action="store_true", help="compare what is not comparable; every line is labelled")
+    parser.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print the comparison. Returns 0 whatever it shows; sides that do not compare are bad input (2)."""
+    from results.compare.comparison import compare
+    from results.compare.sides import open_side
+    from results.compare.text import render
+
+    seeds = _seeds(args.seeds)
+    result = compare(
+        open_side(args.a, args.stage, seeds),
+        open_side(args.b, args.stage, seeds),
+        margin_nats=args.margin_nats,
+        pairing=args.paired,
+        band_nats=args.equivalence_nats,
+        is_forced=args.force,
+    )
+    print(render(result, args.format))
+    return 0
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    """Return the seeds named by --seeds. Raises ValueError for anything but whole numbers."""
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.lstrip("-").isdigit() for word in words):
+        raise ValueError(f"seeds={text} must be whole numbers separated by commas, such as 42,0,1337")
+    return [int(word) for word in words]

@@ -1,0 +1,79 @@
+"""`seedsweep table OUT`: the seed table, computed from Parquet."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from results.tables import SeedTable
+
+EXIT_OK, EXIT_FAILED = 0, 1
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("out", help="a sweep's run directory: local path or URI")
+    parser.add_argument("--with", dest="beside", metavar="pr:N,...", help="published records to print in blocks below")
+    parser.add_argument("--population-std", action="store_true", help="also show the std with ddof=0, labelled")
+    parser.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print the table. Returns 1 when a seed has not finished or a file could not be read, else 0."""
+    from results.table_text import render
+    from results.tables import seed_table
+
+    records = _published(args.beside)
+    table = seed_table(args.out)
+    if args.format == "json":
+        print(_json(table, records, args))
+    else:
+        print(render(table, args.format, with_population_std=args.population_std))
+        _print_blocks(records, args.out, args.format)
+    for problem in table.problems:
+        print(f"seedsweep: {problem}", file=sys.stderr)
+    if args.format in ("json", "csv"):
+        for note in table.notes:
+            print(f"seedsweep: note: {note}", file=sys.stderr)
+    return EXIT_FAILED if table.has_failures else EXIT_OK
+
+
+def _published(beside: str | None) -> list[dict[str, Any]]:
+    """Return the records named by --with."""
+    if beside is None:
+        return []
+    from results.published.records import find_record
+
+    return [find_record(number.strip()) for number in beside.split(",")]
+
+
+def _print_blocks(records: list[dict[str, Any]], out: str, form: str) -> None:
+    """Print each record in a block of its own; in CSV, where blocks have no place, to standard error."""
+    if not records:
+        return
+    from results.compare.published_text import published_block
+    from results.compare.sides import text_of_runs
+
+    ours = text_of_runs(out)
+    for record in records:
+        block = published_block(record, ours)
+        if form == "markdown":
+            block = f"```\n{block}\n```"
+        print(f"\n{block}", file=sys.stderr if form == "csv" else sys.stdout)
+
+
+def _json(table: SeedTable, records: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Return the table's JSON, with the key `published` when records were asked for."""
+    import json
+
+    from results.compare.published_text import block_json
+    from results.compare.sides import text_of_runs
+    from results.table_text import as_json
+
+    content = as_json(table, with_population_std=args.population_std)
+    if records:
+        ours = text_of_runs(args.out)
+        content["published"] = [block_json(record, ours) for record in records]
+    return json.dumps(content, indent=2, allow_nan=False)

@@ -1,0 +1,78 @@
+"""`seedsweep plan SPEC`: what would run where, and whether it can, without starting anything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runner.life.capacity import Node
+    from runner.plan import Plan
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `plan`."""
+    parser.add_argument("spec", metavar="SPEC", help="sweep spec, a YAML file")
+    parser.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the spec's own")
+    parser.add_argument("--address", metavar="A", help="Ray cluster to look at; without it this machine")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print the plan; 2 if the gang fits nowhere or data is missing, both said."""
+    from runner.plan import make_plan
+    from runner.spec import load_spec
+
+    spec = load_spec(args.spec, out=args.out)
+    plan = make_plan(spec, find_nodes(args.address))
+    print_plan(plan)
+    sys.stdout.flush()
+    for problem in plan.problems:
+        print(f"seedsweep: error: {problem}", file=sys.stderr)
+    return 2 if plan.problems else 0
+
+
+def find_nodes(address: str | None) -> tuple[Node, ...]:
+    """Return the nodes of the cluster at address, or this machine."""
+    from runner.machine.node import this_machine
+
+    if address is None:
+        return (this_machine(),)
+    from runner.gang.ray_backend import connect, disconnect, living_nodes
+
+    connect(address)
+    try:
+        return living_nodes()
+    finally:
+        disconnect()
+
+
+def print_plan(plan: Plan) -> None:
+    """Print config, hashes, gangs, runs and the estimate."""
+    import dataclasses
+
+    import yaml
+
+    from runner.plan import slots_per_node
+    from runner.spec import seeds_line
+    from runner.view.progress import duration
+
+    spec = plan.spec
+    print(f"sweep {spec.name}: preset {spec.preset}, {len(plan.runs)} run(s) -> {spec.out}")
+    print(seeds_line(spec))
+    print("config:")
+    plain = json.loads(json.dumps(dataclasses.asdict(spec.config)))
+    print("".join(f"  {line}\n" for line in yaml.safe_dump(plain, sort_keys=False).splitlines()), end="")
+    for name, value in plan.hashes.items():
+        print(f"{name}: {value}")
+    print(f"gang: {spec.gang.describe()}; restart: {spec.limits.restart}; {spec.limits.attempts} attempts")
+    for line in slots_per_node(plan):
+        print(f"node {line}")
+    print(f"slots: {plan.slots} gang(s) at once")
+    for key, left in plan.runs.items():
+        print(f"run {key.name}: {left}")
+    each = "" if plan.seed_s is None else f"about {duration(plan.seed_s)} a run, "
+    whole = "" if plan.sweep_s is None else f"{duration(plan.sweep_s)} in all, "
+    hours = "" if plan.gpu_hours is None else f"{plan.gpu_hours:.2f} GPU-hours "
+    print(f"estimate: {each}{whole}{hours}({plan.seed_source})")

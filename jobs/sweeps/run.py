@@ -1,0 +1,50 @@
+"""`seedsweep run SPEC`: every seed of a spec, on Ray or in this process; run again, it continues."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `run`."""
+    parser.add_argument("spec", metavar="SPEC", help="sweep spec, a YAML file (see jobs/specs)")
+    parser.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the spec's own")
+    parser.add_argument("--local", action="store_true", help="one seed after the other in this process, without Ray")
+    parser.add_argument("--address", metavar="A", help="Ray cluster to use; without it one is started on this machine")
+    parser.add_argument(
+        "--allow-code-change",
+        action="store_true",
+        help="continue a run directory made by other code, libraries, device or threads; rows are marked",
+    )
+    parser.add_argument(
+        "--progress", choices=("auto", "plain", "json"), default="auto",
+        help="auto: a live table on a terminal, plain lines elsewhere",
+    )  # fmt: skip
+    parser.add_argument("--git-commit", metavar="SHA", help="commit to record, where git is not at hand")
+    parser.add_argument("--git-dirty", choices=("yes", "no"), help="whether that working tree had changes")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Run the sweep; the exit code says how it ended."""
+    from runner.provenance import Git
+    from runner.spec import load_spec, seeds_line
+    from runner.sweep import run_sweep
+    from runner.work import Options
+
+    if args.local and args.address:
+        raise ValueError("--local and --address exclude each other; --local uses no cluster")
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)  # progress is the view's to show
+    logging.basicConfig(handlers=[console], format="%(levelname)s %(name)s: %(message)s")
+    git = None
+    if args.git_commit:
+        git = Git(args.git_commit, None if args.git_dirty is None else args.git_dirty == "yes")
+    options = Options(
+        is_local=args.local, address=args.address, allow_code_change=args.allow_code_change, progress=args.progress,
+        git=git,
+    )  # fmt: skip
+    spec = load_spec(args.spec, out=args.out)
+    print(seeds_line(spec), file=sys.stderr if args.progress == "json" else sys.stdout, flush=True)
+    return run_sweep(spec, options)

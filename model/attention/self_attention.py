@@ -1,0 +1,162 @@
+"""From the joined projections of a block to what enters its output projection, as one function.
+
+Plain PyTorch on CPUs and for wide floats. On CUDA in 16 bits: Triton kernels around a variable-length attention kernel,
+in one autograd node that keeps neither the raw projections nor any copy of the heads.
+"""
+
+# B rows, T tokens of a row, n queries of a row, H query heads, K kv heads, E head_dim, N = B T tokens
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.attention.backends import VARLEN_KERNELS, attention, resolve_backend
+from model.attention.bounds import Bounds, segment_bounds, window_bounds
+from model.attention.window import window_attention
+from model.data.packing import Packing
+from model.kernels.dispatch import uses_triton
+from model.layers import exclude_own_value, normalize_and_rotate
+
+
+class Rows(NamedTuple):
+    """How the tokens of a batch see each other.
+
+    Rows (B, T) are causal sequences; packing cuts a single one into segments; left_padding (B,) int64 counts leading
+    tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all).
+    """
+
+    packing: Packing | None = None
+    left_padding: Tensor | None = None
+    num_queries: int | None = None
+
+
+def self_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, rows: Rows, *, num_kv_heads: int, is_value_excluded: bool,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Return the attention output (B, n, H E) of joined projections qkv (B, T, (H + 2 K) E).
+
+    Queries and keys are normed and turned by cos and sin (T or B x T, rope_dims / 2), queries multiplied by q_gain
+    (H,); is_value_excluded removes from each head's output its component along the token's own value.
+    """
+    batch, time, width = qkv.shape
+    num_heads = q_gain.numel()
+    head_dim = width // (num_heads + 2 * num_kv_heads)
+    if backend != "sdpa" and uses_triton(qkv, head_dim, num_kv_heads, num_heads // num_kv_heads):
+        shape = _Shape(batch, time, rows.num_queries or time, num_heads, num_kv_heads, head_dim)
+        return _fused(qkv, cos, sin, q_gain, rows, shape, is_value_excluded, backend)
+    n = rows.num_queries or time
+    sizes = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    q, k, v = torch.split(qkv, sizes, dim=-1)
+    q, k, v = (x.view(batch, time, -1, head_dim) for x in (q, k, v))
+    q = normalize_and_rotate(q[:, -n:], cos[..., -n:, :], sin[..., -n:, :], q_gain)
+    k = normalize_and_rotate(k, cos, sin)
+    if rows.left_padding is None and n == time:
+        y = attention(q, k, v, rows.packing, backend=backend)  # (B, T, H, E)
+    else:
+        y = window_attention(q, k, v, rows.left_padding)  # (B, n, H, E)
+    if is_value_excluded:
+        y = exclude_own_value(y, v[:, -n:])
+    return y.reshape(batch, n, num_heads * head_dim)
+
+
+class _Shape(NamedTuple):
+    batch: int
+    time: int
+    num_queries: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def _fused(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    gain: Tensor,
+    rows: Rows,
+    shape: _Shape,
+    is_value_excluded: bool,
+    backend: str,
+) -> Tensor:
+    name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
+    if rows.left_padding is not None or shape.num_queries < shape.time:
+        bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
+    else:
+        bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
+    flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
+    tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
+    is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
+    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name, is_recording)
+    return z.view(shape.batch, shape.num_queries, -1)
+
+
+class _SelfAttention(torch.autograd.Function):
+    """(qkv (N, W), cos, sin, gain, bounds, shape, is_value_excluded, backend, is_recording) -> z (B n, H E)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, bounds: Bounds, shape: _Shape,
+        is_value_excluded: bool, backend: str, is_recording: bool,
+    ) -> Tensor:  # fmt: skip
+        from model.attention.heads_triton import exclude, rotate
+
+        # Copies of key and value heads make attention's backward faster, and its forward a little slower.
+        num_copies = shape.num_heads // shape.num_kv_heads if is_recording else 1
+        turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
+        q, k, v = _split(turned, shape)
+        if is_recording:
+            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        with torch.set_grad_enabled(is_recording):
+            y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
+        if is_recording:
+            ctx.inner = (q, k, v, y)
+            ctx.save_for_backward(turned, inverse, cos, sin, gain)
+            ctx.shape, ctx.is_value_excluded = shape, is_value_excluded
+        z = exclude(y.detach(), _own_values(v, shape)) if is_value_excluded else y.detach()
+        return z.reshape(z.size(0), -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from model.attention.heads_triton import exclude_backward, rotate_backward
+
+        turned, inverse, cos, sin, gain = ctx.saved_tensors
+        (q, k, v, y), shape = ctx.inner, ctx.shape
+        grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
+        if ctx.is_value_excluded:
+            grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
+        grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
+        ctx.inner = None
+        if shape.num_queries < shape.time:
+            n, batch = shape.num_queries, shape.batch
+            whole = grad_q.new_zeros(batch, shape.time, *grad_q.shape[1:])
+            whole[:, -n:] = grad_q.view(batch, n, *grad_q.shape[1:])
+            grad_q = whole.flatten(0, 1)
+            if grad_own is not None:
+                own = grad_own.new_zeros(batch, shape.time, *grad_own.shape[1:])
+                own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
+                grad_own = own.flatten(0, 1)
+        grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
+        return grad_qkv, None, None, grad_gain, None, None, None, None, None
+
+
+def _split(turned: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q (B n, H, E), k and v (N, H or K, E) as views of turned, q a copy where n < T."""
+    num_others = (turned.size(1) - shape.num_heads) // 2
+    q, k, v = turned.split((shape.num_heads, num_others, num_others), dim=1)
+    return _last(q, shape), k, v
+
+
+def _own_values(v: Tensor, shape: _Shape) -> Tensor:
+    """Return the wanted tokens' value heads (B n, K, E), each once."""
+    return _last(v.detach(), shape)[:, :: v.size(1) // shape.num_kv_heads]
+
+
+def _last(x: Tensor, shape: _Shape) -> Tensor:
+    """Return the last num_queries tokens of each row of x (N, heads, E)."""
+    if shape.num_queries == shape.time:
+        return x
+    return x.view(shape.batch, shape.time, *x.shape[1:])[:, -shape.num_queries :].flatten(0, 1)

@@ -1,0 +1,255 @@
+"""The code of a run as it is counted: one readable train_gpt.py out of the model package, and its packed twin.
+
+The readable file holds verbatim every module that training or scoring needs, in the order in which they need each
+other, and a short loader. The twin holds the same modules minified, compressed and self-extracting: its size is what
+counts. The same sources, settings and versions of Python and python-minifier give the same bytes. Sources are read as
+text; nothing of them is imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import graphlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE, ENTRY, LOADER = "model", "model.standalone", "model.bundle.loader"
+READABLE_NAME, PACKED_NAME = "train_gpt.py", "train_gpt_packed.py"
+CONVENTION = "self-extracting-minified-train_gpt"  # bytes of the packed twin
+QUOTES = "'" * 3
+GUIDE = '''"""One seed of a recipe: trained, rounded to integers, scored. Generated: edit the modules, not this file.
+
+Twin made with {tools}
+Modules, each after those that it imports:
+{modules}
+
+Score an artifact:  python {name} --eval model.ssq --tokenizer T --val 'SHARDS'
+Train a seed:       torchrun --standalone --nproc_per_node=8 {name} --train 'SHARDS' --val 'SHARDS' --tokenizer T
+"""'''
+TAIL = """if __name__ == "__main__":
+    import os
+    import sys
+
+    sys.meta_path.insert(0, TextImporter(MODULES, __file__))
+    from model.standalone import main
+
+    sys.exit(main(sys.argv[1:], SETTINGS, {code_bytes}))
+"""
+# Latin-1 makes a character of every byte, so that compressed bytes can stand in a string nearly as they are.
+LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("{payload}".encode("latin-1")))\n'
+ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
+
+
+class Program(NamedTuple):
+    """The code of a run as two files that do the same."""
+
+    readable: str
+    packed: bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Code bytes as counted: the twin."""
+        return len(self.packed)
+
+    @property
+    def readable_bytes(self) -> int:
+        """Code bytes as committed: the readable file."""
+        return len(self.readable.encode())
+
+    def write(self, folder: Path) -> list[str]:
+        """Write both files and return their names."""
+        (folder / READABLE_NAME).write_bytes(self.readable.encode())
+        (folder / PACKED_NAME).write_bytes(self.packed)
+        return [READABLE_NAME, PACKED_NAME]
+
+
+def code_program(config: RunConfig, *, root: Path = ROOT) -> Program:
+    """Return the program of config from the sources in root (the folder that holds the model package).
+
+    Raises ValueError, naming the module, for sources that one file cannot hold.
+    """
+    return _make_program(json.dumps(settings_of(config), sort_keys=True), root)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_program(settings: str, root: Path) -> Program:
+    modules = read_modules(root)
+    loader = (root / f"{LOADER.replace('.', '/')}.py").read_text(encoding="utf-8")
+    lines = json.dumps(json.loads(settings), indent=1, sort_keys=True)
+    packed = pack_twin(modules, loader, lines)
+    guide = GUIDE.format(
+        modules="\n".join(f"  {name.replace('.', '/')}.py" for name in modules),
+        tools=tool_versions(),
+        name=READABLE_NAME,
+    )
+    return Program(f"{guide}\n\n{render(modules, loader, lines, code_bytes=str(len(packed)))}", packed)
+
+
+def pack_twin(modules: Mapping[str, str], loader: str, settings: str) -> bytes:
+    """Return the packed program of the same modules, loader and settings."""
+    small = {name: minify(text, name=name) for name, text in modules.items()}
+    settings = json.dumps(json.loads(settings), separators=(",", ":"), sort_keys=True)
+    text = render(
+        small, minify(loader, name=LOADER), settings,
+        code_bytes="os.path.getsize(__file__)", quoted=repr,  # a minifier chooses the quotes it likes
+    )  # fmt: skip
+    return pack(text)
+
+
+def tool_versions() -> str:
+    """Return the versions on which the bytes of a twin depend."""
+    tools = (f"{name} {metadata.version(name)}" for name in ("python-minifier", "brotli"))
+    return ", ".join([f"Python {sys.version_info[0]}.{sys.version_info[1]}", *tools])
+
+
+def is_twin(readable: str, packed: bytes) -> bool | None:
+    """Return whether packed is the twin of a readable program; None where these versions of the tools cannot tell.
+
+    Nothing of either is run. Raises ValueError for a text that is no such program.
+    """
+    match = re.search(r"^Twin made with (.+)$", readable, re.MULTILINE)
+    if match is None or match[1] != tool_versions():
+        return None
+    settings, modules, last_line = None, {}, 0
+    for node in ast.parse(readable).body:
+        value = node.value.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) else None
+        if not isinstance(node, ast.Assign) or not isinstance(value, str):
+            continue
+        target = node.targets[0]
+        if isinstance(target, ast.Name) and target.id == "SETTINGS":
+            settings = value
+        elif isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+            modules[str(target.slice.value)], last_line = value, node.end_lineno or 0
+    if settings is None or not modules:
+        raise ValueError("the readable program holds no settings or no modules")
+    loader = (
+        "\n".join(readable.split("\n")[last_line:]).partition('\n\nif __name__ == "__main__":')[0].strip("\n") + "\n"
+    )
+    return pack_twin(modules, loader, settings) == packed
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that a program carries: all of config but its seed and the places of its data."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seed"}
+    settings["data"] = {name: settings["data"][name] for name in ("val_documents", "val_tokens")}
+    return settings
+
+
+def read_modules(root: Path) -> dict[str, str]:
+    """Return name -> source of every module that the entry needs, each after those that it imports.
+
+    Raises ValueError for a module that is not there, a circle, a package with code, or three single quotes in a source.
+    """
+    sources: dict[str, str] = {}
+    graph: dict[str, list[str]] = {}
+    waiting = [ENTRY]
+    while waiting:
+        name = waiting.pop()
+        if name in sources:
+            continue
+        sources[name] = _read_module(root, name)
+        graph[name] = sorted(set(_imported_modules(root, sources[name])))
+        waiting += graph[name]
+    try:
+        order = list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"modules import each other in a circle: {' -> '.join(error.args[1])}") from None
+    return {name: sources[name] for name in order}
+
+
+def _read_module(root: Path, name: str) -> str:
+    """Return a module's source, checked to fit into one file."""
+    path = root / f"{name.replace('.', '/')}.py"
+    if not path.is_file():
+        raise ValueError(f"{name} is imported, but {path} is not there")
+    package = path.parent / "__init__.py"
+    if package.is_file() and package.read_text(encoding="utf-8").strip():
+        raise ValueError(f"{package} has code: a package in one file has none of its own; move it to a module")
+    text = path.read_text(encoding="utf-8")
+    if QUOTES in text:
+        raise ValueError(f"{path} holds {QUOTES}, which ends a text in the generated file; write double quotes")
+    return text
+
+
+def _imported_modules(root: Path, source: str) -> Iterator[str]:
+    """Yield the modules of the package that a source imports when it runs, inside functions too."""
+    for node in _running_imports(ast.parse(source)):
+        for name in [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
+            if name.split(".")[0] != PACKAGE:
+                continue
+            if isinstance(node, ast.ImportFrom) and (root / name.replace(".", "/")).is_dir():
+                yield from (f"{name}.{alias.name}" for alias in node.names)
+            else:
+                yield name
+
+
+def _running_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield every import but those for type checkers. Raises ValueError for a relative one."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise ValueError(f"a relative import in line {node.lineno}: write the whole name")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        yield from _running_imports(node)
+
+
+def raw(text: str) -> str:
+    """Return text as a literal in which it can be read as it is."""
+    return f"r{QUOTES}{text}{QUOTES}"
+
+
+def render(
+    modules: Mapping[str, str], loader: str, settings: str, *, code_bytes: str, quoted: Callable[[str], str] = raw
+) -> str:
+    """Return a program's text: settings, modules between quotes, and the loader that imports them."""
+    texts = "\n\n".join(f'MODULES["{name}"] = {quoted(text)}' for name, text in modules.items())
+    return "\n\n".join([
+        f"SETTINGS = {quoted(settings)}", "MODULES = {}", texts, loader, TAIL.format(code_bytes=code_bytes),
+    ])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def minify(source: str, *, name: str) -> str:
+    """Return a module without docstrings, comments and most annotations, its local names shortened.
+
+    Names that other modules may use stay: they cost little once compressed. Triton reads the source of a kernel with
+    its parameters' annotations, so these stay where kernels are.
+    """
+    import python_minifier
+
+    has_kernels = "triton" in source
+    return python_minifier.minify(
+        source,
+        filename=name,
+        remove_annotations=python_minifier.RemoveAnnotationsOptions(
+            remove_variable_annotations=True,
+            remove_return_annotations=True,
+            remove_argument_annotations=not has_kernels,
+            remove_class_attribute_annotations=False,  # fields of dataclasses and tuples
+        ),
+        remove_literal_statements=True,
+        hoist_literals=False,
+        rename_globals=False,
+        remove_asserts=True,
+    )
+
+
+def pack(text: str) -> bytes:
+    """Return a self-extracting file that does what text does."""
+    import brotli
+
+    compressed = brotli.compress(text.encode(), mode=brotli.MODE_TEXT, quality=11, lgwin=24).decode("latin-1")
+    payload = "".join(ESCAPED.get(character, character) for character in compressed)
+    return LAUNCHER.format(payload=payload).encode("latin-1")

@@ -1,0 +1,99 @@
+"""The evaluation stage: live, averaged and quantized weights on the same rows of the validation stream."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from model.data.tokenizer import Tokenizer
+from model.data.validation import ValidationSet
+from model.distributed import Dist
+from model.files.ledger import Ledger
+from model.pipeline.inputs import (
+    EVALUATED,
+    SET_UP_S,
+    TRAIN_COUNTS,
+    Outcome,
+    attention_backend_name,
+    document_arrays,
+    load_model,
+    load_quantized,
+    load_weights,
+    open_validation,
+)
+from model.pipeline.rehearsal import compile_kernels
+from model.pipeline.run import Run
+from model.score.bpb import DocumentScores, order0_bpb
+from model.score.plain import RowScorer, evaluate_plain
+
+
+def run_evaluate(run: Run, ledger: Ledger) -> Outcome:
+    """Score live, averaged and quantized weights on the same rows of the validation stream."""
+    config, dist = run.config, run.dist
+    with ledger.span("load"), run.long_call():
+        tokenizer, validation = open_validation(run, ledger)
+    with ledger.span("warm_up"), run.long_call():
+        compile_kernels(run, ledger, "evaluate")
+    metrics: dict[str, Any] = {}
+    scores: DocumentScores | None = None
+    scorer: RowScorer | None = None  # one for all three: what it records reads the weights where they are
+    for prefix in ("live", "post_ema", "pre_ttt"):
+        with ledger.span("load"), run.long_call():
+            if prefix == "pre_ttt":
+                weights = load_quantized(run, ledger)
+            else:
+                weights = load_weights(run, ledger, "live" if prefix == "live" else "ema")
+            if scorer is None:
+                scorer = RowScorer(load_model(run, weights))
+            else:
+                scorer.model.load_state_dict(weights)
+        with ledger.span(prefix), run.long_call(SET_UP_S):
+            scores = evaluate_plain(
+                scorer.model, validation, tokenizer.byte_table, config.evaluation, dist, run.report, scorer=scorer
+            )
+        metrics |= scores.metrics(prefix)
+        run.report("evaluate", 0, None, {f"{prefix}_bpb": scores.bpb})
+    assert scores is not None
+    assert scorer is not None
+    metrics["evaluate_attention_backend"] = attention_backend_name(run, scorer.model)
+    metrics["evaluate_s"] = sum(ledger.seconds(name) for name in ("load", "warm_up", "live", "post_ema", "pre_ttt"))
+    with ledger.span("identify"), run.long_call():
+        metrics |= describe_validation(tokenizer, validation, dist)
+        if dist.is_main:
+            metrics["order0_bpb"] = order0_bpb(read_counts(run, ledger), validation, tokenizer.byte_table)
+    if dist.is_main:
+        run.write(EVALUATED, document_arrays(scores, nats_plain=scores.nats))
+    return metrics, [EVALUATED]
+
+
+def read_counts(run: Run, ledger: Ledger) -> np.ndarray:
+    """Return how often each token occurs in the training shards, (V,) int64, as counted when they were hashed."""
+    ledger.opened(run.workdir / TRAIN_COUNTS)
+    with np.load(run.workdir / TRAIN_COUNTS, allow_pickle=False) as arrays:
+        return arrays["count"]
+
+
+def describe_validation(tokenizer: Tokenizer, validation: ValidationSet, dist: Dist) -> dict[str, Any]:
+    """Return what the validation text is: a hash over its decoded documents, their number and bytes.
+
+    Every rank decodes its share of the documents.
+    """
+    starts = validation.document_starts
+    ends, mine = np.append(starts[1:], validation.tokens.size), np.array_split(np.arange(starts.size), dist.world_size)
+    digests, sizes = [], []
+    for index in mine[dist.rank]:
+        text = tokenizer.decode(validation.tokens[starts[index] : ends[index]]).encode()
+        digests.append(hashlib.sha256(text).digest())
+        sizes.append([len(text)])
+    words = np.frombuffer(bytearray(b"".join(digests)), dtype=np.int64).reshape(-1, 4)  # to be written to by gloo
+    digest = hashlib.sha256(dist.gather_rows(words).tobytes())
+    num_bytes = int(dist.gather_rows(np.array(sizes, dtype=np.int64).reshape(-1, 1)).sum())
+    return {
+        "val_documents_hash": digest.hexdigest(),
+        "val_documents": validation.num_documents,
+        "val_bytes": num_bytes,
+        "tokenizer_hash": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+    }

@@ -1,0 +1,88 @@
+"""The quantization stage: calibration, GPTQ, and the artifact with the code that is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.bundle.program import CONVENTION, PACKED_NAME, READABLE_NAME, code_program
+from model.files.ledger import Ledger
+from model.pipeline.inputs import (
+    ARTIFACT,
+    Outcome,
+    attention_backend_name,
+    load_model,
+    load_weights,
+    open_training,
+)
+from model.pipeline.rehearsal import compile_kernels
+from model.pipeline.run import Run
+from model.quant.calibrate import collect_hessians
+from model.quant.rounded import save_rounded
+
+
+def run_quantize(run: Run, ledger: Ledger) -> Outcome:
+    """Calibrate on training text, round the averaged weights by GPTQ and write the artifact."""
+    config, dist = run.config, run.dist
+    if config.quant.num_calibration_batches < dist.world_size:
+        raise ValueError(
+            f"quant.num_calibration_batches={config.quant.num_calibration_batches} must be at least the number of "
+            f"ranks, {dist.world_size}"
+        )
+    with ledger.span("load"), run.long_call():
+        weights = load_weights(run, ledger, "ema")
+        model = load_model(run, weights)
+        loader = open_training(run, ledger)
+    with ledger.span("warm_up"), run.long_call():
+        compile_kernels(run, ledger, "quantize")
+    with ledger.span("hessians"):
+        hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
+    metrics: dict[str, Any] = {}
+    if dist.is_main:
+        with run.long_call():
+            metrics = _round_and_save(run, ledger, weights, hessians)
+    compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
+    metrics |= {
+        "quantize_attention_backend": attention_backend_name(run, model),
+        "hessian_s": ledger.seconds("hessians"),
+        "solve_s": rounding_s - compress_s,
+        "compress_s": compress_s,
+        "quantize_s": rounding_s
+        + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "program", "reload")),
+    }
+    return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
+
+
+def _round_and_save(
+    run: Run, ledger: Ledger, weights: dict[str, Tensor], hessians: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Write the artifact and the program that scores it, and return the size metrics (rank 0)."""
+    with ledger.span("program"):
+        program = code_program(run.config)
+        program.write(run.workdir)
+
+    @contextmanager
+    def span(name: str) -> Iterator[None]:
+        with ledger.span(name), run.long_call() if name == "compress" else nullcontext():
+            yield
+
+    metrics = save_rounded(
+        run.workdir / ARTIFACT, weights, hessians, run.config,
+        meta=artifact_meta(run), code_bytes=program.num_bytes, span=span,
+    )  # fmt: skip
+    return {**metrics, "code_bytes_readable": program.readable_bytes, "code_bytes_convention": CONVENTION}
+
+
+def artifact_meta(run: Run) -> dict[str, Any]:
+    """Return what an artifact holds besides its model: where it comes from, and all that scoring it again needs."""
+    return {
+        "seed": run.config.seed,
+        "world_size": run.dist.world_size,
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **run.hashes,
+    }

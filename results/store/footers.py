@@ -1,0 +1,65 @@
+"""Reading one-row Parquet files by their footers alone: a row's values are its columns' minimum and maximum.
+
+A sweep of 1,000 runs is 1,000 small files of 100 columns. Opening every column costs 2 ms a file, reading the footer
+0.4 ms, and for one row the footer holds everything that fits into column statistics.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from results.schema import SCHEMA_VERSION, VERSION_KEY
+from results.store.location import Location
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+EXACT_WRITER = "parquet-cpp-arrow"  # other writers may shorten long texts in their statistics
+NUM_THREADS = 8  # for remote stores, where a footer is a round trip
+
+
+def read_rows(location: Location, paths: list[str], schema: pa.Schema) -> pa.Table | None:
+    """Return the schema's columns of one-row files, or None when any file needs to be opened properly.
+
+    That is when a file is damaged, of another version or writer, has not exactly one row, lacks a column, or has a
+    value that statistics do not hold (NaN, lists, texts over 4 kB).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def footer(path: str) -> Any:
+        return pq.read_metadata(path, filesystem=location.filesystem)
+
+    try:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            footers = list(pool.map(footer, paths))
+    except (pa.ArrowException, OSError):
+        return None
+    values: dict[str, list[Any]] = {name: [] for name in schema.names}
+    layout: dict[tuple[str, ...], dict[str, int]] = {}
+    for found in footers:
+        names = tuple(found.schema.names)
+        places = layout.setdefault(names, {name: place for place, name in enumerate(names)})
+        if not _is_ours(found) or not set(schema.names) <= places.keys():
+            return None
+        row = found.row_group(0)
+        for name, column in values.items():
+            statistics = row.column(places[name]).statistics
+            if statistics is None or not (statistics.null_count == 1 or statistics.has_min_max):
+                return None
+            if statistics.null_count != 1 and statistics.min != statistics.max:
+                return None
+            column.append(None if statistics.null_count == 1 else statistics.min)
+    return pa.table(values, schema=schema)
+
+
+def _is_ours(footer: Any) -> bool:
+    """Return whether a footer belongs to a one-row file that this version of the package wrote."""
+    metadata = footer.metadata or {}
+    return (
+        footer.num_rows == 1
+        and footer.num_row_groups == 1
+        and footer.created_by.startswith(EXACT_WRITER)
+        and metadata.get(VERSION_KEY) == str(SCHEMA_VERSION).encode()
+    )

@@ -1,0 +1,366 @@
+"""One gang on Ray: a STRICT_PACK placement group and one actor per rank, polled without ever blocking.
+
+A gang moves from waiting to placed to starting to working to releasing to gone; `poll` says what happened since the
+last call. No actor is ever restarted: a restarted one would be blank and nobody told. A failed gang is killed whole
+and a fresh one takes its place.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from runner.errors import Failure, Kind
+from runner.gang.inquest import End, learn_ends, write_stacks
+from runner.gang.rank import Rank
+from runner.gang.ray_facts import find_node, is_node_lost, is_running, rank_environment, ray_words
+from runner.gang.ray_rank import RankActor
+from runner.life import states
+from runner.life.causes import Seen, last_words, most_idle, root_cause
+from runner.life.job import Beat, Job, Outcome
+from runner.spec import Gang, RunKey
+
+BEAT_EVERY_S = 1.0
+COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
+INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
+GONE_S = 15.0  # after a kill, for the processes to vanish
+NODE_ID_LABEL = "ray.io/node-id"
+
+
+class Phase(StrEnum):
+    """How far a gang is."""
+
+    WAITING = "waiting"
+    PLACED = "placed"
+    GREETING = "greeting"
+    OPENING = "opening"
+    WORKING = "working"
+    FAILING = "failing"
+    OVER = "over"
+    DUMPING = "dumping"
+    RELEASING = "releasing"
+    GONE = "gone"
+
+
+class Answer(NamedTuple):
+    """What a node answers, in its own time."""
+
+    is_there: Callable[[], bool]
+    get: Callable[[], Any]
+
+
+class RayGang:
+    """The placement group and the actors of one attempt."""
+
+    def __init__(self, key: RunKey, serial: int, shape: Gang, *, prefer: str = "", avoid: Sequence[str] = ()) -> None:
+        self.key, self.serial, self.shape = key, serial, shape
+        selector = [{NODE_ID_LABEL: f"!in({','.join(avoid)})"}] * shape.world_size if avoid else None
+        self.group = placement_group(
+            [shape.bundle] * shape.world_size, strategy="STRICT_PACK", name=f"{key.name}-group={serial}",
+            _soft_target_node_id=prefer or None, bundle_label_selector=selector,
+        )  # fmt: skip
+        self.phase = Phase.WAITING
+        self.node = self.node_id = ""
+        self.job: Job | None = None
+        self.actors: list[Any] = []
+        self.pending: dict[Any, int] = {}  # run references still open -> rank
+        self.hellos: list[Any] = []
+        self.facts: list[dict[str, Any]] = []
+        self.port_ref: Any = None
+        self.outcomes: dict[int, Outcome] = {}
+        self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
+        self.next_beat = 0.0
+        self.next_told = 0.0
+        self.seen: dict[int, Beat] = {}  # the newest of each rank
+        self.ended_at = -math.inf  # when a rank last ended
+        self.late: set[int] = set()  # ranks whose next answer may be from before the ranks met
+        self.inquest: Answer | None = None  # what the gang's node is asked once it hangs or lost a rank
+        self.dead: dict[int, RayError] = {}
+        self.since = time.monotonic()
+
+    def poll(self) -> list[states.Event]:
+        """Return what happened since the last call."""
+        steps = {
+            Phase.WAITING: self.poll_group,
+            Phase.GREETING: self.poll_hellos,
+            Phase.OPENING: self.poll_store,
+            Phase.WORKING: self.poll_work,
+            Phase.FAILING: self.poll_failing,
+            Phase.DUMPING: self.poll_dumps,
+            Phase.RELEASING: self.poll_release,
+        }
+        step = steps.get(self.phase)
+        return step() if step is not None else []
+
+    def turn(self, phase: Phase) -> None:
+        """Enter a phase, from now on."""
+        self.phase, self.since = phase, time.monotonic()
+
+    def waited_s(self) -> float:
+        """Return how long the gang has been in its phase."""
+        return time.monotonic() - self.since
+
+    def poll_group(self) -> list[states.Event]:
+        """See whether the group has its place."""
+        table = placement_group_table(self.group)
+        if table["state"] != "CREATED":
+            return []
+        self.node_id = str(next(iter(table["bundles_to_node_id"].values())))
+        self.node = find_node(self.node_id).get("NodeManagerAddress", "")
+        self.turn(Phase.PLACED)
+        return [states.Placed(key=self.key, group=self.serial, node=self.node, node_id=self.node_id)]
+
+    def start(self, job: Job) -> None:
+        """Start one actor per rank in the group's bundles."""
+        self.job = job
+        actor = ray.remote(RankActor)
+        env = rank_environment(job)
+        for rank in range(job.world_size):
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=self.group, placement_group_bundle_index=rank, placement_group_capture_child_tasks=False
+            )
+            handle = actor.options(
+                num_cpus=self.shape.bundle["CPU"], num_gpus=self.shape.bundle.get("GPU", 0), max_concurrency=4,
+                max_restarts=0, scheduling_strategy=strategy, runtime_env={"env_vars": env},
+            ).remote(job, rank)  # fmt: skip
+            self.actors.append(handle)
+        self.hellos = [handle.hello.remote() for handle in self.actors]
+        self.turn(Phase.GREETING)
+
+    def poll_hellos(self) -> list[states.Event]:
+        """See whether every rank's process answers."""
+        ready, waiting = ray.wait(self.hellos, num_returns=len(self.hellos), timeout=0)
+        for ref in ready:
+            try:
+                ray.get(ref)
+            except RayError as error:
+                return self.lose(self.hellos.index(ref), error)
+        if waiting:
+            return []
+        self.facts = ray.get(self.hellos)
+        if len(self.actors) > 1:
+            self.port_ref = self.actors[0].open_store.remote()
+        self.turn(Phase.OPENING)
+        return self.poll_store()
+
+    def poll_store(self) -> list[states.Event]:
+        """See whether the rendezvous is open; then let every rank work."""
+        port = None
+        if self.port_ref is not None:
+            if not ray.wait([self.port_ref], timeout=0)[0]:
+                return []
+            try:
+                port = ray.get(self.port_ref)
+            except RayError as error:
+                return self.lose(0, error)
+        gpus = tuple(sorted({gpu for facts in self.facts for gpu in facts["gpus"]}, key=lambda gpu: (len(gpu), gpu)))
+        refs = [actor.run.remote(port=port, visible_gpus=gpus) for actor in self.actors]
+        self.pending = {ref: rank for rank, ref in enumerate(refs)}
+        self.seen = {rank: Beat() for rank in range(len(refs))}
+        self.turn(Phase.WORKING)
+        return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts, "gpus": gpus})]
+
+    def poll_work(self) -> list[states.Event]:
+        """Collect outcomes and heartbeats of a working gang."""
+        self.collect()
+        if any(outcome.kind == "failed" for outcome in self.outcomes.values()):
+            self.turn(Phase.FAILING)
+            return []
+        if not self.pending:
+            self.turn(Phase.OVER)
+            is_interrupted = any(outcome.kind == "interrupted" for outcome in self.outcomes.values())
+            kind = states.Interrupted if is_interrupted else states.Finished
+            return [*self.last_beats(), kind(key=self.key, group=self.serial)]
+        return self.poll_beats()
+
+    def collect(self) -> None:
+        """Take in the outcomes of ranks that ended, a dead process included."""
+        ready, _ = ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0) if self.pending else ([], [])
+        for ref in ready:
+            rank = self.pending.pop(ref)
+            self.ended_at = time.monotonic()
+            try:
+                self.outcomes[rank] = ray.get(ref)
+            except RayError as error:
+                self.lose(rank, error)
+
+    def poll_failing(self) -> list[states.Event]:
+        """Wait a moment for the other ranks' errors and for what is known of dead ones, then name the root cause."""
+        self.collect()
+        if self.pending and self.waited_s() < COLLECT_S:
+            return []
+        is_lost = is_node_lost(self.node_id)
+        if self.dead and not is_lost and self.waited_s() < INQUEST_S:
+            if self.inquest is None:
+                self.inquest = self.ask_node(learn_ends, sorted(self.dead))
+            if not self.inquest.is_there():
+                return []
+        self.describe_deaths()
+        failed = {rank: outcome for rank, outcome in self.outcomes.items() if outcome.failure is not None}
+        return self.fail(root_cause(failed, is_node_lost=is_lost))
+
+    def ask_node(self, question: Callable[..., object], about: object) -> Answer:
+        """Ask something of the gang's node: here if the gang is here, else in a process of its own there."""
+        if any(facts["host"] == socket.gethostname() for facts in self.facts):
+            pool = ThreadPoolExecutor(1)
+            future = pool.submit(question, self.job, about)
+            pool.shutdown(wait=False)
+            return Answer(future.done, future.result)
+        where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+        ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(self.job, about)
+        return Answer(lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref))
+
+    def describe_deaths(self) -> None:
+        """Put what the node said of dead ranks into their failures."""
+        ends: dict[int, End] = {}
+        if self.inquest is not None and self.inquest.is_there():
+            try:
+                ends = self.inquest.get()
+            except (RayError, OSError):
+                ends = {}  # the node cannot say; the failure has Ray's words
+        for rank, error in self.dead.items():
+            end = ends.get(rank, End())
+            at = end.at or self.outcomes[rank].at
+            self.outcomes[rank] = Outcome(kind="failed", at=at, failure=self.death(error, rank, end))
+        self.inquest = None
+
+    def fail(self, failure: Failure) -> list[states.Event]:
+        """Return the event of a failed gang; it does nothing more until it is released."""
+        self.turn(Phase.OVER)
+        return [states.Failed(key=self.key, group=self.serial, failure=failure)]
+
+    def lose(self, rank: int, error: RayError) -> list[states.Event]:
+        """Note that a rank's process ended without an outcome."""
+        self.dead[rank] = error
+        self.outcomes[rank] = Outcome(kind="failed", at=time.time(), failure=self.death(error, rank, End()))
+        self.turn(Phase.FAILING)
+        return []
+
+    def death(self, error: RayError, rank: int, end: End) -> Failure:
+        """Return the failure of a rank whose process ended without an outcome."""
+        tail = end.log_tail or self.tail(rank)
+        words = end.words or ray_words(error)
+        last = last_words(tail)
+        message = f"process {words}" + f", last in its log: {last!r}" * bool(last)
+        return Failure(
+            kind=Kind.NODE_LOST if is_node_lost(self.node_id) else Kind.DIED, rank=rank, node=self.node,
+            message=message, at=self.seen[rank].where if rank in self.seen else "", advice=end.advice,
+            log_tail=tail,
+        )  # fmt: skip
+
+    def tail(self, rank: int) -> str:
+        """Return the end of a rank's log, where this host can read it."""
+        return Rank(self.job, rank).log_tail() if self.job is not None else ""
+
+    def poll_beats(self) -> list[states.Event]:
+        """Fetch the newest progress of the gang, and see who has not answered for how long."""
+        now, is_new = time.monotonic(), False
+        for rank, (ref, _) in list(self.beats.items()):
+            if ray.wait([ref], timeout=0)[0]:
+                del self.beats[rank]
+                try:
+                    beat = ray.get(ref)
+                except RayError:
+                    continue  # its outcome will say the same, with more words
+                if rank == 0 and beat.serial != self.seen[rank].serial:
+                    is_new = True
+                    if self.seen[rank].is_starting and not beat.is_starting:
+                        self.forget_the_start(now)
+                is_late = rank in self.late
+                self.late.discard(rank)
+                self.seen[rank] = excused(beat) if is_late else beat
+        silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
+        if now >= self.next_beat:
+            self.next_beat = now + BEAT_EVERY_S
+            for rank in set(self.pending.values()) - set(self.beats):
+                self.beats[rank] = (self.actors[rank].beat.remote(), now)
+        if not is_new and now < self.next_told:
+            return []
+        self.next_told = now + BEAT_EVERY_S
+        beat = self.seen[0]  # rank 0 speaks for the gang
+        owed = {rank: now - sent for rank, (_, sent) in self.beats.items()}
+        seen = {rank: Seen(self.seen[rank], owed.get(rank, 0.0)) for rank in self.pending.values()}
+        return [
+            states.Progress(
+                key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
+                metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1],
+                idle=most_idle(seen, now, met_at=self.ended_at),
+            )
+        ]  # fmt: skip
+
+    def forget_the_start(self, now: float) -> None:
+        """Excuse what ranks said, and still owe, from before they met: imports may have kept them from getting further.
+
+        That they have met is known from rank 0, which has gone on.
+        """
+        self.beats = {rank: (ref, now) for rank, (ref, _) in self.beats.items()}
+        self.late = set(self.beats)
+        self.seen = {rank: excused(beat) for rank, beat in self.seen.items()}
+
+    def last_beats(self) -> list[states.Event]:
+        """Return rank 0's last progress, which may be newer than its last heartbeat."""
+        try:
+            beat = ray.get(self.actors[0].beat.remote(), timeout=2)
+        except (RayError, GetTimeoutError):
+            return []
+        return [
+            states.Progress(
+                key=self.key,
+                group=self.serial,
+                phase=beat.phase,
+                step=beat.step,
+                total=beat.total,
+                metrics=beat.metrics,
+            )
+        ]
+
+    def stop(self) -> None:
+        """Ask every rank to end early."""
+        for actor in self.actors:
+            actor.stop.remote()
+
+    def release(self, *, with_stacks: bool) -> None:
+        """Kill every rank and remove the group; with_stacks: let the node write down where they stand first."""
+        if with_stacks and self.pending:
+            self.inquest = self.ask_node(write_stacks, self.facts)
+            self.turn(Phase.DUMPING)
+        else:
+            self.kill()
+
+    def poll_dumps(self) -> list[states.Event]:
+        """Kill once the stacks of every rank are written, or could not be within INQUEST_S."""
+        if self.inquest is None or self.inquest.is_there() or self.waited_s() > INQUEST_S:
+            self.kill()
+        return []
+
+    def kill(self) -> None:
+        """Kill now."""
+        self.inquest = None
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+        remove_placement_group(self.group)
+        self.turn(Phase.RELEASING)
+
+    def poll_release(self) -> list[states.Event]:
+        """See whether the processes are gone."""
+        if self.waited_s() < GONE_S and any(is_running(facts) for facts in self.facts):
+            return []
+        self.turn(Phase.GONE)
+        self.actors, self.pending = [], {}
+        return [states.Gone(key=self.key, group=self.serial)]
+
+
+def excused(beat: Beat) -> Beat:
+    """Return a beat, one from before the ranks met without the time in which it got no further."""
+    return replace(beat, idle_s=0.0) if beat.is_starting else beat

@@ -1,0 +1,54 @@
+"""A rank as a Ray actor: its output in a file of its own, and what others need to see how it fares.
+
+Beside each rank stands a small process that notes how it ended, and a signal makes it write its stacks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from runner.gang.inquest import listen_for_stacks, start_watch
+from runner.gang.rank import Rank, redirect_output
+from runner.life.job import Job, Outcome
+
+EXIT_SUPERSEDED = 3
+
+
+class RankActor(Rank):
+    """A rank inside an actor: its output goes to a file of its own, and Ray says which GPUs it holds."""
+
+    def __init__(self, job: Job, rank: int) -> None:
+        redirect_output(job.log_path(rank))
+        super().__init__(job, rank)
+        self.watch = start_watch(job.end_path(rank))
+        self.stacks = listen_for_stacks()
+
+    def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
+        """Do the work of this rank and return how it ended; how its process ends from then on is of no interest."""
+        outcome = super().run(port=port, visible_gpus=visible_gpus)
+        self.watch.communicate(b"over")
+        return outcome
+
+    def hello(self) -> dict[str, Any]:
+        """Return who and where this process is, and its GPU ids."""
+        context = ray.get_runtime_context()
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        stacks_fd = self.stacks[0] if self.stacks is not None else None
+        return {
+            **super().hello(), "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id(),
+            "stacks_fd": stacks_fd,
+        }  # fmt: skip
+
+    def end_superseded(self) -> None:
+        """End this process at once: its driver may be suspended and unable to, and its peers hold GPUs."""
+        os._exit(EXIT_SUPERSEDED)
+
+    def open_store(self) -> int:
+        """Open the gang's rendezvous server and return its port."""
+        from runner.gang.worker import open_store
+
+        self.store = open_store(self.job.world_size)
+        return int(self.store.port)

@@ -1,0 +1,265 @@
+"""What a rank does with torch: threads and device, rendezvous, and the pipeline of one seed.
+
+The only module of the runner that knows torch. It is imported inside a rank's process (or by `--local`), never by
+the driver of a gang.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._C._distributed_c10d import TCPStore
+
+from model.distributed import Dist, pick_device
+from model.kernels.pace import ticking
+from runner.errors import NoRoomError, PreflightError
+from runner.folder.storage import LocalStorage
+from runner.gang.rank import Interrupted, Rank
+from runner.life.job import Job
+from runner.machine.gpus import GpuWatch, query_gpus
+from runner.provenance import different_versions, machine, package_versions, settings
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
+RENDEZVOUS_S = 120.0
+MIN_FREE_BYTES = 1 << 30
+ROOM_EVERY_S = 5.0  # between looks at a full disk
+MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
+
+
+def run_pipeline(rank: Rank) -> None:
+    """Run every stage of the seed that is not finished yet. Raises what the stages raise."""
+    from model.pipeline.seed import run_seed
+
+    job = rank.job
+    torch.set_num_threads(job.threads)
+    rank.report("start", 0, None, {})
+    on_write = rank.mirror.put if rank.mirror is not None else ignore
+    dist = join_gang(rank)
+    bandwidth = all_reduce_bytes_per_s(dist)
+    if rank.rank == 0:
+        facts = preflight(rank)
+        facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
+        rank.report("check", 0, None, {})  # what comes now depends on the network, and not on limits.start_s
+        with ticking(rank.tick):
+            if rank.mirror is not None:
+                rank.mirror.fetch_all()
+            check_node_data(rank)
+        note_attempt(job, facts)
+        on_write(Path(job.workdir) / "attempt.json")
+    dist.barrier()
+    with watched_gpus(rank, on_write):
+        run_seed(
+            job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
+            allow_code_change=job.allow_code_change, on_write=on_write, tick=rank.tick,
+        )  # fmt: skip
+    dist.barrier()
+    # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
+    # The gang's processes are ended then anyway.
+    dist.close()
+
+
+@contextmanager
+def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[None]:
+    """Sample clocks, power and throttle reasons of the gang's GPUs during training; rank 0 leaves them in gpu.npz."""
+    if rank.rank != 0 or not rank.job.uses_gpus or not torch.cuda.is_available():
+        yield
+        return
+    watch = GpuWatch(gpu_ids(rank.job), lambda: rank.newest.step if rank.newest.phase == "train" else None)
+    watch.thread.start()
+    try:
+        yield
+    finally:
+        watch.is_over.set()
+        watch.thread.join()
+        path = Path(rank.job.workdir) / "gpu.npz"
+        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
+        if path.exists():  # what earlier attempts saw stays, up to where this one began
+            with np.load(path, allow_pickle=False) as before:
+                is_kept = before["step"] < (arrays["step"].min() if len(arrays["step"]) else np.inf)
+                arrays = {name: np.concatenate([before[name][is_kept], values]) for name, values in arrays.items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        LocalStorage(path.parent).write(path.name, buffer.getvalue())
+        on_write(path)
+
+
+def join_gang(rank: Rank) -> Dist:
+    """Return this rank's place in its gang, after rendezvous over the store that rank 0 holds."""
+    job = rank.job
+    if rank.visible_gpus:
+        # every rank sees all GPUs of the gang: without that NCCL cannot use peer-to-peer
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(rank.visible_gpus)
+    wanted = job.config.runtime.device
+    device = pick_device(
+        "cuda" if wanted == "auto" and job.uses_gpus else "cpu" if wanted == "auto" else wanted, rank.rank
+    )
+    logger.info("rank=%d world_size=%d device=%s gpus=%s", rank.rank, job.world_size, device, rank.visible_gpus)
+    if job.world_size == 1:
+        dist = Dist.single(device)
+        dist.on_wait = rank.wait
+        return dist
+    if rank.port is None:
+        raise RuntimeError(f"rank {rank.rank} of {job.world_size} was given no rendezvous port")
+    store = rank.store or TCPStore(
+        LOOPBACK, rank.port, job.world_size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S)
+    )
+    dist = Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=rank.rank, device=device)
+    dist.on_wait = rank.wait
+    return dist
+
+
+def open_store(world_size: int) -> TCPStore:
+    """Open the rendezvous server of a gang on a port that the system picks, reachable from this host only.
+
+    The socket is bound and listening before the store takes it over: no port can be lost in between.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((LOOPBACK, 0))
+    listener.listen(128)
+    port = listener.getsockname()[1]
+    return TCPStore(
+        LOOPBACK, port, world_size, is_master=True, timeout=timedelta(seconds=RENDEZVOUS_S), wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+def preflight(rank: Rank) -> dict[str, Any]:
+    """Return what this node is. Raises PreflightError if it is not fit for the attempt."""
+    job, host = rank.job, socket.gethostname()
+    versions = package_versions()
+    differing = different_versions(job.record.get("versions", versions), versions)
+    if differing:
+        raise PreflightError(f"node {host} has other package versions: {differing}")
+    Path(job.workdir).mkdir(parents=True, exist_ok=True)
+    free = wait_for_room(rank)
+    return {
+        "versions": versions,
+        "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free, "settings": settings()},
+    }
+
+
+def wait_for_room(rank: Rank) -> int:
+    """Return the free bytes of the run directory's disk once they are enough to begin with.
+
+    Raises NoRoomError, naming path and need, if they are not within limits.disk_s.
+    """
+    job, begun = rank.job, time.monotonic()
+    while (free := shutil.disk_usage(job.workdir).free) < MIN_FREE_BYTES:
+        what = (
+            f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; "
+            f"{MIN_FREE_BYTES / 1e9:.1f} GB are needed"
+        )
+        waited_s = time.monotonic() - begun
+        if waited_s >= job.disk_s:
+            raise NoRoomError(f"{what} (waited {waited_s:.0f} s, limits.disk_s={job.disk_s:g})")
+        if rank.should_stop():
+            raise Interrupted("stopped while waiting for room on the disk")
+        rank.report("start", 0, None, {"note": f"waits for room: {what}"})
+        time.sleep(min(ROOM_EVERY_S, job.disk_s))
+    return free
+
+
+def check_node_data(rank: Rank) -> None:
+    """Check that this node has what the seed reads, and fetch what is missing where the spec says how.
+
+    Raises PreflightError, naming the node, if data is missing or damaged.
+    """
+    from model.corpus.fineweb import FetchOptions, fetch_fineweb
+    from model.data.manifest import check_data
+
+    data, fetch = rank.job.config.data, rank.job.fetch
+    problems = check_data(data)
+    if problems and fetch is not None:
+        options = {**fetch}
+        num_shards = options.pop("shards", None)
+        # one process of a node fetches into the folder, the others wait for its lock
+        fetch_fineweb(Path(data.train).parent, FetchOptions(**options, num_shards=num_shards), rank.report)
+        problems = check_data(data)
+    if problems:
+        raise PreflightError(f"node {socket.gethostname()} lacks data: {problems[0]}")
+
+
+def gpu_facts(rank: Rank) -> dict[str, Any]:
+    """Return model, memory, driver and CUDA version of the gang's GPUs, {} on CPU.
+
+    Raises PreflightError if they are of different kinds, or if somebody else works on one of them.
+    """
+    if not rank.job.uses_gpus or not torch.cuda.is_available():
+        return {}
+    release_gpu_memory()
+    gpus = query_gpus(gpu_ids(rank.job))
+    models = sorted({gpu.model for gpu in gpus})
+    if len(models) > 1:
+        raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
+    for gpu in gpus:
+        if gpu.used_bytes > MAX_USED_BYTES + own_gpu_bytes():
+            raise PreflightError(
+                f"GPU {gpu.number} of node {socket.gethostname()} is not idle: {gpu.used_bytes / 1e9:.1f} GB are in use"
+            )
+    return {
+        "gpu_model": models[0] if models else torch.cuda.get_device_name(0),
+        "num_gpus": torch.cuda.device_count(),
+        "driver_version": gpus[0].driver if gpus else None,
+        "cuda_version": torch.version.cuda,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+    }
+
+
+def gpu_ids(job: Job) -> list[str]:
+    """Return the names by which the driver knows the gang's GPUs, whatever this process sees them as."""
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(job.world_size)]
+
+
+def release_gpu_memory() -> None:
+    """Give back what an earlier seed of this process left in torch's cache (`--local` runs seeds in one process)."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def own_gpu_bytes() -> int:
+    """Return what torch holds on this process's GPU, 0 before its first use."""
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.memory_reserved() if is_used else 0
+
+
+def all_reduce_bytes_per_s(dist: Dist) -> float | None:
+    """Return the bandwidth of summing 64 MB (4 MB on CPU) over the gang, the best of three; None for one rank."""
+    if dist.world_size == 1:
+        return None
+    tensor = torch.zeros((1 << 24) if dist.device.type == "cuda" else (1 << 20), device=dist.device)
+    best_s = float("inf")
+    for _ in range(4):  # the first one connects
+        dist.barrier()
+        begun = time.perf_counter()
+        dist.all_reduce_(tensor)
+        if dist.device.type == "cuda":
+            torch.cuda.synchronize(dist.device)
+        best_s = min(best_s, time.perf_counter() - begun)
+    return tensor.numel() * tensor.element_size() / best_s
+
+
+def ignore(_path: Path) -> None:
+    """Do nothing with a finished file: it is where it belongs."""
+
+
+def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:
+    """Write attempt.json: which attempt is at work, since when, and on what machine."""
+    record = {**job.record, **facts, "attempt": job.attempt, "started_at": time.time()}
+    LocalStorage(Path(job.workdir)).write("attempt.json", json.dumps(record, indent=1, default=str).encode() + b"\n")

@@ -1,0 +1,75 @@
+"""Which rank of a gang is to blame: the one that failed first, or the one that all others wait for. Pure values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from runner.errors import Failure, Kind
+from runner.life.job import Beat, Outcome
+from runner.life.states import Idle
+
+# Words in errors of a rank whose peer is gone: a consequence, never the root cause.
+PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", "gloo", "nccl", "peer", "tcpstore")
+CRASH_MARKS = ("Fatal Python error:", "*** SIG")  # how faulthandler and Ray begin
+LAST_LINE_LENGTH = 160
+MUTE_S = 5.0  # a healthy rank answers within a second
+
+
+class Seen(NamedTuple):
+    """A rank's newest answer, and for how long it has owed the next one."""
+
+    beat: Beat
+    unanswered_s: float = 0.0
+
+
+def most_idle(seen: Mapping[int, Seen], now: float, *, met_at: float = -math.inf) -> Idle | None:
+    """Return for how long a gang has gone without progress, and because of which rank; None where none is at work.
+
+    A rank is idle for as long as it says itself; one that says nothing is the heartbeat's affair, but it is the one to
+    name. One that waits to meet the others is as well as they are: it counts only where all of them wait.
+    met_at: when a rank last ended. All have met for that, so that whatever the others said before is out of date.
+    """
+    at_work = {rank: one for rank, one in seen.items() if not one.beat.waits}
+    if not at_work:  # all wait, and nobody is missing: the last to come tells since when
+        at_work = dict(sorted(seen.items(), key=lambda item: item[1].beat.idle_s)[:1])
+    if not at_work:
+        return None
+    idle = max(at_work, key=lambda rank: at_work[rank].beat.idle_s)
+    mute = max(at_work, key=lambda rank: at_work[rank].unanswered_s)
+    rank = mute if at_work[mute].unanswered_s > MUTE_S else idle
+    return Idle(rank=rank, where=at_work[rank].beat.where, since=max(met_at, now - at_work[idle].beat.idle_s))
+
+
+def last_words(log_tail: str) -> str:
+    """Return the last line of a log, what the handlers of a crash wrote left out; "" where there is none."""
+    crash = min((place for mark in CRASH_MARKS if (place := log_tail.find(mark)) >= 0), default=-1)
+    if crash >= 0:
+        log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
+    return next((line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if line.strip()), "")
+
+
+def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:
+    """Return the failure that came first, with those that only followed from it as further lines."""
+
+    def order(rank: int) -> tuple[bool, float]:
+        outcome = failed[rank]
+        assert outcome.failure is not None, rank
+        return is_consequence(outcome.failure), outcome.at
+
+    ranks = sorted(failed, key=order)
+    causes = [failure for rank in ranks if (failure := failed[rank].failure) is not None]
+    first = causes[0]
+    if is_node_lost:
+        return Failure(kind=Kind.NODE_LOST, node=first.node, message="the node went away", log_tail=first.log_tail)
+    plain = {name: getattr(first, name) for name in Failure.__dataclass_fields__}
+    return Failure(**{**plain, "others": tuple(failure.one_line for failure in causes[1:])})
+
+
+def is_consequence(failure: Failure) -> bool:
+    """Return whether the error says that a peer went away, and nothing about this rank."""
+    if failure.kind is Kind.DIED:
+        return False
+    text = f"{failure.error_type} {failure.message}".lower()
+    return any(word in text for word in PEER_WORDS)

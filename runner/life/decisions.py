@@ -1,0 +1,220 @@
+"""What to do next: pure decisions over all runs of a sweep.
+
+`decide` reads the runs and the situation and returns commands; `issued` is what giving a command makes of a run.
+The scheduler's loop applies events (states.after), asks here, and hands the commands to a backend.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from runner.errors import Failure, Kind
+from runner.life.capacity import Node, gangs_on
+from runner.life.states import ALIVE, FINAL, Idle, Run, State, enter, with_files
+from runner.spec import Gang, Limits, RunKey
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Situation:
+    """Everything outside the runs that a decision depends on."""
+
+    now: float
+    gang: Gang
+    limits: Limits
+    slots: int  # gangs that fit on the cluster as it is
+    nodes: tuple[Node, ...] = ()
+    grace_s: float = 30.0  # from stop to kill
+    has_repeats: bool = False
+    infeasible: str = ""  # no node can hold a gang, and the time to wait for one is over
+    cancelled: frozenset[RunKey] = field(default_factory=frozenset)  # runs that a person wants to end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Command:
+    """Something the backend is to do for one run."""
+
+    key: RunKey
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Submit(Command):
+    """Ask for a place for a gang."""
+
+    prefer: str = ""  # node id
+    avoid: tuple[str, ...] = ()  # node ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start(Command):
+    """Start the ranks of a placed gang."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop(Command):
+    """Ask the ranks to stop at the next step and to leave a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release(Command):
+    """Kill the ranks and remove the group; failure, if any, is why."""
+
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit(Command):
+    """Write the results of a finished attempt; its group is gone already."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Give(Command):
+    """Change a run that has no group, without the backend: requeue it, cancel it, call it infeasible."""
+
+    state: State
+
+
+def decide(runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
+    """Return the commands that the situation calls for, runs in the order of the spec."""
+    commands: list[Command] = []
+    num_groups = sum(run.has_group for run in runs.values())
+    for run in runs.values():
+        is_waiting = wants_group(run, situation)
+        # only room decides about a run that merely waits, and a sweep may have a thousand of them
+        skip = run.state in FINAL or (is_waiting and not situation.cancelled)
+        command = None if skip else decide_one(run, situation)
+        if command is None and is_waiting and num_groups <= situation.slots:
+            num_groups += 1
+            command = place(run, runs.values(), situation)
+        if command is not None:
+            commands.append(command)
+    return commands
+
+
+def decide_one(run: Run, situation: Situation) -> Command | None:
+    """Return the command for one run that needs no look at the others."""
+    is_cancelled = run.is_cancelled or run.key in situation.cancelled
+    if not run.has_group:
+        return decide_without_group(run, is_cancelled, situation)
+    if run.is_releasing:
+        return None
+    if run.state in (State.COMMITTING, State.TEARDOWN):
+        return Release(key=run.key, group=run.group, failure=run.failure)
+    if is_cancelled and run.state is State.QUEUED:
+        return Release(key=run.key, group=run.group)
+    if run.state is State.QUEUED and situation.infeasible:
+        return Release(key=run.key, group=run.group)
+    if is_cancelled and run.state in ALIVE:
+        return decide_stop(run, situation)
+    if run.state is State.PLACED:
+        return Start(key=run.key, group=run.group, attempt=run.attempt)
+    failure = overdue(run, situation)
+    return Release(key=run.key, group=run.group, failure=failure) if failure else None
+
+
+def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
+    """Return the command for a run that holds nothing, apart from asking for a place."""
+    if run.state is State.COMMITTING:
+        return None if run.is_committing else Commit(key=run.key, group=run.group, attempt=run.attempt)
+    if is_cancelled:
+        return Give(key=run.key, group=run.group, state=State.CANCELLED)
+    if run.state is State.RETRY_WAIT and situation.now >= run.not_before:
+        return Give(key=run.key, group=run.group, state=State.QUEUED)
+    if situation.infeasible and run.state in (State.PLANNED, State.QUEUED):
+        return Give(key=run.key, group=run.group, state=State.INFEASIBLE)
+    return Give(key=run.key, group=run.group, state=State.QUEUED) if run.state is State.PLANNED else None
+
+
+def decide_stop(run: Run, situation: Situation) -> Command | None:
+    """Return the command for a gang that is to end: training may leave a checkpoint, nothing else has one to leave."""
+    if run.state is not State.TRAIN:
+        return Release(key=run.key, group=run.group)
+    if not run.is_stopping:
+        return Stop(key=run.key, group=run.group)
+    return Release(key=run.key, group=run.group) if situation.now >= run.stop_by else None
+
+
+def overdue(run: Run, situation: Situation) -> Failure | None:
+    """Return the failure of a gang that has taken too long for something, or None."""
+    limits, now = situation.limits, situation.now
+    if limits.seed_s is not None and now - run.placed_at > limits.seed_s:
+        return Failure(
+            kind=Kind.TIMEOUT, message=f"attempt took longer than limits.seed_s={limits.seed_s:g}", node=run.node
+        )
+    if run.state is State.STARTING and run.phase in ("", "start"):  # rendezvous and preflight included
+        if now - run.placed_at <= limits.start_s:
+            return None
+        return Failure(
+            kind=Kind.START, message=f"not ready after limits.start_s={limits.start_s:g}", node=run.node,
+            advice="raise it if imports or the network are slow there",
+        )  # fmt: skip
+    if run.silent_s > limits.heartbeat_s:
+        is_named = run.idle is not None and run.idle.rank == run.silent_rank
+        return Failure(
+            kind=Kind.STALLED, rank=run.silent_rank, node=run.node,
+            at=run.idle.where if run.idle is not None and is_named else "",
+            message=f"no heartbeat for {run.silent_s:.0f} s (limits.heartbeat_s={limits.heartbeat_s:g})",
+            advice="its process is stopped, or its node too busy to answer",
+        )  # fmt: skip
+    idle = run.idle or Idle(rank=0, where=f"{run.phase or 'start'} step {run.step}", since=run.progress_at)
+    if now - idle.since > limits.stall_s:
+        return Failure(
+            kind=Kind.STALLED, rank=idle.rank if run.idle is not None else None, node=run.node, at=idle.where,
+            message=f"no progress for {now - idle.since:.0f} s (limits.stall_s={limits.stall_s:g})",
+            advice="the stacks say where each rank stood; raise limits.stall_s if it was only slow",
+        )  # fmt: skip
+    return None
+
+
+def wants_group(run: Run, situation: Situation) -> bool:
+    """Return whether a run waits for a place and has not asked for one."""
+    return run.state is State.QUEUED and not (run.has_group or run.is_cancelled or situation.infeasible)
+
+
+def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
+    """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
+    able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
+    avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
+    if len(avoid) == len(able):
+        avoid = ()  # every node has failed it once: any is better than none
+    prefer = ""
+    if situation.has_repeats:
+        siblings = {other.node_id for other in runs if other.key.seed == run.key.seed and other.key != run.key}
+        prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
+    return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
+
+
+def quietest(nodes: Sequence[Node], runs: Iterable[Run]) -> str:
+    """Return the id of the node with the fewest live gangs, or nothing."""
+    busy = Counter(run.node_id for run in runs if run.has_group)
+    return min(nodes, key=lambda node: busy[node.node_id]).node_id if nodes else ""
+
+
+def issued(run: Run, command: Command, situation: Situation) -> Run:
+    """Return run once command was given."""
+    now = situation.now
+    match command:
+        case Submit():
+            return replace(run, has_group=True, group=command.group, is_releasing=False, node="", node_id="")
+        case Start():
+            return enter(run, State.STARTING, now)
+        case Stop():
+            return replace(run, is_stopping=True, is_cancelled=True, stop_by=now + situation.grace_s)
+        case Release():
+            is_cancelled = run.is_cancelled or run.key in situation.cancelled
+            run = replace(run, is_releasing=True, is_cancelled=is_cancelled)
+            if run.state in ALIVE:
+                failure = with_files(run, command.failure) if command.failure is not None else run.failure
+                run = replace(enter(run, State.TEARDOWN, now), failure=failure)
+            return run
+        case Commit():
+            return replace(run, is_committing=True)
+        case Give():
+            return replace(enter(run, command.state, now), not_before=0.0)
+    return run

@@ -1,0 +1,80 @@
+"""What a gang is to do, the signs of life it gives, and how each of its ranks ended: plain values that travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from model.config import RunConfig
+from runner.errors import Failure
+from runner.spec import RunKey
+
+PIPELINE = "runner.gang.worker:run_pipeline"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything a gang needs to know about the attempt it runs; plain values, sent to every rank."""
+
+    key: RunKey
+    attempt: int
+    config: RunConfig
+    world_size: int
+    threads: int  # of each rank
+    uses_gpus: bool
+    workdir: str  # local folder of the run
+    out: str  # the sweep's folder or URI
+    restart: str = "checkpoint"
+    allow_code_change: bool = False
+    record: Mapping[str, Any] = field(default_factory=dict)  # what attempt.json says besides the node
+    fetch: Mapping[str, Any] | None = None
+    target: str = PIPELINE
+    probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
+    disk_s: float = 0.0  # how long to wait for room on the disk
+    epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
+
+    def log_path(self, rank: int) -> Path:
+        """Return the log of one rank of this attempt."""
+        return Path(self.workdir) / "logs" / f"attempt={self.attempt}-rank={rank}.log"
+
+    def stacks_path(self, rank: int) -> Path:
+        """Return where the stacks of a stalled rank go."""
+        return self.log_path(rank).with_suffix(".stacks.txt")
+
+    def end_path(self, rank: int) -> Path:
+        """Return where it is noted how the process of a rank ended, if it ended before its work."""
+        return self.log_path(rank).with_suffix(".end.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beat:
+    """A sign of life: the newest progress, numbered so that the driver sees whether it is new."""
+
+    serial: int = 0
+    phase: str = ""
+    step: int = 0
+    total: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    idle_s: float = 0.0  # since it last got further, by its own clock: a driver that slept cannot mistake it
+    waits: bool = False  # it is where it meets the other ranks, and one of them is not there yet
+
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"{self.phase or 'start'} step {self.step}"
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the ranks have not met yet."""
+        return self.phase in ("", "start")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a rank's work ended: "finished", "interrupted" or "failed"."""
+
+    kind: str
+    at: float  # seconds since 1970; the earliest failure of a gang is its root cause
+    failure: Failure | None = None

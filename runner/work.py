@@ -1,0 +1,120 @@
+"""What a sweep asks of its gangs: the job of each attempt, and the commit of what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from runner.folder.commit import commit_run, read_json
+from runner.folder.directory import SweepDirectory
+from runner.folder.mirror import open_mirror
+from runner.folder.storage import local_root, open_storage
+from runner.life.job import PIPELINE, Job
+from runner.life.states import Run, State
+from runner.provenance import Git
+from runner.spec import RunKey, SweepSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a sweep is run, apart from its spec."""
+
+    is_local: bool = False  # in this process, without Ray
+    address: str | None = None
+    allow_code_change: bool = False
+    progress: str = "auto"
+    git: Git | None = None  # as recorded at submission; None: ask git here
+    target: str = PIPELINE
+    only: frozenset[RunKey] | None = None  # these runs only
+
+
+class SweepWork:
+    """Makes the jobs of a sweep, and commits what comes of them."""
+
+    def __init__(self, spec: SweepSpec, record: dict[str, Any], options: Options, directory: SweepDirectory) -> None:
+        self.spec, self.record, self.options, self.directory = spec, record, options, directory
+        self.root = local_root(spec.out) or scratch_root(spec.out)
+        self.nodes: list[str] = []
+        self.probe = ""
+
+    def leave_probe(self) -> None:
+        """Leave a file in the sweep's folder that every node must see."""
+        if local_root(self.spec.out) is not None:
+            probe = secrets.token_hex(8)
+            open_storage(self.spec.out).write(f"probes/{probe}", b"")
+            self.probe = probe
+
+    def remove_probe(self) -> None:
+        """Take the probe away again, and only it: there may be another driver's by now."""
+        if self.probe:
+            (self.root / "probes" / self.probe).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.root / "probes").rmdir()
+
+    def workdir(self, key: RunKey) -> Path:
+        """Return the run directory of a run on this machine."""
+        return self.root / "seeds" / key.name
+
+    def record_of(self, run: Run) -> dict[str, Any]:
+        """Return what attempt.json says of a run before its node is known."""
+        return {
+            **self.record,
+            "seed": run.key.seed,
+            "repeat": run.key.repeat,
+            "config": dataclasses.asdict(self.spec.config_for(run.key)),
+            "started_at": time.time() - time.monotonic() + run.placed_at,
+        }
+
+    def make_job(self, run: Run) -> Job:
+        """Return the job of a placed run."""
+        return Job(
+            key=run.key,
+            attempt=run.attempt,
+            config=self.spec.config_for(run.key),
+            world_size=self.spec.gang.world_size,
+            threads=self.spec.gang.cpus,
+            uses_gpus=self.spec.gang.gpus > 0,
+            workdir=str(self.workdir(run.key)),
+            out=self.spec.out,
+            restart=self.spec.limits.restart,
+            allow_code_change=self.options.allow_code_change,
+            record=self.record_of(run),
+            fetch=self.spec.fetch,
+            target=self.options.target,
+            probe=self.probe,
+            disk_s=self.spec.limits.disk_s,
+            epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
+        )
+
+    def commit(self, run: Run) -> None:
+        """Write the results of an attempt that ended. Raises OSError or ValueError if that fails."""
+        if run.node_id not in self.nodes:
+            self.nodes.append(run.node_id)
+        label = f"node-{self.nodes.index(run.node_id)}"
+        mirror = open_mirror(self.spec.out, run.key.name, self.workdir(run.key))
+        if mirror is not None:
+            mirror.fetch_results()
+        commit_run(
+            self.spec, self.workdir(run.key), run, record=self.record_of(run), node_label=label,
+            aside_folder=str(self.directory.place or ""),
+        )  # fmt: skip
+        if run.state is State.COMMITTING and self.record["data_hash"] is None:
+            self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree
+
+
+def stage_data_hash(workdir: Path) -> str | None:
+    """Return the data hash in a run's training record, None where there is none."""
+    return read_json(workdir / "stages" / "train.json").get("data_hash")
+
+
+def scratch_root(out: str) -> Path:
+    """Return the node-local folder where runs of a sweep on an object store do their work."""
+    return Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}" / sha256(out.encode()).hexdigest()[:16]
