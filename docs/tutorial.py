@@ -22,7 +22,7 @@ other = fake_sweep(f"{folder.name}/changed", seeds=(42, 0, 1337), shift=-0.002)
 # %% [markdown]
 # ## Runs
 #
-# `results.load` returns one row an attempt, failed ones too. It is the same table that
+# `results.load` returns one row for each attempt, failed ones too. It is the same table that
 # `pandas.read_parquet("OUT/results/runs")` gives; a damaged file is warned about, one of another schema version is an
 # error. The columns are listed in [schema.md](schema.md).
 
@@ -56,8 +56,8 @@ print(pd.DataFrame({"context": context, "adaptation": adaptation}).round(5).to_s
 # %% [markdown]
 # ## Documents
 #
-# One row a validation document and seed, with summed nats. Sum first and divide then: bits per byte of a group is not
-# the mean of its documents' bits per byte.
+# One row for each validation document and seed, with summed nats. Sum first and divide then: bits per byte of a group
+# is not the mean of its documents' bits per byte.
 
 # %%
 documents = results.documents(out)
