@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from model.presets import tiny
 from results.tables import seed_table
 from runner.folder.commit import commit_run, document_rows, read_json, step_rows
 from runner.life.states import Run, State
-from runner.machine import gpus
+from runner.machine import gpus, packages
 from runner.spec import RunKey, SweepSpec
 from tests.fake_runs import commit_attempt, fake_run
 
@@ -65,43 +69,105 @@ def test_a_run_continued_in_other_surroundings_is_marked(tmp_path: Path, is_chan
     assert bool(results.load(tmp_path).iloc[0]["code_changed"]) is is_changed
 
 
-SMI = """#!/bin/sh
-case "$*" in
-  *throttle*) echo "1980, 650.5, 0x0000000000000000"; echo "1755, 690.0, 0x0000000000000004" ;;
-  *name*) echo "0, NVIDIA H100, 570.1, 4"; echo "1, NVIDIA H100, 570.1, [N/A]" ;;
-  *) echo 0; echo 1 ;;
-esac
-"""
+class FakeDriver:
+    """NVML of a machine with two GPUs, of which the second does not tell its memory or its power."""
+
+    NVML_CLOCK_SM, nvmlMemory_v2 = 1, 2
+    UUIDS = ("GPU-aa", "GPU-bb")
+
+    class NVMLError(Exception):
+        """What NVML raises."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise self.NVMLError("Not Supported")
+
+    def nvmlInit(self) -> None:
+        """Open the driver."""
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.UUIDS)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.1"
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index if index < len(self.UUIDS) else self._refuse()
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return self.UUIDS.index(uuid) if uuid in self.UUIDS else self._refuse()
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
+
+    def nvmlDeviceGetName(self, _handle: int) -> str:
+        return "NVIDIA H100"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int, version: int) -> SimpleNamespace:
+        assert version == self.nvmlMemory_v2  # of the first version, used would count what the driver reserves
+        return self._refuse() if handle else SimpleNamespace(used=4 << 20)
+
+    def nvmlDeviceGetClockInfo(self, handle: int, kind: int) -> int:
+        assert kind == self.NVML_CLOCK_SM
+        return (1980, 1755)[handle]
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:
+        return self._refuse() if handle else 650_500
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:
+        return (0x1, 0x4)[handle]
 
 
 @pytest.fixture
-def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give this machine a driver's tool that knows two GPUs, all visible."""
-    path = tmp_path / "nvidia-smi"
-    path.write_text(SMI)
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """Give this machine a driver that knows two GPUs, all visible."""
+    fake = FakeDriver()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    gpus.open_driver.cache_clear()
+    yield fake
+    gpus.open_driver.cache_clear()
 
 
-@pytest.mark.usefixtures("tool")
-def test_gpus_are_described_by_the_drivers_tool() -> None:
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("ids", [[], ["0", "1"], ["GPU-aa", "GPU-bb"]])
+def test_gpus_are_described_by_their_driver(ids: list[str]) -> None:
     assert gpus.count_gpus() == 2
-    assert gpus.query_gpus(["0", "1"])[0] == gpus.Gpu("0", "NVIDIA H100", "570.1", 4 << 20)
-    assert gpus.sample_gpus(["0", "1"]) == gpus.Sample(1755.0, 1340.5, 4)
+    first = gpus.Gpu("0", "NVIDIA H100", "570.1", 4 << 20)
+    assert gpus.query_gpus(ids) == [first, first._replace(number="1", used_bytes=0)]
+    assert gpus.sample_gpus(ids) == gpus.Sample(1755.0, 650.5, 5)
 
 
-@pytest.mark.usefixtures("tool")
-@pytest.mark.parametrize(("visible", "count"), [("1", 1), ("", 0), ("0,1", 2), ("0,1,2", 2)])
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("ids", [["2"], ["GPU-cc"], ["GPU-aa", "GPU-cc"]])
+def test_a_gpu_that_is_not_there_is_not_described(ids: list[str]) -> None:
+    assert gpus.query_gpus(ids) == []
+    assert gpus.sample_gpus(ids) is None
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(
+    ("visible", "count"), [("1", 1), ("", 0), ("0,1", 2), ("0,1,2", 2), ("GPU-bb", 1), ("GPU-aa,GPU-bb", 2)]
+)
 def test_hidden_gpus_are_not_counted(visible: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gpus.VISIBLE, visible)
     assert gpus.count_gpus() == count
 
 
-def test_a_machine_without_the_tool_has_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_machine_without_a_driver_has_no_gpus(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "nvmlInit", driver._refuse)
     assert gpus.count_gpus() == 0
+    assert gpus.query_gpus([]) == []
     assert gpus.sample_gpus([]) is None
+
+
+def test_a_machine_without_the_package_is_told_where_gpus_are_asked_for(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert gpus.count_gpus() == 0
+    monkeypatch.setattr(packages, "is_found", lambda name: name != "pynvml")
+    assert "nvidia-ml-py (not found" in packages.missing_packages(tiny(), uses_gpus=True)
+    assert packages.missing_packages(tiny(), uses_gpus=False) == ""
 
 
 def test_samples_are_kept_with_the_step_they_fell_on(monkeypatch: pytest.MonkeyPatch) -> None:

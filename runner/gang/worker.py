@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
 RENDEZVOUS_S = 120.0
+WATCH_END_S = 20.0  # for the watch of the GPUs to take its last sample
 MIN_FREE_BYTES = 1 << 30
 ROOM_EVERY_S = 5.0  # between looks at a full disk
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
@@ -86,7 +87,7 @@ def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[None]
         yield
     finally:
         watch.is_over.set()
-        watch.thread.join()
+        watch.thread.join(WATCH_END_S)  # a sick driver may never answer
         path = Path(rank.job.workdir) / "gpu.npz"
         arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
         if path.exists():  # what earlier attempts saw stays, up to where this one began

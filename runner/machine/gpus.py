@@ -1,21 +1,16 @@
-"""NVIDIA GPUs as the driver's own tool describes them, without touching CUDA; none where there is no tool."""
+"""NVIDIA GPUs as their driver describes them through NVML, without touching CUDA; none where there is no driver."""
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-SMI = "nvidia-smi"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-SMI_TIMEOUT_S = 20
 SAMPLE_EVERY_S = 5.0
-FACTS = ("index", "name", "driver_version", "memory.used")
-SAMPLES = ("clocks.sm", "power.draw", "clocks_throttle_reasons.active")
-NEWER_SAMPLES = ("clocks.sm", "power.draw", "clocks_event_reasons.active")  # the same under the name of newer drivers
+MILLIWATTS = 1000.0
 
 
 class Gpu(NamedTuple):
@@ -64,46 +59,74 @@ class GpuWatch:
 
 def count_gpus() -> int:
     """Return how many GPUs a Ray started here would take: those of this machine that the environment shows."""
-    present, visible = len(query((), ("index",))), os.environ.get(VISIBLE)
+    nvml, visible = open_driver(), os.environ.get(VISIBLE)
+    present = ask(nvml.nvmlDeviceGetCount) if nvml else 0
     return present if visible is None else min(present, sum(bool(name.strip()) for name in visible.split(",")))
 
 
 def query_gpus(ids: Sequence[str]) -> list[Gpu]:
-    """Return the GPUs with these ids (all of them where none are given)."""
+    """Return the GPUs with these UUIDs or numbers (all of them where none are given), [] if one is not there."""
+    nvml = open_driver()
+    if nvml is None:
+        return []
+    version = str(ask(nvml.nvmlSystemGetDriverVersion))
     return [
-        Gpu(index, model, driver, int(number(used) * (1 << 20))) for index, model, driver, used in query(ids, FACTS)
+        Gpu(
+            number=str(ask(nvml.nvmlDeviceGetIndex, handle)),
+            model=str(ask(nvml.nvmlDeviceGetName, handle)),
+            driver=version,
+            used_bytes=getattr(ask(nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2), "used", 0),
+        )
+        for handle in find_handles(nvml, ids)
     ]
 
 
 def sample_gpus(ids: Sequence[str]) -> Sample | None:
     """Return what these GPUs are doing, None where that cannot be asked."""
-    rows = query(ids, SAMPLES) or query(ids, NEWER_SAMPLES)
-    if not rows:
+    nvml = open_driver()
+    handles = find_handles(nvml, ids) if nvml else []
+    if not handles:
         return None
-    bits = 0
-    for _, _, reasons in rows:
-        bits |= int(reasons, 16) if reasons.startswith("0x") else 0
-    return Sample(min(number(clock) for clock, _, _ in rows), sum(number(power) for _, power, _ in rows), bits)
+    return Sample(
+        clock_mhz=float(min(ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM) for handle in handles)),
+        power_w=sum(ask(nvml.nvmlDeviceGetPowerUsage, handle) for handle in handles) / MILLIWATTS,
+        throttle_bits=functools.reduce(
+            int.__or__, (ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) for handle in handles)
+        ),
+    )
 
 
-def query(ids: Sequence[str], fields: Sequence[str]) -> list[list[str]]:
-    """Return one row of the driver's answers for each GPU; no rows without a driver."""
-    if shutil.which(SMI) is None:
-        return []
-    command = [SMI, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    if ids:
-        command.append(f"--id={','.join(ids)}")
+@functools.cache
+def open_driver() -> Any:
+    """Return NVML, open until this process ends; None where driver or package (see packages) is not there."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if done.returncode == 0 and len(row) == len(fields)]
-
-
-def number(cell: str) -> float:
-    """Return a number of the driver's, 0 where it says that it does not know."""
+        import pynvml
+    except ImportError:
+        return None
     try:
-        return float(cell)
-    except ValueError:
-        return 0.0
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
+
+
+def find_handles(nvml: Any, ids: Sequence[str]) -> list[Any]:
+    """Return the driver's handles of the GPUs with these UUIDs or numbers, [] if it does not know one of them."""
+    try:
+        if not ids:
+            return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        return [
+            nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+            for name in ids
+        ]
+    except nvml.NVMLError:
+        return []
+
+
+def ask(question: Callable[..., Any], *arguments: object) -> Any:
+    """Return an answer of the driver's, 0 where it says that it does not know."""
+    nvml = open_driver()
+    try:
+        return question(*arguments)
+    except nvml.NVMLError:
+        return 0

@@ -21,6 +21,8 @@ def missing_packages(config: RunConfig, *, uses_gpus: bool) -> str:
     """Return one line with what this machine lacks and how to get it, or an empty string."""
     faults = {name: fault for name in ALWAYS if (fault := why_unusable(name))}
     faults |= {name: "not found" for name in HEAVY if not is_found(name)}
+    if uses_gpus and not is_found("pynvml"):
+        faults["nvidia-ml-py"] = "not found; it counts and watches GPUs"
     if uses_gpus and config.runtime.attention in BY_ATTENTION:
         module, package = BY_ATTENTION[config.runtime.attention]
         if not is_found(module):
