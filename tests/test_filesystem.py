@@ -115,12 +115,33 @@ def test_an_error_of_a_full_disk_names_the_file_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_removed_lock_file_is_not_taken_for_the_lock(tmp_path: Path) -> None:
-    with hold_folder(tmp_path):
-        with pytest.raises(ValueError, match="is being written by another"), hold_folder(tmp_path):
-            raise AssertionError("held twice")
-        assert (tmp_path / LOCK_NAME).exists()
-    assert not (tmp_path / LOCK_NAME).exists()
+def test_a_folder_is_held_by_one_at_a_time(tmp_path: Path) -> None:
+    for _ in range(2):
+        with hold_folder(tmp_path):
+            with pytest.raises(ValueError, match="is being written by another"), hold_folder(tmp_path):
+                raise AssertionError("held twice")
+            assert (tmp_path / LOCK_NAME).exists()
+        assert not (tmp_path / LOCK_NAME).exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from model.corpus.writer import hold_folder
+root = Path(sys.argv[1])
+for _ in range(200):
+    with hold_folder(root, on_wait=lambda: None):
+        count = int((root / "count").read_text())
+        (root / "count").write_text(str(count + 1))
+"""
+
+
+def test_who_waited_at_a_removed_lock_file_does_not_hold_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "count").write_text("0")
+    code = "import model.corpus.writer as writer; writer.WAIT_S = 0.0005\n" + HOLD
+    several = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT) for _ in range(3)]
+    assert [one.wait(120) for one in several] == [0, 0, 0]
+    assert (tmp_path / "count").read_text() == "600"
 
 
 def test_a_claim_that_is_half_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_commands_that_look_need_no_ray(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_plan_names_the_gang_first_and_then_the_data(tmp_path: Path) -> None:
     plan = make_plan(make_spec(tmp_path, gang=Gang(gpus=8, cpus=4)), [this_machine()])
     assert "no node can hold one gang: asked for 8 rank(s)" in plan.problems[0]
-    assert "none_train" in plan.problems[-1]
+    assert "none_train" in " ".join(plan.problems[1:])
     assert not list(tmp_path.iterdir())
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
-import os
 import re
 import time
 from array import array
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from model.corpus.shard_file import shard_header
 from model.data.manifest import MANIFEST_NAME, Manifest, describe_file, read_manifest, write_manifest
@@ -30,7 +29,7 @@ from model.data.validation import load_validation
 from model.files.atomic import NOT_THERE, replace_file
 
 LOCK_NAME = ".seedsweep-data.lock"
-WAIT_S = 0.5  # between looks at a folder that another process holds
+HELD = ".held"  # ends the name of a file whose being there is the lock
 SHARD_TOKENS = 100_000_000  # as the published shards
 CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 SPLITS = ("train", "val")
@@ -84,69 +83,41 @@ def hold_folder(out: Path, *, on_wait: Callable[[], None] | None = None) -> Iter
 
     Raises ValueError if out is not writable, or is held by another process and nobody waits.
     """
-    lock_path = out / LOCK_NAME
-    while True:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = lock_path.open("wb")
-        except OSError as error:
-            raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if on_wait is not None:
-                    on_wait()
-                    time.sleep(WAIT_S)
-                    continue
-                raise ValueError(f"--out {out} is being written by another seedsweep data command") from None
-            except OSError as error:
-                if error.errno not in NOT_THERE | {errno.ENOLCK}:
-                    raise
-                with _hold_by_name(out, on_wait=on_wait):
-                    yield
-                return
-            if not _is_at(lock_path, lock.fileno()):
-                continue  # its last holder removed the file while this one waited
-            try:
-                yield
-            finally:
-                if _is_at(lock_path, lock.fileno()):
-                    lock_path.unlink(missing_ok=True)
-        return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether an open file is the one at path; a count of its links is not kept everywhere."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def _hold_by_name(out: Path, *, on_wait: Callable[[], None] | None) -> Iterator[None]:
-    """Hold a folder on a filesystem without flock: by a file that one process alone can make.
-
-    Raises ValueError, naming the file, if another process has made it and nobody waits: it may have been killed.
-    """
-    held = out / f"{LOCK_NAME}.held"
-    while True:
-        try:
-            os.close(os.open(held, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-            break
-        except FileExistsError:
-            if on_wait is None:
-                raise ValueError(
-                    f"--out {out} is being written by another seedsweep data command; if none runs, remove {held}"
-                ) from None
-            on_wait()
-            time.sleep(WAIT_S)
+        out.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(out / LOCK_NAME, on_wait)
+    except Timeout as error:
+        hint = f"; if none runs, remove {error.lock_file}" if error.lock_file.endswith(HELD) else ""
+        raise ValueError(f"--out {out} is being written by another seedsweep data command{hint}") from None
+    except OSError as error:
+        raise ValueError(f"--out {out} is not writable ({error.strerror}); choose another folder") from None
     try:
         yield
     finally:
-        held.unlink(missing_ok=True)
-        (out / LOCK_NAME).unlink(missing_ok=True)
+        (out / LOCK_NAME).unlink(missing_ok=True)  # while it is held: who gets a removed file's lock tries again
+        lock.release()
+
+
+def _acquire(path: Path, on_wait: Callable[[], None] | None) -> BaseFileLock:
+    """Return the lock of a file, held; on a filesystem without flock that of a file which one process alone can make.
+
+    Raises Timeout if another process has it and nobody waits.
+    """
+    lock: BaseFileLock = FileLock(path, blocking=False, fallback_to_soft=False)
+    while True:
+        try:
+            lock.acquire()
+        except Timeout:
+            if on_wait is None:
+                raise
+            on_wait()
+            time.sleep(WAIT_S)
+        except OSError as error:
+            if isinstance(lock, SoftFileLock) or error.errno not in NOT_THERE | {errno.ENOLCK}:
+                raise
+            lock = SoftFileLock(f"{path}{HELD}", blocking=False)
+        else:
+            return lock
 
 
 @contextlib.contextmanager

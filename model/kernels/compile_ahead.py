@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from model.kernels.launch import listeners
@@ -158,15 +159,9 @@ def _compile_apart(calls: dict[Key, Call], num_processes: int) -> None:
         logger.warning("kernels are compiled one after the other: Triton's cache cannot be used: %s", error)
 
 
-@contextmanager
-def _alone(digest: str) -> Iterator[None]:
-    """Let one process of this machine and user through at a time: the others find its work done."""
-    import fcntl
-
-    path = Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}-compile-{digest[:16]}.lock"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a process that dies
-        yield
+def _alone(digest: str) -> FileLock:
+    """Return the lock that lets one process of this machine and user through: the others find its work done."""
+    return FileLock(Path(tempfile.gettempdir()) / f"seedsweep-{os.getuid()}-compile-{digest[:16]}.lock")
 
 
 def _run_helpers(calls: list[Call], num_processes: int, target: Any) -> bool:

@@ -7,7 +7,6 @@ its end of the pipe closes, and the holder shuts Ray down and removes the sessio
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -16,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock
 
 LOOPBACK = "127.0.0.1"
 LOCK_NAME = "seedsweep.lock"  # held as long as the session's holder lives
@@ -48,8 +49,7 @@ def hold(folder: Path, num_cpus: int, answers: IO[str]) -> None:
     """Start a cluster with its files in folder, and keep it until the driver's end of standard input closes."""
     is_alone = threading.Event()
     threading.Thread(target=wait_for_driver_end, args=(is_alone,), daemon=True).start()
-    with (folder / LOCK_NAME).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / LOCK_NAME):
         answer = connected(
             address="local", _node_ip_address=LOOPBACK, include_dashboard=False, num_cpus=num_cpus,
             _temp_dir=str(folder),

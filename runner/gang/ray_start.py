@@ -7,7 +7,6 @@ the driver itself.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
 from runner.errors import SweepError
 from runner.gang.ray_head import LOCK_NAME
@@ -254,6 +254,6 @@ def remove_leftovers(now: float | None = None) -> None:
             info = folder.lstat()
             if folder.is_symlink() or info.st_uid != os.getuid() or now - info.st_mtime < LEFTOVER_S:
                 continue
-            with (folder / LOCK_NAME).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+            if (folder / LOCK_NAME).exists():
+                with FileLock(folder / LOCK_NAME, blocking=False):  # Timeout is an OSError
+                    shutil.rmtree(folder)
