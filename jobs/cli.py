@@ -40,7 +40,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("evidence.inspect", "print what is inside an artifact"),
 }
 
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 3
 EXIT_PIPE_CLOSED = 141  # 128 and the number of SIGPIPE
 
 
@@ -87,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str] | None) -> int:
     """Run one command, print what went wrong, and return the exit code."""
+    from runner.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED  # ours, now that the names are held
+
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     try:

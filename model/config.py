@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from model.fields import fit_fields
 
+SIZE_LIMIT_BYTES = 16_000_000  # of the track: model and code, decimal
+TIME_LIMIT_S = 600.0  # of the track: training, and again evaluation
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
 ATTENTION_BACKENDS = (
@@ -117,7 +119,7 @@ class TrainConfig:
     """Batching, schedule and optimizers of the training stage."""
 
     max_steps: int = 20_000
-    budget_s: float | None = 600.0  # wall clock; None: the schedule counts steps instead
+    budget_s: float | None = TIME_LIMIT_S  # wall clock; None: the schedule counts steps instead
     reserve_s: float = 12.0  # part of budget_s kept for calibration and quantization
     batch_tokens: int = 786_432  # per optimizer step, all ranks together
     micro_batch_tokens: int = 98_304  # inputs of one span, one packed row
@@ -190,7 +192,7 @@ class QuantConfig:
     damping_frac: float = 0.01  # of the Hessian's mean diagonal
     block_columns: int = 128
     keep_float_numel: int = 65_536  # tensors of at most this many numbers stay float16
-    size_limit_bytes: int = 16_000_000  # model + code, decimal
+    size_limit_bytes: int = SIZE_LIMIT_BYTES  # model + code, decimal
     on_oversize: Literal["mark", "fail", "fit"] = "mark"
     codec: Literal["rans", "brotli"] = "rans"  # of the artifact's codes; the same weights either way
 

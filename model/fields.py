@@ -123,14 +123,14 @@ def check_keys(path: str, given: object, known: typing.Iterable[str]) -> Mapping
     return given
 
 
-def updated(base: T, given: object, path: str, *, skip: tuple[str, ...] = ()) -> T:
+def updated(base: T, given: object, path: str) -> T:
     """Return the dataclass base with the fields named in given replaced, nested sections included.
 
     Raises ValueError for unknown names, wrong types, and values the dataclass itself refuses.
     """
     assert dataclasses.is_dataclass(base)
     assert not isinstance(base, type)
-    names = [item.name for item in dataclasses.fields(base) if item.name not in skip]
+    names = [item.name for item in dataclasses.fields(base)]
     values = check_keys(path, given, names)
     hints = typing.get_type_hints(type(base))
     changes: dict[str, Any] = {}

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = range(4)  # of every command
 NO_ROOM = "NoRoomError"  # the name of the exception of a node that waited for room on its disk in vain
 
 
 class SweepError(ValueError):
     """A sweep cannot start or go on; the message is one line that says what to change."""
 
-    exit_code = 2
+    exit_code = EXIT_BAD_INPUT
 
 
 class Infeasible(SweepError):
@@ -42,7 +43,7 @@ class Refused(SweepError):
 class Superseded(DirectoryInUse):
     """Another driver has taken the run directory over; this one, or its gang, stops."""
 
-    exit_code = 3
+    exit_code = EXIT_INTERRUPTED
 
 
 class Kind(StrEnum):

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from runner.folder.storage import LocalStorage, ObjectStorage, open_storage
+from model.config import TIME_LIMIT_S
+from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
 from runner.machine.packages import missing_packages
 from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec import RunKey, SweepSpec
 from runner.sweep import finished_attempts
-
-EVALUATION_S = 600.0  # what the track allows for evaluation on top of training
 
 
 class Left(StrEnum):
@@ -73,7 +72,7 @@ def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:
     return {key: Left.DONE if key in finished else resumable(storage, key) for key in spec.keys}
 
 
-def resumable(storage: LocalStorage | ObjectStorage, key: RunKey) -> Left:
+def resumable(storage: Storage, key: RunKey) -> Left:
     """Return RESUMABLE if the run left a finished stage or a checkpoint."""
     has_work = any(storage.names(f"seeds/{key.name}/{folder}") for folder in ("stages", "checkpoints"))
     return Left.RESUMABLE if has_work else Left.NEW
@@ -95,7 +94,7 @@ def estimate_s(spec: SweepSpec) -> tuple[float | None, str]:
     budget_s = spec.config.train.budget_s
     if budget_s is None:
         return None, "unknown: no finished run here, and training counts steps, not seconds"
-    return budget_s + EVALUATION_S, f"train.budget_s={budget_s:g} and as much as {EVALUATION_S:g} s of evaluation"
+    return budget_s + TIME_LIMIT_S, f"train.budget_s={budget_s:g} and as much as {TIME_LIMIT_S:g} s of evaluation"
 
 
 def slots_per_node(plan: Plan) -> list[str]:

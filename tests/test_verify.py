@@ -174,7 +174,7 @@ def test_new_sums_do_not_hide_an_altered_figure(folder: Path) -> None:
 
 def facts_of(path: Path) -> dict[str, object]:
     """Return what a stage record says of an output."""
-    from results.export.evidence import file_sha256
+    from results.store.guard import file_sha256
 
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runner.errors import EXIT_FAILED, EXIT_OK
+
 if TYPE_CHECKING:
     from jobs.bench.figures import Report
     from jobs.bench.process import Bench
 
-EXIT_OK, EXIT_FAILED = 0, 1
 MODES = {
     "train": "optimizer steps with and without loops",
     "gptq": "Hessians, solve, compress, reload",

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-EXIT_OK, EXIT_FAILED = 0, 1
+from runner.errors import EXIT_FAILED, EXIT_OK
+
 DETAIL_WIDTH = 110
 
 

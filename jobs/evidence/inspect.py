@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-EXIT_OK = 0
+from runner.errors import EXIT_OK
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from runner.errors import EXIT_FAILED, EXIT_OK
+
 if TYPE_CHECKING:
     from results.tables import SeedTable
-
-EXIT_OK, EXIT_FAILED = 0, 1
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from runner.errors import EXIT_INTERRUPTED, EXIT_OK
+
 if TYPE_CHECKING:
     from model.corpus.writer import Corpus
 
-EXIT_OK, EXIT_INTERRUPTED = 0, 3
 LINE_EVERY_S = 10.0  # in a log
 REDRAW_EVERY_S = 0.2  # on a terminal
 

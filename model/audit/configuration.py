@@ -12,9 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from model.audit.finished_run import read_json
 from model.audit.verdicts import Result, judged, not_run
 from model.config import canonical_json
+from model.files.plain import read_json
 
 SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads", "attention")
 SURROUNDINGS = ("device", "num_threads", "versions", "attention")

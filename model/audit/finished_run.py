@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 
 from model.config import RunConfig, config_from_plain
 from model.data.shards import list_shards
+from model.files.plain import read_arrays, read_json
 from model.report import STAGES
 from model.ttt.score_ledger import Events, read_events
 
@@ -102,27 +100,3 @@ def read_parts(path: Path, **parts: type) -> dict[str, Any]:
         if not isinstance(content.get(name), kind):
             raise ValueError(f"{path} is damaged: it has no {name}")
     return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON mapping. Raises FileNotFoundError or ValueError naming path."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: the run is not finished, or is of an earlier version") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: not a mapping")
-    return content
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file; nothing in it is unpickled. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the run is not finished, or is of an earlier version")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None

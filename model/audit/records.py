@@ -14,15 +14,13 @@ import numpy as np
 from model.audit.finished_run import RunFiles
 from model.audit.verdicts import FAIL, PASS, Result, judged, not_run
 from model.bundle.program import PACKED_NAME, READABLE_NAME
-from model.config import TTTConfig
+from model.config import SIZE_LIMIT_BYTES, TIME_LIMIT_S, TTTConfig
 from model.data.shards import BOS_ID, find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.files.atomic import file_sha256
 from model.files.ledger import covered_s
 from model.ttt.score_ledger import SCORE, Events, broken_chains, times_scored
 
-SIZE_LIMIT_BYTES = 16_000_000
-TIME_LIMIT_S = 600.0
 TIMED_GPUS = 8
 SUM_TOLERANCE = 1e-6  # relative; sums of the same float32 losses in another order
 BEFORE_SCORING = ("prepare", "train", "quantize")

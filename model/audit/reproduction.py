@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from model.files.plain import read_arrays, read_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ def _metrics(workdir: Path) -> dict[str, Any]:
     """Return every metric of a run directory's stage records."""
     found: dict[str, Any] = {}
     for path in sorted((workdir / "stages").glob("*.json")):
-        found |= json.loads(path.read_text())["metrics"]
+        found |= read_json(path)["metrics"]
     return found
 
 
@@ -69,7 +70,7 @@ def compare_weights(before: Path, after: Path) -> tuple[bool, str]:
     from model.files.tensors import load_tensors
 
     curves = [
-        {name: values for name, values in _arrays(folder / "steps.npz").items() if name not in CLOCKS}
+        {name: values for name, values in read_arrays(folder / "steps.npz").items() if name not in CLOCKS}
         for folder in (before, after)
     ]
     paths = [folder / "train.safetensors" for folder in (before, after)]
@@ -117,7 +118,7 @@ def compare_artifacts(before: Path, after: Path) -> tuple[bool, str]:
 
 def compare_evaluations(before: Path, after: Path) -> tuple[bool, str]:
     """Compare the documents' scores under plain evaluation, and the sums of all three passes."""
-    is_equal, detail = _same_arrays(*(_arrays(folder / "evaluate.npz") for folder in (before, after)))
+    is_equal, detail = _same_arrays(*(read_arrays(folder / "evaluate.npz") for folder in (before, after)))
     first, second = (_metrics(folder) for folder in (before, after))
     sums = [f"{name}_nats" for name in ("live", "post_ema", "pre_ttt")]
     differing = [name for name in sums if first.get(name) != second.get(name)]
@@ -128,18 +129,11 @@ def compare_evaluations(before: Path, after: Path) -> tuple[bool, str]:
 
 def compare_ttt(before: Path, after: Path) -> tuple[bool, str]:
     """Compare the documents' scores with test-time training, and every target's loss."""
-    first, second = (_arrays(folder / "ttt.npz") for folder in (before, after))
-    logs = [_arrays(folder / "ttt_scores.npz") for folder in (before, after)]
+    first, second = (read_arrays(folder / "ttt.npz") for folder in (before, after))
+    logs = [read_arrays(folder / "ttt_scores.npz") for folder in (before, after)]
     for arrays, log in zip((first, second), logs):
         arrays["nll"] = log["nll"]
     return _same_arrays(first, second)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
 
 
 def _same_arrays(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]) -> tuple[bool, str]:

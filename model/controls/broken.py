@@ -28,7 +28,6 @@ from model.audit.files import probe_records
 from model.audit.finished_run import RunFiles, load_run
 from model.audit.forward import probe_target_gate, probe_two_forwards
 from model.audit.records import (
-    SIZE_LIMIT_BYTES,
     TIMED_GPUS,
     probe_exactly_once,
     probe_overlap,
@@ -41,7 +40,7 @@ from model.audit.reload import Fresh, judge_network, judge_scores, run_fresh
 from model.audit.updates import probe_adapter_states, probe_frozen_updates, probe_order, probe_poisoned_update
 from model.audit.verdicts import Result
 from model.bundle.program import PACKED_NAME, READABLE_NAME
-from model.config import config_hash
+from model.config import SIZE_LIMIT_BYTES, config_hash
 from model.controls.systems import (
     Gated,
     GatelessGPT,

@@ -124,8 +124,5 @@ def tolerating_absence() -> Iterator[None]:
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,12 +6,12 @@ artifact as they lie in its run directory, and the announcement of the seeds. SH
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from results.schema import TABLES
+from results.store.guard import file_sha256
 from results.store.location import Location, open_location, results_location
 
 if TYPE_CHECKING:
@@ -117,9 +117,3 @@ def listed_files(folder: Path) -> list[str]:
     """Return the relative paths of every file in folder but SHA256SUMS, sorted."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != SUMS)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,6 +13,7 @@ import pandas as pd
 from results.export.evidence import EVIDENCE, copy_evidence
 from results.export.log import train_log
 from results.export.readme import readme
+from results.published.track import SIZE_LIMIT_BYTES, TIME_LIMIT_S
 from results.schema import FINISHED
 from results.stats import population_std, summarize
 from results.store.reader import latest_attempts, read_attempt, read_runs
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRACK = "10min_16mb"
-TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
+TRAIN_LIMIT_S = EVAL_LIMIT_S = TIME_LIMIT_S
 REQUIRED = ("post_ttt_bpb", "post_ttt_nats_per_token", "artifact_bytes", "steps", "train_s")
 # a requirement only where the distribution's name is what pip calls it
 PIP_NAMES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "ray", "triton", "huggingface_hub", "pyyaml")
@@ -124,7 +125,7 @@ def compliance(runs: pd.DataFrame) -> dict[str, bool | None]:
     return {
         "train_under_600s": _all_within(train, TRAIN_LIMIT_S),
         "eval_under_600s": _all_within(evaluation, EVAL_LIMIT_S),
-        "artifact_under_16mb": _all_within(runs["artifact_bytes"], 16_000_000),
+        "artifact_under_16mb": _all_within(runs["artifact_bytes"], SIZE_LIMIT_BYTES),
         "three_seeds": len(runs) >= 3,
         "one_configuration": None if any(column.isna().any() for column in hashes)
         else all(column.nunique() == 1 for column in hashes),

@@ -9,6 +9,7 @@ from typing import Any
 from results.findings.meanings import column_meaning, log_values, stage_meaning
 from results.published.printed import agrees, is_near, printed_numbers, printed_score, printed_seconds, text_of
 from results.published.records import Record, Run, one_run_a_seed
+from results.published.track import TIME_LIMIT_S
 
 NOT_A_FIGURE = re.compile(
     r"^\W*(?:[<≤>≥]|(?:under|below|over|above|less|more|up to|at most)\b)|^[^\d]*\bstd\b|\blines?\b|\bn/?a\b|^\W*±",
@@ -20,7 +21,6 @@ TIMES = ((r"ttt", "TTT time"), (r"eval\w*", "eval time"), (r"train\w*", "train t
 SCORE_RANGE = {"bpb": (0.2, 6.0), "nats": (0.2, 15.0)}
 LEAST_BYTES = {"artifact bytes": 100_000, "model bytes": 100_000, "code bytes": 1_000}
 MIB_PER_MB = 2**20 / 1e6
-NOMINAL_TRAIN_S = 600.0
 NOMINAL_SLACK_S = 15.0  # what scripts keep back of the 600 seconds for what follows training
 GAIN_RANGE = 0.5
 LEAST_GAIN_SLACK = 1.5e-5  # a gain is a difference of two rounded columns
@@ -110,8 +110,8 @@ def allowed(run: Run, meaning: str, record: Record) -> list[float]:
         budget = (run.get("hparams") or {}).get("max_wallclock_seconds")
         if budget and re.fullmatch(r"\d+(\.\d*)?", str(budget)):
             values.append(float(budget))
-        elif abs(values[0] - NOMINAL_TRAIN_S) < NOMINAL_SLACK_S:
-            values.append(NOMINAL_TRAIN_S)
+        elif abs(values[0] - TIME_LIMIT_S) < NOMINAL_SLACK_S:
+            values.append(TIME_LIMIT_S)
     return values
 
 

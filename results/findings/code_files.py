@@ -17,8 +17,8 @@ from typing import Any
 
 from results.findings.findings import Finding
 from results.published.records import Record, Run, one_run_a_seed
+from results.published.track import SIZE_LIMIT_BYTES
 
-SIZE_LIMIT_BYTES = 16_000_000
 ENTRY = re.compile(r"train_gpt\w*\.py$")
 ENV_NAME = re.compile(r"[A-Z][A-Z0-9_]*$")
 # names that say where a run happens or what it is called, not what it computes

@@ -21,6 +21,7 @@ from results.published.records import RECORD_FILE, Record, Run, one_run_a_seed, 
 from results.published.scoring import reported_scores, score_record
 from results.published.submission_json import read_submission_json
 from results.published.text_files import read_text
+from results.published.track import SIZE_LIMIT_BYTES
 from results.store.writer import commit_attempt
 
 OUR_NAMES = {"post_ema": "post_ema", "post_quant": "pre_ttt", "sliding": "sliding", "ttt_lr0": "ttt_lr0",
@@ -228,7 +229,7 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
         "quantize_s": run["quantize_s"], "evaluate_s": run["evaluate_s"], "order0_bpb": run["order0_bpb"],
         "model_bytes": run["model_bytes"], "artifact_bytes": run["total_bytes"],
         "code_bytes": run.get("code_bytes_implied"), "code_bytes_convention": "as the log counted it",
-        "num_params": run["model_params"], "size_limit_bytes": 16_000_000, "attempts": 1,
+        "num_params": run["model_params"], "size_limit_bytes": SIZE_LIMIT_BYTES, "attempts": 1,
         "peak_memory_bytes": None if run["peak_mem_mib"] is None else run["peak_mem_mib"] * 2**20,
         "world_size": _integer(run["settings"].get("world_size")),
         "vocab_size": _integer(run["settings"].get("vocab_size")),

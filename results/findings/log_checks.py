@@ -11,10 +11,9 @@ from results.findings.meanings import evaluation_seconds
 from results.findings.readme_tables import seed_column, seed_in_cell, turn_table
 from results.published.records import Record, Run, one_run_a_seed
 from results.published.submitted import listed_seeds
+from results.published.track import SIZE_LIMIT_BYTES, TIME_LIMIT_S
 
-SIZE_LIMIT_BYTES = 16_000_000
 TRAIN_LIMIT_MS = 600_000
-EVAL_LIMIT_S = 600.0
 WORSE_TTT_BPB = 0.05  # a TTT result this much above the sliding one was not what a record meant to report
 SCORING_PASSES = ("post_quant", "sliding", "ttt_lr0", "post_ttt")
 EQUAL_LOSSES_FRAC = 0.5
@@ -48,20 +47,20 @@ def check_evaluation_time(record: Record) -> Iterator[Finding]:
     """Yield evaluation passes over 600 s; where none is, their sum when it is."""
     for run in one_run_a_seed(record):
         passes = {stage: s for stage, s in evaluation_seconds(run).items() if stage not in ("post_ema", "live")}
-        over = {stage: seconds for stage, seconds in passes.items() if seconds > EVAL_LIMIT_S}
+        over = {stage: seconds for stage, seconds in passes.items() if seconds > TIME_LIMIT_S}
         totals = [run[name] for name in ("total_eval_s", "total_eval_with_compile_s") if run.get(name)]
         together = max([sum(seconds for stage, seconds in passes.items() if stage in SCORING_PASSES), *totals])
         if over:
             values: dict[str, Any] = {f"{stage} s": seconds for stage, seconds in over.items()}
             values |= {"together s": together, "log_file": run["log_file"]}
             yield Finding(
-                run["seed"], "evaluation over 600 s", values, "evaluation_seconds", max(over.values()), EVAL_LIMIT_S
+                run["seed"], "evaluation over 600 s", values, "evaluation_seconds", max(over.values()), TIME_LIMIT_S
             )
-        elif together > EVAL_LIMIT_S:
+        elif together > TIME_LIMIT_S:
             values = {f"{stage} s": seconds for stage, seconds in passes.items()}
             values |= {"printed totals s": totals, "log_file": run["log_file"]}
             field = "evaluation passes together over 600 s (each is under it)"
-            yield Finding(run["seed"], field, values, "evaluation_seconds_together", together, EVAL_LIMIT_S)
+            yield Finding(run["seed"], field, values, "evaluation_seconds_together", together, TIME_LIMIT_S)
 
 
 def check_seed_names(record: Record) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from results.published.track import TIME_LIMIT_S
 from results.report.data import LENGTH_EDGES, System
 from results.stats import summarize, t_interval
 
@@ -50,7 +51,7 @@ PALETTE = {
     "good": ("#050501", "#15803d"), "bad": ("#050502", "#b91c1c"),
 }  # fmt: skip
 SERIES = ("s1", "s2", "s3", "s4", "s5", "s6")
-TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
+TRAIN_LIMIT_S = EVAL_LIMIT_S = TIME_LIMIT_S
 WATERFALL = (
     ("post_ema_bpb", "post-EMA"),
     ("pre_ttt_bpb", "quantized"),

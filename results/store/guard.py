@@ -57,7 +57,7 @@ def find_faults(location: Location, table: str, names: list[str]) -> dict[str, s
         with contextlib.suppress(OSError):  # the reader will say what is wrong with it
             if path.stat().st_size > FILE_LIMIT_BYTES:
                 faults[name] = f"{path.stat().st_size} bytes, over the limit of {FILE_LIMIT_BYTES}"
-            elif _sha256(path) not in known.get(f"{table}/{name}", ()):
+            elif file_sha256(path) not in known.get(f"{table}/{name}", ()):
                 info = path.stat()
                 fault = _tried(str(path), info.st_size, info.st_mtime_ns)
                 if fault:
@@ -76,7 +76,8 @@ def _read_sums(path: Path) -> dict[str, set[str]]:
     return known
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -183,5 +184,10 @@ def _read(source: object) -> str:
                 _ = footer.row_group(group).column(place).statistics
         file.read(use_threads=False).validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError, TypeError, KeyError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0][:300]
+        return first_line(error)
     return ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut to 300 characters, or its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from results.schema import FINISHED, SCHEMA_VERSION, VERSION_KEY, arrow_schema, column_names
 from results.store.footers import read_rows
-from results.store.guard import find_faults
+from results.store.guard import find_faults, first_line
 from results.store.location import Location, list_parquet, results_location
 
 if TYPE_CHECKING:
@@ -180,8 +180,7 @@ def _read_one(location: Location, path: str, schema: pa.Schema) -> pa.Table:
             raise ValueError(f"{path}: missing columns: {', '.join(missing)}; left out")
         content = file.read(columns=schema.names).select(schema.names)
     except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: not readable as Parquet (half-written or damaged): {reason}") from error
+        raise ValueError(f"{path}: not readable as Parquet (half-written or damaged): {first_line(error)}") from error
     return _cast(path, content, schema)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from results.store.guard import first_line
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -53,11 +55,6 @@ def guarded(where: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
     except UNREADABLE as error:
         found.append(Check(where, DIFFERS, f"cannot be read: {type(error).__name__}: {first_line(error)}"))
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 def compare(where: str, stated: object, derived: object, source: str) -> Check:

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.export.evidence import EVIDENCE, SUMS, file_sha256, listed_files
+from results.export.evidence import EVIDENCE, SUMS, listed_files
 from results.export.folder import Author, render_submission
 from results.schema import FINISHED
+from results.store.guard import file_sha256, first_line
 from results.verify.checks import (
     AGREES,
     DIFFERS,
@@ -24,7 +25,6 @@ from results.verify.checks import (
     Formulas,
     _shown,
     compare,
-    first_line,
     guarded,
     read_json,
 )

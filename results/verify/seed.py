@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.export.evidence import EVIDENCE, PROGRAMS, file_sha256, seed_folder
+from results.export.evidence import EVIDENCE, PROGRAMS, seed_folder
 from results.schema import column_names
+from results.store.guard import file_sha256
 from results.verify.checks import AGREES, DIFFERS, UNCHECKED, Check, Formulas, compare, read_arrays, read_json
 
 if TYPE_CHECKING:

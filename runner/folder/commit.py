@@ -6,12 +6,12 @@ root cause, and the records of the stages that it finished.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.files import plain
 from model.report import STAGES
 from runner.life.states import Run, State
 from runner.spec import SweepSpec
@@ -127,23 +127,10 @@ def document_rows(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file, {} where there is none. Nothing in it is unpickled."""
-    import numpy as np
-
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    """Return the arrays of an npz file, {} where there is none. Raises ValueError if it is damaged."""
+    return plain.read_arrays(path) if path.exists() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON mapping, {} where there is no file. Raises ValueError if it is damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        raise ValueError(f"{path} is damaged; remove it to do its stage again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged; remove it to do its stage again")
-    return content
+    return plain.read_json(path) if path.exists() else {}

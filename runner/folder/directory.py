@@ -26,7 +26,7 @@ from model.files.atomic import writing_aside_in
 from runner.errors import Failure, Kind
 from runner.folder.fence import retire, take_place
 from runner.folder.lease import CLAIMS, Lease, Owner
-from runner.folder.storage import LocalStorage, ObjectStorage
+from runner.folder.storage import LocalStorage, Storage
 from runner.life.states import Run, State
 from runner.spec import RunKey
 
@@ -38,7 +38,7 @@ UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells oth
 class SweepDirectory:
     """Reads and writes the files above. One driver writes; anybody reads."""
 
-    storage: LocalStorage | ObjectStorage
+    storage: Storage
     lease: Lease = field(init=False)
     place: Path | None = None  # the driver's own folder for files being written
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote, urlparse
 
 from model.files.atomic import NOT_THERE, replace_file, sync_file
@@ -21,35 +21,10 @@ from results.store.location import open_location
 from runner.spec import is_uri
 
 
-class Storage(Protocol):
-    """Files under one root, by relative path with forward slashes. Errors are OSErrors."""
-
-    shown: str
-    is_exclusive: bool  # create lets exactly one of several through
-
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes; FileNotFoundError if there is none."""
-
-    def write(self, path: str, content: bytes) -> None:
-        """Put a file, whole or not at all."""
-
-    def create(self, path: str, content: bytes) -> bool:
-        """Put a file unless there is one; return whether this call made it."""
-
-    def append(self, path: str, content: bytes) -> None:
-        """Add to the end of a file."""
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the files in a folder, sorted; none for a folder that is not there."""
-
-    def remove(self, path: str) -> None:
-        """Remove a file, if it is there."""
-
-
 class LocalStorage:
-    """Storage on a filesystem."""
+    """Files under one root on a filesystem, by relative path with forward slashes. Errors are OSErrors."""
 
-    is_exclusive = True
+    is_exclusive = True  # create lets exactly one of several through
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -114,7 +89,7 @@ class LocalStorage:
 
 
 class ObjectStorage:
-    """Storage behind a URI: s3://bucket/prefix, gs://bucket/prefix."""
+    """The same behind a URI: s3://bucket/prefix, gs://bucket/prefix."""
 
     is_exclusive = False  # pyarrow has no put that fails where there is an object
 
@@ -167,6 +142,9 @@ class ObjectStorage:
             self.filesystem.delete_file(f"{self.root}/{path}")
 
 
+Storage = LocalStorage | ObjectStorage
+
+
 def write_all(file: RawIOBase, content: bytes) -> None:
     """Write all of content to an unbuffered file."""
     left = memoryview(content)
@@ -191,7 +169,7 @@ def create_filled(path: Path, content: bytes) -> bool:
     return True
 
 
-def open_storage(out: str) -> LocalStorage | ObjectStorage:
+def open_storage(out: str) -> Storage:
     """Return the storage at a path or URI. Raises ValueError for a URI that pyarrow cannot open."""
     local = local_root(out)
     return LocalStorage(local) if local is not None else ObjectStorage(out)
@@ -204,7 +182,7 @@ def local_root(out: str) -> Path | None:
     return Path(unquote(urlparse(out).path)) if out.startswith("file://") else None
 
 
-def check_writable(storage: LocalStorage | ObjectStorage) -> None:
+def check_writable(storage: Storage) -> None:
     """Write and remove a probe. Raises ValueError, one line, if the place takes no files."""
     probe = f"probes/writable-{os.getpid()}"
     try:
