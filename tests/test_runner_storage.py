@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def uri(server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
 def test_a_sweep_behind_a_uri_leaves_everything_there(uri: str, tmp_path: Path) -> None:
     options = Options(is_local=True, target=TARGET, progress="plain")
     spec = make_spec(tmp_path, seeds=[1, 2])
-    assert run_sweep(sweep_module.replace(spec, out=uri), options) == 0
+    assert run_sweep(replace(spec, out=uri), options) == 0
     assert set(scores_of(uri)) == {1, 2}  # type: ignore[arg-type]
     assert look(uri).counts == {"DONE": 2}
     storage = open_storage(uri)
