@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from runner import sweep as sweep_module
 from runner import work as work_module
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import Mirror
