@@ -1,8 +1,20 @@
 """The model: weights in banks, a plan of visits to the layers, and the one forward pass.
 
-Training, evaluation, calibration and test-time training all call GPT.forward. Calibration listens through forward
-pre-hooks on the modules in `projections`; test-time training passes adapters; nothing is flipped on a live module.
-Source: parameter-golf PR #1536.
+Training, evaluation, calibration and test-time training all call GPT.forward; nothing is flipped on a live module.
+Source: parameter-golf PR #1536. Who knows nanochat's GPT meets twelve things more, each explained where it comes first:
+
+  bank         all layers' matrices of one kind in one tensor                         GPT.__init__
+  projection   a matrix product as a module, so that calibration can hook its input   Projection
+  visit        one run of a layer; with looping on, some layers come three times      Visit
+  rows         sequences packed end to end, or each on its own, padded on the left    GPT.forward
+  num_scored   how many positions at the end of each row count                        GPT.forward
+  adapters     one low-rank set for each row of the batch and each visit              GPT.forward
+  stream       the residual stream, its last addition still to be made                Stream
+  x0           the embedded tokens, mixed into the stream at every visit              GPT._attend
+  XSA          what a token's own value adds to its attention is taken out again      GPT._attend
+  skip         what a visit of the first half leaves for one of the second            GPT._run_visits
+  lanes        from a layer on, attention and MLPs work on streams of their own       Lanes
+  softcap      logits squeezed into +-logit_softcap                                   GPT.forward
 """
 
 # B sequences, T tokens, D model_dim, H query heads, K kv heads, E head_dim, V vocab, R lora_rank, L layers
@@ -27,7 +39,7 @@ from model.kernels.dispatch import uses_triton
 from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
 from model.layers import rotary_tables, softcap
-from model.lora import HEAD, Adapters, Visit
+from model.lora import HEAD, Adapters, VisitAdapters
 
 
 class Projection(nn.Module):
@@ -47,7 +59,7 @@ class ActivatedProjection(nn.Module):
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights: matrices in the compute type, vectors as stored.
+    """One layer's weights, taken from the banks: matrices in the compute type, vectors as stored.
 
     out and down already hold the layer's output scales: a scale on the rows of a matrix costs nothing, a scale on the
     residual stream costs a pass over it.
@@ -63,6 +75,14 @@ class LayerWeights(NamedTuple):
     q_gain: Tensor  # (H,)
 
 
+class Visit(NamedTuple):
+    """One run of a layer, with the weights that all its visits share and the adapters of this visit alone."""
+
+    layer: int
+    w: LayerWeights
+    adapters: VisitAdapters
+
+
 class Context(NamedTuple):
     """What every visit of one forward pass shares."""
 
@@ -74,14 +94,20 @@ class Context(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A residual stream whose last addition is still to be made, by the kernel that reads it next: x + delta."""
+    """A residual stream whose last addition is still to be made: its value is x + delta.
+
+    Whoever reads it next needs the sum's norm too, and one kernel makes both in one pass over memory.
+    """
 
     x: Tensor  # (B, T, D)
     delta: Tensor | None  # (B, T, D)
 
 
 class Lanes(NamedTuple):
-    """The decoder's residual streams: one until parallel_start_layer, then one for attention and one for the MLPs."""
+    """The second half's residual streams: one until parallel_start_layer, then one for attention and one for the MLPs.
+
+    From there on an MLP does not see what attention has just added, nor attention what MLPs add; they meet at the end.
+    """
 
     attention: Stream  # skips and the first state are mixed into this one only
     mlp: Stream | None  # None while there is one lane
@@ -98,6 +124,8 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.attention_backend = attention_backend
         num_layers, dim = config.num_layers, config.model_dim
+        # Banks, because Muon orthogonalizes all matrices of a bank as one batch, and ranks share a bank out by layer.
+        # Two kinds of equal shape lie in one: rows [0, L) are the first, [L, 2 L) the second.
         self.tok_emb = nn.Embedding(config.vocab_size, dim, _weight=torch.empty(config.vocab_size, dim))
         self.qo_bank = nn.Parameter(torch.empty(2 * num_layers, dim, dim))  # queries, then output projections
         self.kv_bank = nn.Parameter(torch.empty(2 * num_layers, config.kv_dim, dim))  # keys, then values
@@ -107,9 +135,12 @@ class GPT(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(num_layers, dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(num_layers, dim), torch.zeros(num_layers, dim)), dim=1))
         self.q_gain = nn.Parameter(torch.full((num_layers, config.num_heads), config.q_gain_init))
+        # Row j of skip_weights belongs to the j-th visit of the second half, not to a layer: with looping on the same
+        # row joins other layers than before.
         self.skip_weights = nn.Parameter(torch.ones(num_skips(config), dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips(config), dim))
         self.lane_merge = nn.Parameter(torch.tensor(0.5))
+        # by layer, not by visit: a hook hears all visits of its layer
         plain = [f"layers_{i}_{kind}" for i in range(num_layers) for kind in ("qkv", "o", "down")]
         self.projections = nn.ModuleDict({name: Projection() for name in [*plain, "head"]})
         self.projections.update({f"layers_{i}_up": ActivatedProjection() for i in range(num_layers)})
@@ -132,6 +163,7 @@ class GPT(nn.Module):
         num_layers, embedding = self.config.num_layers, torch.empty(self.tok_emb.weight.shape)
         embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING_PARAMETER))
         self.tok_emb.weight.copy_(embedding.bfloat16())
+        # Output projections stay zero: at the start every layer passes its stream on as it is.
         self.qo_bank.zero_()
         self.mlp_down_bank.zero_()
         for name, rows in (("qo_bank", num_layers), ("kv_bank", 2 * num_layers), ("mlp_up_bank", num_layers)):
@@ -162,24 +194,25 @@ class GPT(nn.Module):
         Logits are (B, T or n, V).
         """
         assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
-        hidden = self._hidden(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
+        hidden = self._run_visits(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
         embedding, head = self.tok_emb.weight.to(hidden.dtype), adapters.head() if adapters is not None else None
         if head is None:
             logits = self.projections["head"](hidden, embedding)  # (B, n, V)
-        else:
+        else:  # the head is the embedding again (tied weights), with an adapter of its own
             columns = {HEAD: (0, embedding.size(0))}
             logits, _ = adapted_product(hidden, embedding, head, columns, self.projections["head"])
+        # cap * tanh(x / cap): logits stay within +-cap, so no token can cost more than 2 * cap + ln V
         if targets is None:
             return softcap(logits, self.config.logit_softcap)
         return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
 
     def visit(self, tokens: Tensor, *, is_looped: bool, packing: Packing | None = None) -> None:
         """Run every visit for those who listen to `projections`; arguments as for forward."""
-        hidden = self._hidden(tokens, is_looped, packing, None, None, None)
+        hidden = self._run_visits(tokens, is_looped, packing, None, None, None)
         # the head's hook hears its input; no row of the embedding is multiplied, for nobody wants the logits
         self.projections["head"](hidden, self.tok_emb.weight[:0].to(hidden.dtype))
 
-    def _hidden(
+    def _run_visits(
         self,
         tokens: Tensor,
         is_looped: bool,
@@ -189,64 +222,54 @@ class GPT(nn.Module):
         num_scored: int | None,
     ) -> Tensor:
         """Run every visit and return the final normed hidden state (B, n, D)."""
-        plan = visit_plan(self.config, is_looped=is_looped)
-        visits = adapters.visits(plan.num_visits) if adapters is not None else [Visit(None, None)] * plan.num_visits
-        weights = self._layer_weights()
+        # The plan lists layers in the order of their visits: a first half that leaves skips, a second that takes them.
+        # A layer has the same weights at each of its visits, but adapters of its own for each.
+        plan, weights = visit_plan(self.config, is_looped=is_looped), self._layer_weights()
+        own = [VisitAdapters(None, None)] * plan.num_visits if adapters is None else adapters.visits(plan.num_visits)
+        layers = (*plan.encoder, *plan.decoder)
+        visits = [Visit(layer, weights[layer], each) for layer, each in zip(layers, own, strict=True)]
         n = num_scored or tokens.size(1)
         _, x0 = add_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype), None)  # (B, T, D)
         context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding), n)
-        stream, skips = self._encode(plan.encoder, weights, context, visits)
+        stream, skips = self._encode(visits[: len(plan.encoder)], context)
         lanes = Lanes(stream, None)
-        for step, layer in enumerate(plan.decoder):
-            visit = len(plan.encoder) + step
+        for step, visit in enumerate(visits[len(plan.encoder) :]):
             skip = None
-            # Rows of skip_weights belong to decoder steps, not to layers: with loops on they pair other layers.
+            # Last in, first out: the second half goes back through the outputs of the first, as in a U-Net. A skip
+            # is merged by a learned gate: (1 - g) * weight * skip + g * x, g the sigmoid of a vector.
             if step < self.skip_weights.size(0) and skips:
                 skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
-            is_last = visit + 1 == plan.num_visits
-            lanes = self._decode(layer, lanes, weights[layer], context, visits[visit], skip, is_last=is_last)
+            lanes = self._decode(visit, lanes, context, skip, is_last=step + 1 == len(plan.decoder))
         return self._join(lanes, n)
 
-    def _encode(
-        self, layers: tuple[int, ...], weights: list[LayerWeights], context: Context, visits: list[Visit]
-    ) -> tuple[Stream, list[Tensor]]:
+    def _encode(self, visits: list[Visit], context: Context) -> tuple[Stream, list[Tensor]]:
         """Return the stream after the first half of the visits, and what each of them left for the second half."""
         stream = Stream(context.x0, None)
         skips: list[Tensor] = []
-        for visit, layer in enumerate(layers):
-            x, stream = self._attend(layer, stream, weights[layer], context, visits[visit])
+        for visit in visits:
+            x, stream = self._attend(visit, stream, context)
             # A visit's output exists only once the next one has made the pending addition, so it is kept from there.
-            if visit > 0:
+            if visit is not visits[0]:
                 skips.append(x)
-            stream = self._mlp(layer, stream, weights[layer], visits[visit])
+            stream = self._mlp(visit, stream)
         x = stream.x if stream.delta is None else stream.x + stream.delta
-        if layers:
+        if visits:
             skips.append(x)
         return Stream(x, None), skips
 
-    def _decode(
-        self,
-        layer: int,
-        lanes: Lanes,
-        w: LayerWeights,
-        context: Context,
-        adapters: Visit,
-        skip: Skip | None,
-        *,
-        is_last: bool,
-    ) -> Lanes:
+    def _decode(self, visit: Visit, lanes: Lanes, context: Context, skip: Skip | None, *, is_last: bool) -> Lanes:
         """Return the lanes after one visit of the second half, which parts them from parallel_start_layer on."""
-        is_parting = lanes.mlp is None and layer >= self.config.parallel_start_layer
+        is_parting = lanes.mlp is None and visit.layer >= self.config.parallel_start_layer
         n = context.num_scored
         # After the last visit no attention follows that could look at the other positions, unless an MLP still does.
         is_narrow = is_last and n < context.x0.size(1) and (is_parting or lanes.mlp is not None)
-        x, attention = self._attend(layer, lanes.attention, w, context, adapters, skip, n if is_narrow else None)
+        x, attention = self._attend(visit, lanes.attention, context, skip, n if is_narrow else None)
         if is_parting:
             # Nothing but MLPs reads this lane, and they mix no positions: only those that are scored go on in it.
-            return Lanes(attention, self._mlp(layer, Stream(last_positions(x, n), None), w, adapters))
+            return Lanes(attention, self._mlp(visit, Stream(last_positions(x, n), None)))
         if lanes.mlp is not None:
-            return Lanes(attention, self._mlp(layer, lanes.mlp, w, adapters))
-        return Lanes(self._mlp(layer, attention, w, adapters), None)
+            return Lanes(attention, self._mlp(visit, lanes.mlp))
+        return Lanes(self._mlp(visit, attention), None)
 
     def _join(self, lanes: Lanes, n: int) -> Tensor:
         """Return the lanes' mean by a learned share, normed (B, n, D); the one lane normed where they never parted."""
@@ -259,23 +282,20 @@ class GPT(nn.Module):
         return merge_norm(x, delta, lanes.mlp.x, lanes.mlp.delta, self.lane_merge)
 
     def _attend(
-        self,
-        layer: int,
-        stream: Stream,
-        w: LayerWeights,
-        context: Context,
-        adapters: Visit,
-        skip: Skip | None = None,
-        num_queries: int | None = None,
+        self, visit: Visit, stream: Stream, context: Context, skip: Skip | None = None, num_queries: int | None = None
     ) -> tuple[Tensor, Stream]:
         """Return the stream as it came in (skip merged), and after the attention part of the layer.
 
         With num_queries the second is made for the last positions of each row only.
         """
-        config = self.config
+        config, (layer, w, adapters) = self.config, visit
         n = num_queries or stream.x.size(1)
+        # x is the stream with skip merged; the block reads mixed = mix[0] * x + mix[1] * x0, by learned vectors, so
+        # that the tokens themselves stay within reach of every visit; normed is its norm.
         x, mixed, normed = mix_norm(*stream, context.x0, w.resid_mix, norm_scale(layer), skip)
-        qkv, reduced = self._project(layer, normed, w.qkv, adapters)  # (B, T, D + 2 K E)
+        qkv, reduced = self._project(visit, normed)  # (B, T, D + 2 K E)
+        # XSA (exclusive self-attention, the last xsa_last_n layers): the part of y along the token's own value goes,
+        # for the residual stream holds the token already.
         y = self_attention(
             qkv,
             context.cos,
@@ -287,23 +307,24 @@ class GPT(nn.Module):
             backend=self.attention_backend,
         )  # (B, n, D)
         out = self.projections[f"layers_{layer}_o"](y, w.out)
-        if reduced is not None:  # o-LoRA reads the block's input, as the reference does
+        if reduced is not None:  # TRAP: o-LoRA reads the block's input, not y, as the reference does
             assert adapters.attention is not None
             out = add_low_rank_(out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale)
         return x, Stream(last_positions(mixed, n), out)
 
-    def _project(self, layer: int, normed: Tensor, weight: Tensor, adapters: Visit) -> tuple[Tensor, Tensor | None]:
+    def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
-        apply = self.projections[f"layers_{layer}_qkv"]
-        if adapters.attention is None:
+        apply, weight, adapters = self.projections[f"layers_{visit.layer}_qkv"], visit.w.qkv, visit.adapters.attention
+        if adapters is None:
             return apply(normed, weight), None
         dim, width = self.config.model_dim, self.config.kv_dim
         places = {"q": (0, dim), "k": (dim, dim + width), "v": (dim + width, dim + 2 * width)}
-        columns = {kind: place for kind, place in places.items() if kind in adapters.attention.b}
-        return adapted_product(normed, weight, adapters.attention, columns, apply)
+        columns = {kind: place for kind, place in places.items() if kind in adapters.b}
+        return adapted_product(normed, weight, adapters, columns, apply)
 
-    def _mlp(self, layer: int, stream: Stream, w: LayerWeights, adapters: Visit) -> Stream:
+    def _mlp(self, visit: Visit, stream: Stream) -> Stream:
         """Return the stream after the MLP part of the layer."""
+        layer, w, adapters = visit
         x, normed = add_norm(*stream, norm_scale(layer))
         up, down = (self.projections[f"layers_{layer}_{kind}"] for kind in ("up", "down"))
         out = mlp(normed, w.up, w.down, up, down)
@@ -314,8 +335,10 @@ class GPT(nn.Module):
     def _layer_weights(self) -> list[LayerWeights]:
         """Return every layer's weights, cast once to the compute type."""
         dtype, count = self.compute_dtype, self.config.num_layers
+        # Once a forward pass, for all visits: a layer that is visited three times is cast once.
         kv = self.kv_bank.to(dtype)
         qkv = torch.cat((self.qo_bank[:count].to(dtype), kv[:count], kv[count:]), dim=1).unbind(0)
+        # scaled before the cast: the product is rounded to the compute type once
         out = (self.qo_bank[count:] * self.attn_scale.unsqueeze(-1)).to(dtype).unbind(0)
         up, down = self.mlp_up_bank.to(dtype), (self.mlp_down_bank * self.mlp_scale.unsqueeze(-1)).to(dtype)
         vectors = (self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain)
@@ -326,8 +349,10 @@ class GPT(nn.Module):
         """Return the rotation tables for every position of the rows."""
         positions = torch.arange(tokens.size(1), device=tokens.device)
         if left_padding is not None:
+            # from 0 at a row's first own token; what stands before it is masked, so any angle does
             positions = (positions - left_padding.unsqueeze(1)).clamp_min(0)  # (B, T)
         elif packing is not None and self.config.rotary_positions == "segment":
+            # "packed", as published, counts on over the whole row: the same scores in exact arithmetic
             positions = segment_positions(packing, tokens.size(1))
         dtype = torch.float64 if self.compute_dtype == torch.float64 else torch.float32
         return rotary_tables(positions, rope_dims=self.config.rope_dims, base=self.config.rope_base, dtype=dtype)

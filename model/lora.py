@@ -113,7 +113,7 @@ def _signed(x: int) -> int:
     return x - (1 << 64) if x >> 63 else x
 
 
-class Visit(NamedTuple):
+class VisitAdapters(NamedTuple):
     """The adapters of one visit: those of the attention part, which share their input, and the MLP's."""
 
     attention: LowRank | None
@@ -122,60 +122,29 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Adapters of S documents: a[kind] (S, N, R, in) and b[kind] (S, N, out, R); the head's N is 1.
+    """Adapters of S documents, views of their rows by Layout: a[kind] (S, N, R, in), b[kind] (S, N, out, R).
 
-    attention_a (S, N, K R, in): the A of the attention kinds present, in VISIT_KINDS order, where they lie together in
-    memory. gradients: where the backward writes, in place of autograd's own (then anchor requires a gradient).
+    The head's N is 1. attention_a (S, N, K R, in): the A of the attention kinds present, in VISIT_KINDS order, as they
+    lie together in memory; None where there is no such kind. gradients: where the backward writes, in place of
+    autograd's own (then anchor requires a gradient).
     """
 
     a: Mapping[str, Tensor]
     b: Mapping[str, Tensor]
-    attention_a: Tensor | None = None
+    attention_a: Tensor | None
     gradients: Adapters | None = None
     anchor: Tensor | None = None
-
-    @classmethod
-    def zeros(
-        cls,
-        config: ModelConfig,
-        *,
-        num_slots: int,
-        num_visits: int,
-        lora_rank: int,
-        kinds: Iterable[str],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Adapters:
-        """Return adapters whose A and B are both zero."""
-        layout = Layout(config, num_visits, lora_rank, tuple(kinds))
-        return layout.view(torch.zeros(num_slots, layout.num_parameters, dtype=dtype, device=device))
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors, A before B, kinds in their order."""
         return [*self.a.values(), *self.b.values()]
 
-    def select(self, slots: Tensor) -> Adapters:
-        """Return a copy of the adapters of the given slots (int64 indices)."""
-        return Adapters(
-            {kind: value[slots] for kind, value in self.a.items()},
-            {kind: value[slots] for kind, value in self.b.items()},
-        )
-
-    def requires_grad_(self) -> Adapters:
-        """Ask autograd for the gradient of every tensor."""
-        for tensor in self.tensors():
-            tensor.requires_grad_()
-        return self
-
-    def visits(self, num_visits: int) -> list[Visit]:
+    def visits(self, num_visits: int) -> list[VisitAdapters]:
         """Return each visit's adapters; the head is left out."""
         attention = [kind for kind in ATTENTION_KINDS if kind in self.a]
-        joined = self.attention_a
-        if attention and (joined is None or self.a[attention[0]].requires_grad):
-            joined = torch.cat([self.a[kind] for kind in attention], dim=2)
         return [
-            Visit(
-                self._low_rank(visit, attention, joined) if attention else None,
+            VisitAdapters(
+                self._low_rank(visit, attention, self.attention_a) if attention else None,
                 self._low_rank(visit, ["mlp"], self.a["mlp"]) if "mlp" in self.a else None,
             )
             for visit in range(num_visits)

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,8 @@ from model.presets import bench_500
 from model.train.gradients import accumulate_gradients
 from model.train.optim import Optimizers
 from model.train.trainer import Ema
-from model.ttt.documents import Slots
+from model.ttt.learning_step import LearningStep
+from model.ttt.slots import Slots
 
 CONFIG = bench_500()
 TOKENS = CONFIG.train.micro_batch_tokens
@@ -234,22 +236,6 @@ def profile(run: Callable[[], object]) -> dict[str, float]:
     return dict(sorted(((k, round(t, 3)) for k, t in totals.items() if t > 0.01), key=lambda item: -item[1]))
 
 
-def adapt(model: GPT, slots: Slots, tokens: Tensor, padding: Tensor) -> None:
-    """Score the last 64 positions of each window and update every slot's adapters."""
-    index = torch.arange(slots.num_slots, device=DEVICE)
-    selected = slots.adapters.select(index).requires_grad_()
-    losses = model(
-        tokens,
-        tokens[:, -64:],
-        is_looped=True,
-        left_padding=padding,
-        adapters=selected,
-        num_scored=64,
-        reduction="none",
-    )
-    slots.update(index, selected, torch.autograd.grad(losses.mean(dim=1).sum(), selected.tensors()))
-
-
 def probe_ttt(_pattern: str) -> dict[str, Any]:
     """One adaptation step of 64 windows: forward, backward, update; for three window lengths."""
     result: dict[str, Any] = {}
@@ -260,12 +246,11 @@ def probe_ttt(_pattern: str) -> dict[str, Any]:
         slots = Slots(model, CONFIG.ttt, 42, 64)
         for slot in range(64):
             slots.reset(slot, slot)
+        tokens = np.random.default_rng(0).integers(2, 8192, 64 * 2049)
+        learning = LearningStep(model, tokens, CONFIG.ttt, slots, is_looped=True)
         for length in (256, 1024, 2048):
-            tokens = torch.randint(2, 8192, (64, length), device=DEVICE)
-            padding = torch.zeros(64, dtype=torch.long, device=DEVICE)
-            padding[::3] = 17
-
-            step = partial(adapt, model, slots, tokens, padding)
+            table = torch.tensor([(slot * 2049 + length, slot) for slot in range(64)], device=DEVICE)
+            step = partial(learning.score_and_learn, table, length)
             torch.cuda.reset_peak_memory_stats()
             figures: dict[str, Any] = time_ms(step, warm=2, timed=6)
             figures["window_tokens_per_s"] = 64 * length / figures["median_ms"] * 1000

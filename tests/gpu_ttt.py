@@ -26,7 +26,7 @@ from model.data.shards import HEADER_BYTES, find_documents
 from model.data.validation import ValidationSet
 from model.presets import bench_500
 from model.ttt.documents import make_slots
-from model.ttt.recorded_pass import GraphAdapter, StepRecorder
+from model.ttt.recorded_pass import RecordedPass, RecordedStep
 from model.ttt.score_ledger import times_scored
 from model.ttt.slots import Slots
 from model.ttt.windows import window_cost
@@ -52,7 +52,7 @@ def lengths_of(validation: ValidationSet) -> list[int]:
     return [int(n) for n in np.diff(validation.document_ranges, axis=1)[:, 0] - 1]
 
 
-def timed_pass(work: GraphAdapter, documents: Sequence[int], slots: Slots) -> dict[str, float]:
+def timed_pass(work: RecordedPass, documents: Sequence[int], slots: Slots) -> dict[str, float]:
     """Adapt documents and return seconds, useful window tokens a second, and the mean loss."""
     lengths = lengths_of(work.validation)
     work.nll.zero_()
@@ -77,21 +77,21 @@ def measure(validation: ValidationSet, write: Any) -> None:
     torch.cuda.synchronize()
     start = time.perf_counter()
     slots = make_slots(model, CONFIG, stream, seed=42)
-    work = GraphAdapter(model, validation, CONFIG, ignore, label="bench")
+    work = RecordedPass(model, validation, CONFIG, ignore, label="bench")
     cold = timed_pass(work, stream, slots)
     cold["seconds"] = time.perf_counter() - start
     events = work.close_ledger()
     assert (times_scored(events, validation.document_starts, validation.num_targets) == 1).all()
-    assert work.recorder is not None
+    assert work.learning is not None
     cold["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    write("all_cold", cold | {"num_slots": slots.num_slots, "num_graphs": len(work.recorder.recorded)})
+    write("all_cold", cold | {"num_slots": slots.num_slots, "num_graphs": len(work.learning.recorded)})
     first = work.nll.clone()
     sample = [d for d in sorted(random.Random(42).sample(range(499), 192)) if d < len(lengths) and lengths[d] > 0]
     for name in ("sample_first", "sample_second", "sample_warm"):  # a size is recorded when it is first met
         write(name, timed_pass(work, sample, slots))
     gaps = (work.nll - first)[work.nll != 0].abs()
     write("rerun_noise_nats", {"mean": float(gaps.mean()), "max": float(gaps.max())})
-    measure_steps(work.recorder, write)
+    measure_steps(work.learning, write)
     by_length = sorted(stream, key=lambda document: -lengths[document])
     for order, documents in (("stream", stream), ("sorted", by_length)) * 2:
         write(f"all_again_{order}", timed_pass(work, documents, slots))
@@ -101,7 +101,7 @@ def measure(validation: ValidationSet, write: Any) -> None:
     write("unadapted", {"seconds": time.perf_counter() - start})
 
 
-def measure_steps(recorder: StepRecorder, write: Any) -> None:
+def measure_steps(recorder: RecordedStep, write: Any) -> None:
     """Time single recorded steps of several sizes, and profile the largest operation by operation."""
     for rows, length in STEPS:
         table = torch.tensor([(length + 64 * row, row) for row in range(rows)]).pin_memory()
@@ -109,7 +109,7 @@ def measure_steps(recorder: StepRecorder, write: Any) -> None:
         figures: dict[str, Any] = time_ms(run, warm=3, timed=7)
         figures["window_tokens_per_s"] = rows * length / figures["median_ms"] * 1000
         if (rows, length) == STEPS[0]:
-            figures["profile_ms"] = profile(partial(recorder.step, table.to("cuda"), length))
+            figures["profile_ms"] = profile(partial(recorder.score_and_learn, table.to("cuda"), length))
         write(f"step_{rows}x{length}", figures)
 
 

@@ -23,8 +23,8 @@ from model.controls.self_test import SelfTest, examine, micro_run
 from model.controls.systems import UpdateFirst, altered
 from model.data.validation import ValidationSet
 from model.score.bpb import document_sums
-from model.ttt.document_pass import Adapter
-from model.ttt.recorded_pass import GraphAdapter
+from model.ttt.document_pass import DocumentPass
+from model.ttt.recorded_pass import RecordedPass
 from model.ttt.windows import Window
 
 ROOT = Path(__file__).parent.parent
@@ -131,11 +131,11 @@ def test_probes_are_chosen_by_name_and_run_in_their_own_order() -> None:
 
 
 def test_recorded_steps_of_a_gpu_are_probed_alike(audit: Audit) -> None:
-    class UpdateFirstInSteps(UpdateFirst, GraphAdapter):
+    class UpdateFirstInSteps(UpdateFirst, RecordedPass):
         """The control on the path that a GPU takes; on a CPU its steps run operation by operation."""
 
-    sound = altered(audit.system, adapter_type=GraphAdapter, sample=2)
-    broken = altered(audit.system, adapter_type=UpdateFirstInSteps, sample=2)
+    sound = altered(audit.system, pass_type=RecordedPass, sample=2)
+    broken = altered(audit.system, pass_type=UpdateFirstInSteps, sample=2)
     for probe in (probe_chunk_borders, probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
         assert probe(sound).result == "pass", probe
     for probe in (probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
@@ -180,7 +180,7 @@ def test_unfinished_runs_are_named_and_not_audited(
 
 def test_a_growing_ledger_does_not_slow_down(audit: Audit) -> None:
     system = audit.system
-    work = Adapter(system.model, system.validation, system.config.ttt, lambda *_: None, label="test")
+    work = DocumentPass(system.model, system.validation, system.config.ttt, lambda *_: None, label="test")
     window, started = [Window(0, 0, 16, 16, 0, False)], time.process_time()
     for _ in range(4000):
         work._log_updates(window, 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from model.banks import num_skips, visit_plan
 from model.data.packing import Packing, pack_row
 from model.gpt import GPT
-from model.lora import GOLDEN, Adapters, adapter_widths, initial_a, mix_
+from model.lora import GOLDEN, Adapters, Layout, adapter_widths, initial_a, mix_
 from model.presets import published
 from tests.micro_model import VOCAB_SIZE, micro_model, random_model
 
@@ -30,17 +30,21 @@ def pack(parts: Iterable[Tensor]) -> tuple[Tensor, Packing]:
     return row.unsqueeze(0), pack_row(row, bos_id=1, max_segment=64)
 
 
-def make_adapters(model: GPT, slots: int, *, zero: bool = False) -> Adapters:
+def make_rows(model: GPT, slots: int, *, zero: bool = False) -> tuple[Layout, Tensor]:
+    """Return random adapters of some documents, B zero where asked for, as rows of numbers with their layout."""
     generator = torch.Generator().manual_seed(11)
-    visits = visit_plan(model.config, is_looped=True).num_visits
-    adapters = Adapters.zeros(
-        model.config, num_slots=slots, num_visits=visits, lora_rank=2, kinds=ADAPTED,
-        dtype=model.qo_bank.dtype, device=torch.device("cpu"),
-    )  # fmt: skip
-    for tensors, scale in ((adapters.a, 0.2), (adapters.b, 0.0 if zero else 0.2)):
+    layout = Layout(model.config, visit_plan(model.config, is_looped=True).num_visits, 2, ADAPTED)
+    rows = torch.zeros(slots, layout.num_parameters, dtype=model.qo_bank.dtype)
+    views = layout.view(rows)
+    for tensors, scale in ((views.a, 0.2), (views.b, 0.0 if zero else 0.2)):
         for value in tensors.values():
             value.copy_(scale * torch.randn(value.shape, generator=generator))
-    return adapters
+    return layout, rows
+
+
+def make_adapters(model: GPT, slots: int, *, zero: bool = False) -> Adapters:
+    layout, rows = make_rows(model, slots, zero=zero)
+    return layout.view(rows)
 
 
 @pytest.mark.parametrize("is_looped", [False, True])
@@ -89,10 +93,11 @@ def test_scoring_the_last_positions_gives_adapters_the_full_pass_gradients() -> 
     targets = tokens.roll(-1, dims=1)
     gradients = []
     for num_scored in (None, 6):
-        adapters = make_adapters(model, 2).requires_grad_()
+        layout, rows = make_rows(model, 2)
+        adapters = layout.view(rows.requires_grad_())
         columns = targets if num_scored is None else targets[:, -num_scored:]
         nll = model(tokens, columns, is_looped=True, adapters=adapters, num_scored=num_scored, reduction="none")
-        gradients.append(torch.autograd.grad(nll[:, -6:].mean(), adapters.tensors()))
+        gradients.append(layout.view(torch.autograd.grad(nll[:, -6:].mean(), rows)[0]).tensors())
     for full, part in zip(*gradients):
         assert float(full.abs().max()) > 0
         assert torch.allclose(part, full, rtol=0, atol=1e-13)
@@ -104,10 +109,10 @@ def test_left_padding_changes_nothing(num_scored: int | None) -> None:
     parts, length = documents(7, 16, 11), 16
     rows = torch.stack([torch.cat((torch.zeros(length - part.numel(), dtype=torch.int64), part)) for part in parts])
     padding = torch.tensor([length - part.numel() for part in parts])
-    adapters = make_adapters(model, len(parts))
-    logits = model(rows, is_looped=True, left_padding=padding, adapters=adapters, num_scored=num_scored)
+    layout, sets = make_rows(model, len(parts))
+    logits = model(rows, is_looped=True, left_padding=padding, adapters=layout.view(sets), num_scored=num_scored)
     for slot, part in enumerate(parts):
-        alone = model(part.unsqueeze(0), is_looped=True, adapters=adapters.select(torch.tensor([slot])))[0]
+        alone = model(part.unsqueeze(0), is_looped=True, adapters=layout.view(sets[slot : slot + 1]))[0]
         count = num_scored or part.numel()
         assert torch.allclose(logits[slot, -count:], alone[-count:], rtol=0, atol=1e-12)
 

@@ -6,20 +6,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from model.banks import visit_plan
 from model.config import TTTConfig
 from model.data.shards import find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.ttt.documents import (
-    TTTResult,
-    chunk_window,
-    score_documents,
-    share_documents,
-    unadapted_windows,
-    window_cost,
-)
+from model.gpt import GPT
+from model.lora import Layout, initial_a
+from model.ttt.documents import TTTResult, score_documents
 from model.ttt.score_ledger import SCORE, UPDATE, times_scored
+from model.ttt.windows import chunk_window, share_documents, unadapted_windows, window_cost
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_ttt, micro_validation, random_model
 
 LENGTHS = (30, 5, 61, 2, 17, 44, 9)
@@ -141,6 +139,45 @@ def test_adaptation_helps_where_a_document_repeats_itself() -> None:
     plain = score(validation, micro_ttt(), is_adapting=False, dtype=torch.float32)
     adapted = score(validation, micro_ttt(), dtype=torch.float32)
     assert adapted.scores.bpb < plain.scores.bpb - 0.1
+
+
+def adapt_by_hand(model: GPT, tokens: Tensor, config: TTTConfig) -> np.ndarray:
+    """Return the nll of one document (1, N + 1), by what PyTorch brings: no slots, batches, buffers or kernels."""
+    num_visits = visit_plan(model.config, is_looped=True).num_visits
+    layout = Layout(model.config, num_visits, config.lora_rank, config.adapter_kinds)
+    drawn = initial_a(
+        model.config, num_visits=num_visits, lora_rank=config.lora_rank, kinds=config.adapter_kinds, seed=1
+    )
+    row = torch.nn.Parameter(torch.zeros(1, layout.num_parameters, dtype=torch.float64))
+    for kind, value in layout.view(row.data).a.items():
+        value[0] = drawn[kind]
+    betas, weight_decay = (0.0, config.beta2), config.weight_decay
+    adamw = torch.optim.AdamW([row], lr=config.lr, betas=betas, eps=config.eps, weight_decay=weight_decay)
+    found, num_predictions = [], tokens.size(1) - 1
+    for first in range(0, num_predictions, config.chunk_tokens):
+        end = min(first + config.chunk_tokens, num_predictions)
+        window = tokens[:, max(0, end - config.window_tokens) : end + 1]
+        for update in range(1 if end == num_predictions else config.updates_per_chunk):
+            adapters = layout.view(row)
+            nll = model(window[:, :-1], window[:, 1:], is_looped=True, adapters=adapters, reduction="none")
+            chunk = nll[0, first - end :]
+            if update == 0:
+                found.append(chunk.detach().numpy())
+            if end < num_predictions:
+                adamw.zero_grad()
+                chunk.mean().backward()
+                adamw.step()
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("updates_per_chunk", [1, 2])
+def test_adaptation_is_autograd_and_adamw_on_each_document_alone(updates_per_chunk: int) -> None:
+    validation, config = micro_validation(*LENGTHS), micro_ttt(updates_per_chunk=updates_per_chunk)
+    model = random_model(dtype=torch.float64).requires_grad_(False)
+    found = by_document(validation, score(validation, config, model=model).nll)
+    for (start, end), nll in zip(validation.document_ranges, found, strict=True):
+        tokens = torch.from_numpy(validation.tokens[start:end].astype(np.int64)).unsqueeze(0)
+        assert np.abs(nll - adapt_by_hand(model, tokens, config)).max() < 1e-12
 
 
 # ---- score first -----------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from model.kernels.adapters import GradientBuffers, LowRank, adapted_product, ad
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
-from model.ttt.document_pass import Adapter
-from model.ttt.recorded_pass import PADDING_TOKENS, GraphAdapter, StepRecorder
+from model.ttt.document_pass import DocumentPass
+from model.ttt.recorded_pass import PADDING_TOKENS, RecordedPass, RecordedStep
 from model.ttt.score_ledger import SCORE, UPDATE, times_scored
 from model.ttt.slots import Slots
 from model.ttt.windows import share_documents, window_cost
@@ -38,7 +38,9 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([x[i] @ a[i].T @ b[i].T for i in range(x.size(0))])
 
 
-def run(kind: type[Adapter], config: TTTConfig, *, num_slots: int = 3, dtype: torch.dtype = torch.float64) -> Adapter:
+def run(
+    kind: type[DocumentPass], config: TTTConfig, *, num_slots: int = 3, dtype: torch.dtype = torch.float64
+) -> DocumentPass:
     model, validation = random_model(dtype=dtype).requires_grad_(False), micro_validation(*LENGTHS)
     work = kind(model, validation, config, ignore, label="test")
     work.run_adapted(DOCUMENTS, Slots(model, config, 7, num_slots, num_spare=1))
@@ -49,13 +51,13 @@ def run(kind: type[Adapter], config: TTTConfig, *, num_slots: int = 3, dtype: to
 @pytest.mark.parametrize("kinds", [("q", "k", "v", "o", "mlp", "head"), ("v", "o"), ("mlp",), ("q", "head")])
 def test_steps_of_fixed_size_score_what_steps_of_any_size_score(kinds: tuple[str, ...], updates_per_chunk: int) -> None:
     config = micro_ttt(adapter_kinds=kinds, updates_per_chunk=updates_per_chunk)
-    plain, fixed = run(Adapter, config), run(GraphAdapter, config, num_slots=len(LENGTHS))
+    plain, fixed = run(DocumentPass, config), run(RecordedPass, config, num_slots=len(LENGTHS))
     assert float(plain.nll.abs().min()) > 0
     assert torch.allclose(fixed.nll, plain.nll, rtol=0, atol=1e-12)
 
 
 def test_the_ledger_holds_every_target_once_and_an_update_after_each_chunk_but_the_last() -> None:
-    for kind in (Adapter, GraphAdapter):
+    for kind in (DocumentPass, RecordedPass):
         work = run(kind, micro_ttt())
         events, validation = work.close_ledger(), work.validation
         assert (times_scored(events, validation.document_starts, validation.num_targets) == 1).all()
@@ -67,14 +69,14 @@ def test_the_ledger_holds_every_target_once_and_an_update_after_each_chunk_but_t
 @pytest.mark.parametrize("num_slots", [1, 2, 8])
 def test_scores_do_not_depend_on_the_number_of_slots(num_slots: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        first, second = (run(GraphAdapter, micro_ttt(), num_slots=n, dtype=dtype) for n in (3, num_slots))
+        first, second = (run(RecordedPass, micro_ttt(), num_slots=n, dtype=dtype) for n in (3, num_slots))
         assert torch.allclose(first.nll, second.nll, rtol=0, atol=tolerance)
 
 
 def test_the_spare_slot_stays_zero() -> None:
     model = random_model(dtype=torch.float64).requires_grad_(False)
     slots = Slots(model, micro_ttt(), 7, 2, num_spare=1)
-    recorder = StepRecorder(model, micro_validation(40).tokens, micro_ttt(), slots, is_looped=True)
+    recorder = RecordedStep(model, micro_validation(40).tokens, micro_ttt(), slots, is_looped=True)
     recorder.prepare(4, 24)
     assert not slots.values[2].any()
     assert not slots.moments[2].any()
@@ -82,7 +84,7 @@ def test_the_spare_slot_stays_zero() -> None:
 
 
 def test_a_size_that_cannot_be_recorded_scores_the_same_step_by_step(caplog: pytest.LogCaptureFixture) -> None:
-    config, expected = micro_ttt(), run(GraphAdapter, micro_ttt(), num_slots=8).nll
+    config, expected = micro_ttt(), run(RecordedPass, micro_ttt(), num_slots=8).nll
     for broken in (set(), {1, 2}, set(range(100))):
         work, recorder = recorded_pass(config, is_broken=lambda table, broken=broken: table.size(0) in broken)
         assert torch.equal(work.nll, expected), broken
@@ -96,7 +98,7 @@ def test_few_recordings_are_kept_and_scores_do_not_depend_on_how_many(most_recor
     work, recorder = recorded_pass(micro_ttt(), most_recordings=most_recordings)
     assert len(recorder.recorded) == most_recordings
     assert recorder.num_made > most_recordings
-    assert torch.equal(work.nll, run(GraphAdapter, micro_ttt(), num_slots=8).nll)
+    assert torch.equal(work.nll, run(RecordedPass, micro_ttt(), num_slots=8).nll)
 
 
 # ---- what runs together ----------------------------------------------------------------------------------------------
@@ -104,13 +106,13 @@ def test_few_recordings_are_kept_and_scores_do_not_depend_on_how_many(most_recor
 
 def recorded_pass(
     config: TTTConfig, is_broken: Callable[..., bool] = lambda _table: False, **options: Any
-) -> tuple[GraphAdapter, FakeRecorder]:
+) -> tuple[RecordedPass, FakeRecorder]:
     """Adapt all documents with steps recorded by a fake recorder."""
     model, validation = random_model(dtype=torch.float64).requires_grad_(False), micro_validation(*LENGTHS)
     slots = Slots(model, config, 7, len(LENGTHS), num_spare=1)
     recorder = FakeRecorder(lambda table: (table.size(0), config.chunk_tokens), is_broken, **options)
-    work = GraphAdapter(model, validation, config, ignore, label="test")
-    work.recorder = StepRecorder(model, validation.tokens, config, slots, is_looped=True, recorder=recorder)
+    work = RecordedPass(model, validation, config, ignore, label="test")
+    work.learning = RecordedStep(model, validation.tokens, config, slots, is_looped=True, recorder=recorder)
     work.run_adapted(DOCUMENTS, slots)
     return work, recorder
 

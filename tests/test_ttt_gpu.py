@@ -17,9 +17,9 @@ from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.graphs import Recorder
 from model.presets import published
 from model.score.plain import RowScorer, row_bounds, score_rows
-from model.ttt.document_pass import Adapter
+from model.ttt.document_pass import DocumentPass
 from model.ttt.documents import make_slots
-from model.ttt.recorded_pass import GraphAdapter, StepRecorder
+from model.ttt.recorded_pass import RecordedPass, RecordedStep
 from model.ttt.slots import Slots
 from tests.micro_model import ignore
 
@@ -47,12 +47,12 @@ def documents(*lengths: int) -> ValidationSet:
     return ValidationSet(tokens, find_documents(tokens))
 
 
-def adapt(kind: type[Adapter], model: GPT, validation: ValidationSet) -> np.ndarray:
+def adapt(kind: type[DocumentPass], model: GPT, validation: ValidationSet) -> np.ndarray:
     """Return the nll (N,) of every target."""
     work = kind(model, validation, CONFIG, ignore, label="gpu")
     everyone = range(validation.num_documents)
     spare = Slots(model, CONFIG, 1, validation.num_documents)
-    work.run_adapted(everyone, make_slots(model, CONFIG, everyone, seed=1) if kind is GraphAdapter else spare)
+    work.run_adapted(everyone, make_slots(model, CONFIG, everyone, seed=1) if kind is RecordedPass else spare)
     return np.asarray(work.nll.cpu().numpy())
 
 
@@ -79,14 +79,14 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
         for slot in range(3):
             slots.reset(slot, slot)
         start = slots.values[:3].cpu()
-        recorder = StepRecorder(model, validation.tokens, CONFIG, slots, is_looped=True)
+        recorder = RecordedStep(model, validation.tokens, CONFIG, slots, is_looped=True)
         if is_recorded:
             recorder.prepare(4, 256)
         losses = []
         for chunk in range(3):
             ends = [int(start) + 256 + 64 * chunk for start, _ in validation.document_ranges]
             table = torch.tensor([*zip(ends, range(3)), (256, 3)])
-            run = recorder.run(table, 256) if is_recorded else recorder.step(table.to(CUDA), 256)
+            run = recorder.run(table, 256) if is_recorded else recorder.score_and_learn(table.to(CUDA), 256)
             losses.append(run[:3].clone())
         assert len(recorder.recorded) == is_recorded
         found.append((torch.stack(losses).cpu(), slots.values[:3].cpu(), slots.num_updates[:3].tolist()))
@@ -150,8 +150,8 @@ def test_work_that_waits_for_the_host_runs_unrecorded_and_leaves_the_gpu_sane() 
 
 def test_bf16_graphs_agree_with_float32_steps() -> None:
     validation = documents(400, 90, 2300, 30, 641, 5)
-    plain = adapt(Adapter, full_model(torch.float32), validation)
-    fast = adapt(GraphAdapter, full_model(torch.bfloat16), validation)
+    plain = adapt(DocumentPass, full_model(torch.float32), validation)
+    fast = adapt(RecordedPass, full_model(torch.bfloat16), validation)
     assert np.isfinite(fast).all()
     ranges = validation.document_ranges
     gaps = [abs(float((fast - plain)[start : end - 1].mean())) for start, end in ranges if end - start > 64]
@@ -160,6 +160,6 @@ def test_bf16_graphs_agree_with_float32_steps() -> None:
 
 def test_two_passes_agree_to_the_bit() -> None:
     model, validation = full_model(torch.bfloat16), documents(400, 90, 2300, 2900, 641, 5, 2300)
-    first, second = (adapt(GraphAdapter, model, validation) for _ in range(2))
+    first, second = (adapt(RecordedPass, model, validation) for _ in range(2))
     assert np.array_equal(first, second)
     assert first.std() > 0.01

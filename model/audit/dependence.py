@@ -15,7 +15,7 @@ import numpy as np
 from model.audit.system import System, largest
 from model.audit.verdicts import FAIL, PASS, Result, not_run
 from model.distributed import Dist
-from model.ttt.documents import share_documents
+from model.ttt.windows import share_documents
 
 RULE = "C1"
 Edge = tuple[int, int]  # the document that was changed, the one whose score moved

@@ -15,7 +15,6 @@ from model.audit.verdicts import Result, judged, not_run
 from model.data.validation import ValidationSet
 from model.lora import Adapters
 from model.ttt.batches import Batch
-from model.ttt.document_pass import Adapter
 from model.ttt.slots import Slots
 from model.ttt.windows import Window
 
@@ -70,37 +69,39 @@ def total_probability(nll: np.ndarray) -> float:
 
 def adapted_total(system: System, document: int) -> float:
     """Return the sum over all ids at one place of the second chunk, with the adapters that the first one left."""
-    work, adapters = capture_adapters(system, document)
+    adapters = capture_adapters(system, document)
     end = system.config.ttt.chunk_tokens + DOCUMENT_TOKENS
     variants, _ = variants_of(system, system.validation.document(document)[:end])
-    work.validation, work.ranges = variants, variants.document_ranges
-    losses = []
-    with torch.no_grad():
-        for first in range(0, variants.num_documents - 1, 64):
-            rows = range(first, min(first + 64, variants.num_documents - 1))
-            windows = [Window(row, 0, end, DOCUMENT_TOKENS, 1, True) for row in rows]
-            losses.append(work._forward(windows, repeated(adapters, len(rows)), is_scored=False)[:, -1])
+    work, losses = system.make_pass(variants), []
+    for first in range(0, variants.num_documents - 1, 64):
+        rows = range(first, min(first + 64, variants.num_documents - 1))
+        windows = [Window(row, 0, end, DOCUMENT_TOKENS, 1, True) for row in rows]
+        losses.append(work.forward(windows, repeat_adapters(adapters, len(rows)))[:, -1])
     return total_probability(torch.cat(losses).cpu().numpy())
 
 
-def capture_adapters(system: System, document: int) -> tuple[Adapter, Adapters]:
-    """Return a pass over one document, and the adapters (one set) with which it scored the second chunk."""
+def capture_adapters(system: System, document: int) -> Adapters:
+    """Return the adapters (one set) with which a document's second chunk is scored."""
     captured: list[Adapters] = []
 
-    class Capturing(system.adapter_type):  # type: ignore[misc,name-defined]
+    class Capturing(system.pass_type):  # type: ignore[misc,name-defined]
         def _advance(self, slots: Slots, batch: Batch) -> None:
             if not captured and batch.tasks[0].window.num_updates > 0:
                 captured.append(slots.gather(torch.tensor([batch.tasks[0].slot], device=slots.values.device)))
             super()._advance(slots, batch)
 
-    work = system.adapt(system.validation, [document], adapter_type=Capturing)
-    return work, captured[0]
+    system.adapt(system.validation, [document], pass_type=Capturing)
+    return captured[0]
 
 
-def repeated(adapters: Adapters, times: int) -> Adapters:
+def repeat_adapters(adapters: Adapters, times: int) -> Adapters:
     """Return the same set for several rows, without copying it."""
-    a, b = ({k: v.expand(times, *v.shape[1:]) for k, v in part.items()} for part in (adapters.a, adapters.b))
-    return Adapters(a, b)
+
+    def repeat(x: Tensor) -> Tensor:
+        return x.expand(times, *x.shape[1:])
+
+    a, b = ({kind: repeat(x) for kind, x in part.items()} for part in (adapters.a, adapters.b))
+    return Adapters(a, b, None if adapters.attention_a is None else repeat(adapters.attention_a))
 
 
 def probe_gold_swap(system: System) -> Result:
@@ -108,7 +109,7 @@ def probe_gold_swap(system: System) -> Result:
     if not system.documents:
         return not_run("gold_swap", RULE, "no validation document has three chunks; nothing to probe")
     document = system.documents[0]
-    _, adapters = capture_adapters(system, document)
+    adapters = capture_adapters(system, document)
     length = 2 * system.config.ttt.chunk_tokens
     tokens = torch.from_numpy(system.validation.document(document)[: length + 1].astype(np.int64))
     row = tokens.to(system.model.qo_bank.device).unsqueeze(0)

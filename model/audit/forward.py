@@ -23,7 +23,7 @@ from model.data.shards import BOS_ID
 from model.data.validation import ValidationSet
 from model.lora import Adapters
 from model.ttt.batches import Batch
-from model.ttt.document_pass import Adapter
+from model.ttt.document_pass import DocumentPass
 from model.ttt.slots import Slots
 
 NO_DOCUMENT = "no validation document has three chunks; nothing to probe"
@@ -103,11 +103,11 @@ def log_probabilities(system: System, prefix: np.ndarray, adapters: Adapters | N
     return torch.log_softmax(logits[:, -1].double(), dim=-1)
 
 
-def capture_all(system: System, variants: ValidationSet, prediction: int) -> tuple[Adapter, list[Captured]]:
+def capture_all(system: System, variants: ValidationSet, prediction: int) -> tuple[DocumentPass, list[Captured]]:
     """Adapt every variant and return the pass, with the adapters that scored this prediction of each."""
     captured: list[Captured] = []
 
-    class Capturing(system.adapter_type):  # type: ignore[misc,name-defined]
+    class Capturing(system.pass_type):  # type: ignore[misc,name-defined]
         def _advance(self, slots: Slots, batch: Batch) -> None:
             tasks = [t for t in batch.tasks if t.window.end - t.window.num_scored <= prediction < t.window.end]
             if tasks:
@@ -116,7 +116,7 @@ def capture_all(system: System, variants: ValidationSet, prediction: int) -> tup
             super()._advance(slots, batch)
 
     documents = range(variants.num_documents - 1)
-    return system.adapt(variants, documents, adapter_type=Capturing), captured
+    return system.adapt(variants, documents, pass_type=Capturing), captured
 
 
 def probe_two_forwards(system: System) -> Result:

@@ -1,7 +1,7 @@
 """The system that an audit probes: an artifact's model with its validation text, and the two ways it is scored.
 
 Probes change the text, the adapters' updates or the batch, score again through the very functions that made the
-figures, and compare. A deliberately broken system is another model, or another adapter or slots class.
+figures, and compare. A deliberately broken system is another model, or another kind of pass or slots.
 """
 
 # D documents, N targets of the stream
@@ -22,8 +22,8 @@ from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT, fits_graphs
 from model.score.plain import score_rows
-from model.ttt.document_pass import Adapter
-from model.ttt.recorded_pass import GraphAdapter
+from model.ttt.document_pass import DocumentPass
+from model.ttt.recorded_pass import RecordedPass
 from model.ttt.slots import Slots
 
 NUM_RERUNS = 2  # identical repetitions that the noise is measured on
@@ -39,13 +39,13 @@ class System:
     tokenizer: Tokenizer
     config: RunConfig
     sample: int = 8
-    adapter_type: type[Adapter] | None = None  # None: the one that scores this model
+    pass_type: type[DocumentPass] | None = None  # None: the one that scores this model
     slots_type: type[Slots] = Slots
     generator: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.adapter_type is None:
-            self.adapter_type = GraphAdapter if fits_graphs(self.model) else Adapter
+        if self.pass_type is None:
+            self.pass_type = RecordedPass if fits_graphs(self.model) else DocumentPass
         self.generator = np.random.Generator(np.random.PCG64(self.config.seed))
 
     @cached_property
@@ -79,18 +79,22 @@ class System:
         documents: Sequence[int] | None = None,
         *,
         slots_type: type[Slots] | None = None,
-        adapter_type: type[Adapter] | None = None,
+        pass_type: type[DocumentPass] | None = None,
         num_slots: int | None = None,
-    ) -> Adapter:
+    ) -> DocumentPass:
         """Score and adapt documents (default: those under probe) of a stream; return the pass with nll and ledger."""
         chosen = self.documents if documents is None else list(documents)
-        kind = adapter_type or self.adapter_type
-        assert kind is not None
-        work = kind(self.model, validation, self.config.ttt, ignore, label="audit")
+        work = self.make_pass(validation, pass_type)
         count = num_slots or min(len(chosen), self.config.ttt.batch_documents)
         slots = (slots_type or self.slots_type)(self.model, self.config.ttt, self.config.seed, count, num_spare=1)
         work.run_adapted(chosen, slots)
         return work
+
+    def make_pass(self, validation: ValidationSet, pass_type: type[DocumentPass] | None = None) -> DocumentPass:
+        """Return a pass over a stream that has not begun."""
+        kind = pass_type or self.pass_type
+        assert kind is not None
+        return kind(self.model, validation, self.config.ttt, ignore, label="audit")
 
     def adapted_nll(
         self, validation: ValidationSet, documents: Sequence[int] | None = None, **options: Any
@@ -146,7 +150,7 @@ def join_documents(documents: Sequence[np.ndarray]) -> ValidationSet:
     return ValidationSet(tokens, np.concatenate(([0], np.cumsum(lengths))))
 
 
-def nll_of(work: Adapter) -> np.ndarray:
+def nll_of(work: DocumentPass) -> np.ndarray:
     """Return the nll (N,) of a finished pass."""
     return np.asarray(work.nll.cpu().numpy())
 

@@ -43,38 +43,45 @@ def state_hash(adapters: Adapters, row: int, dtype: torch.dtype) -> str:
 def watch_states(system: System, documents: Sequence[int], *, num_slots: int | None = None) -> list[StateEvent]:
     """Adapt documents and return what their adapters were at every reset, score and update.
 
-    A recorded step cannot be looked into: there the state of a score is the one before the step.
+    A score's state is what the forward pass took out of the slots. A replayed step cannot be looked into: there it is
+    the state before the step.
     """
     seen: list[StateEvent] = []
+    holders: dict[int, int] = {}  # the document of each slot
+    read: dict[int, str] = {}  # the state that was last read, by document
     dtype = system.model.compute_dtype
+
+    def hash_slot(slots: Slots, slot: int) -> str:
+        return state_hash(slots.layout.view(slots.values[slot : slot + 1]), 0, dtype)
 
     class WatchedSlots(system.slots_type):  # type: ignore[misc,name-defined]
         def reset(self, slot: int, document: int) -> None:
             super().reset(slot, document)
-            seen.append(StateEvent(document, "reset", 0, state_hash(self.adapters, slot, dtype)))
+            holders[slot] = document
+            seen.append(StateEvent(document, "reset", 0, hash_slot(self, slot)))
 
-    class WatchedAdapter(system.adapter_type):  # type: ignore[misc,name-defined]
+        def gather(self, slots: Tensor, gradients: Tensor | None = None) -> Adapters:
+            adapters: Adapters = super().gather(slots, gradients)
+            if slots.is_cuda and torch.cuda.is_current_stream_capturing():
+                return adapters  # a recording runs nothing, and may not wait for the host
+            for row, slot in enumerate(slots.tolist()):
+                if slot in holders:  # nobody holds a spare one
+                    read[holders[slot]] = state_hash(adapters, row, dtype)
+            return adapters
+
+    class WatchedPass(system.pass_type):  # type: ignore[misc,name-defined]
         def _advance(self, slots: Slots, batch: Batch) -> None:
-            before = [state_hash(slots.adapters, task.slot, dtype) for task in batch.tasks]
-            place = len(seen)
+            read.update({task.window.document: hash_slot(slots, task.slot) for task in batch.tasks})
             super()._advance(slots, batch)
-            if len(seen) == place:  # no forward pass was seen
-                rows = zip(batch.tasks, before, strict=True)
-                seen.extend(StateEvent(t.window.document, "score", t.window.num_updates, state) for t, state in rows)
             for task in () if batch.is_last else batch.tasks:
-                state = state_hash(slots.adapters, task.slot, dtype)
-                seen.append(StateEvent(task.window.document, "update", int(slots.num_updates[task.slot]), state))
+                updates = int(slots.num_updates[task.slot])
+                seen.append(StateEvent(task.window.document, "update", updates, hash_slot(slots, task.slot)))
 
-        def _forward(self, windows: list[Window], adapters: Adapters | None, *, is_scored: bool = True) -> Tensor:
-            for row, window in enumerate(windows if is_scored and adapters is not None else ()):
-                assert adapters is not None
-                seen.append(StateEvent(window.document, "score", window.num_updates, state_hash(adapters, row, dtype)))
-            losses: Tensor = super()._forward(windows, adapters, is_scored=is_scored)
-            return losses
+        def _note(self, windows: list[Window], losses: Tensor) -> None:
+            seen.extend(StateEvent(w.document, "score", w.num_updates, read[w.document]) for w in windows)
+            super()._note(windows, losses)
 
-    system.adapt(
-        system.validation, documents, slots_type=WatchedSlots, adapter_type=WatchedAdapter, num_slots=num_slots
-    )
+    system.adapt(system.validation, documents, slots_type=WatchedSlots, pass_type=WatchedPass, num_slots=num_slots)
     return seen
 
 
@@ -150,15 +157,8 @@ def _poisoning(base: type[Slots], number: int) -> type[Slots]:
     class PoisonedSlots(base):  # type: ignore[misc,valid-type]
         noise: Tensor | None = None
 
-        def update(self, slots: Tensor, *rest: Any) -> None:
-            super().update(slots, *rest)
-            self.spoil(slots)
-
         def step(self, slots: Tensor, gradients: Tensor) -> None:
             super().step(slots, gradients)
-            self.spoil(slots)
-
-        def spoil(self, slots: Tensor) -> None:
             if self.noise is None:  # made before anything is recorded
                 generator = torch.Generator().manual_seed(number)
                 self.noise = torch.randn(self.values.size(1), generator=generator).to(self.values) * POISON_STD
@@ -172,17 +172,9 @@ def _freezing(base: type[Slots], number: int) -> type[Slots]:
     """Return slots that change nothing any more after the update of this number (from 1)."""
 
     class FrozenSlots(base):  # type: ignore[misc,valid-type]
-        def update(self, slots: Tensor, *rest: Any) -> None:
-            before = self.values[slots].clone()
-            super().update(slots, *rest)
-            self.restore(slots, before)
-
         def step(self, slots: Tensor, gradients: Tensor) -> None:
             before = self.values[slots].clone()
             super().step(slots, gradients)
-            self.restore(slots, before)
-
-        def restore(self, slots: Tensor, before: Tensor) -> None:
             is_late = (self.num_updates[slots] > number).unsqueeze(1)
             self.values[slots] = torch.where(is_late, before, self.values[slots])
 

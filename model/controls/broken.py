@@ -111,7 +111,7 @@ def gold_peeking_head(audit: Audit) -> Iterator[Result]:
 
 def update_before_score(audit: Audit) -> Iterator[Result]:
     """A chunk is learned from before it is scored; the ledger denies it."""
-    system = altered(audit.system, adapter_type=UpdateFirst)
+    system = altered(audit.system, pass_type=UpdateFirst)
     yield probe_adapter_states(system)
     yield probe_poisoned_update(system)
     yield probe_frozen_updates(system)
@@ -155,17 +155,17 @@ def stale_adapters(audit: Audit) -> Iterator[Result]:
 
 def shared_longest_first(audit: Audit) -> Iterator[Result]:
     """Documents are adapted longest first in a state that they share."""
-    yield probe_dependencies(altered(audit.system, adapter_type=LongestFirst, slots_type=StaleSlots))
+    yield probe_dependencies(altered(audit.system, pass_type=LongestFirst, slots_type=StaleSlots))
 
 
 def hints_against_order(audit: Audit) -> Iterator[Result]:
     """Hints come from the stream's prefix, updates from the longest documents first."""
-    yield probe_dependencies(altered(audit.system, adapter_type=HintedLongestFirst, slots_type=StaleSlots))
+    yield probe_dependencies(altered(audit.system, pass_type=HintedLongestFirst, slots_type=StaleSlots))
 
 
 def gate_on_target(audit: Audit) -> Iterator[Result]:
     """A score is mixed with another one where the realized token has been seen."""
-    yield probe_target_gate(altered(audit.system, adapter_type=Gated))
+    yield probe_target_gate(altered(audit.system, pass_type=Gated))
 
 
 def second_forward(audit: Audit) -> Iterator[Result]:

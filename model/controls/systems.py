@@ -1,6 +1,6 @@
 """Negative controls: systems broken on purpose, one way each, that the probes of an audit must catch.
 
-Used by the self-test only. Models, adapters and slots are subclasses of the real ones; what a run leaves behind is
+Used by the self-test only. Models, passes and slots are subclasses of the real ones; what a run leaves behind is
 changed in a copy. Nothing here is reachable from training or scoring.
 """
 
@@ -21,7 +21,7 @@ from model.audit.system import System
 from model.data.tokenizer import ByteTable
 from model.gpt import GPT
 from model.ttt.batches import Batch
-from model.ttt.document_pass import Adapter
+from model.ttt.document_pass import DocumentPass
 from model.ttt.score_ledger import UPDATE, Events
 from model.ttt.slots import Slots
 
@@ -39,7 +39,7 @@ def rebuilt(system: System, kind: type[GPT]) -> System:
 
 def altered(system: System, **parts: Any) -> System:
     """Return the system with other parts, nothing of what it remembered kept."""
-    names = ("model", "validation", "tokenizer", "config", "sample", "adapter_type", "slots_type")
+    names = ("model", "validation", "tokenizer", "config", "sample", "pass_type", "slots_type")
     return System(**{**{name: getattr(system, name) for name in names}, **parts})
 
 
@@ -66,8 +66,8 @@ def leaking_mask() -> Iterator[None]:
 class NeighborGPT(GPT):
     """Mixes the rows of a batch, as a norm over the batch would."""
 
-    def _hidden(self, *arguments: Any, **options: Any) -> Tensor:
-        hidden = super()._hidden(*arguments, **options)
+    def _run_visits(self, *arguments: Any, **options: Any) -> Tensor:
+        hidden = super()._run_visits(*arguments, **options)
         return hidden + LEAK * hidden.roll(1, dims=0)
 
 
@@ -102,7 +102,7 @@ class GoldPeekingGPT(GPT):
         return -torch.log(raised / (raised + 1 - torch.exp(-result)))
 
 
-class UpdateFirst(Adapter):
+class UpdateFirst(DocumentPass):
     """Learns from a chunk before it scores it, and writes a ledger that says otherwise."""
 
     is_silent = False
@@ -132,7 +132,7 @@ class HonestUpdateFirst(UpdateFirst):
     is_honest = True
 
 
-class Rescoring(Adapter):
+class Rescoring(DocumentPass):
     """Scores a chunk again after having learned from it."""
 
     def _advance(self, slots: Slots, batch: Batch) -> None:
@@ -141,7 +141,7 @@ class Rescoring(Adapter):
             super()._advance(slots, batch._replace(is_last=True))
 
 
-class Skipping(Adapter):
+class Skipping(DocumentPass):
     """Leaves out its last document."""
 
     def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
@@ -162,7 +162,7 @@ class StaleSlots(Slots):
         used.add(slot)
 
 
-class LongestFirst(Adapter):
+class LongestFirst(DocumentPass):
     """Adapts documents one after another, the longest first (with StaleSlots: in one state that they share)."""
 
     def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
@@ -180,7 +180,7 @@ class HintedLongestFirst(LongestFirst):
         super()._note(windows, losses * (1 - HINT * torch.tensor(hints).unsqueeze(1)))
 
 
-class Gated(Adapter):
+class Gated(DocumentPass):
     """Mixes the model with the tokens seen so far where the realized token is one of them: a gate that looks at it."""
 
     def _note(self, windows: Any, losses: Tensor) -> None:
@@ -198,23 +198,23 @@ class Gated(Adapter):
 class GatelessGPT(GPT):
     """Its forward for adaptation was written a second time, and the gates of the skip connections were forgotten."""
 
-    def _hidden(
+    def _run_visits(
         self, tokens: Tensor, is_looped: bool, packing: Any, left_padding: Any, adapters: Any, n: Any
     ) -> Tensor:
         if adapters is None:
-            return super()._hidden(tokens, is_looped, packing, left_padding, adapters, n)
+            return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n)
         kept = self.skip_gates.data
         self.skip_gates.data = torch.full_like(kept, -math.inf)  # sigmoid 0: the skip connection takes all
         try:
-            return super()._hidden(tokens, is_looped, packing, left_padding, adapters, n)
+            return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n)
         finally:
             self.skip_gates.data = kept
 
 
-def events_of(system: System, adapter_type: type[Adapter]) -> tuple[Events, np.ndarray]:
-    """Return ledger and nll of all documents, scored by a broken adapter."""
+def events_of(system: System, pass_type: type[DocumentPass]) -> tuple[Events, np.ndarray]:
+    """Return ledger and nll of all documents, scored by a broken pass."""
     documents = [d for d, (start, end) in enumerate(system.validation.document_ranges) if end - start > 1]
-    work = system.adapt(system.validation, documents, adapter_type=adapter_type)
+    work = system.adapt(system.validation, documents, pass_type=pass_type)
     return work.close_ledger(), np.asarray(work.nll.cpu().numpy())
 
 

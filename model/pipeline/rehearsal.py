@@ -26,7 +26,7 @@ from model.kernels.dispatch import has_triton
 from model.lora import Layout
 from model.pipeline.compile_clock import COMPILE
 from model.pipeline.run import Run
-from model.ttt.recorded_pass import StepRecorder
+from model.ttt.learning_step import LearningStep
 from model.ttt.slots import Slots
 
 ROW_TOKENS = 2048
@@ -113,10 +113,10 @@ def _adapt(model: GPT, config: RunConfig) -> None:
     zeros = layout.view(torch.zeros(1, layout.num_parameters)).a
     slots = Slots(model, ttt, 0, 1, {kind: value[0] for kind, value in zeros.items()}, num_spare=1)
     tokens = _documents(config, 2 * length)
-    recorder = StepRecorder(model, tokens, ttt, slots, is_looped=True)
+    learning = LearningStep(model, tokens, ttt, slots, is_looped=True)
     for rows, time in ((1, ttt.chunk_tokens), (4, ttt.chunk_tokens), (4, length)):
         table = torch.tensor([[length, 0]] * rows, device=device)
-        recorder.step(table, time)
+        learning.score_and_learn(table, time)
         windows = torch.from_numpy(np.resize(tokens, (rows, time))).to(device)
         for padding in (None, torch.ones(rows, dtype=torch.int64, device=device)):
             for adapters in (None, slots.gather(table[:, 1])):

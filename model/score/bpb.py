@@ -15,6 +15,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
     """Return nats summed over some targets as bits per byte of those targets' text."""
     if num_bytes <= 0:
         raise ValueError(f"bits per byte need at least one byte of text, got {num_bytes}")
+    # bytes, not tokens: a tokenizer with longer pieces has fewer losses, each of them larger
     return nats / math.log(2) / num_bytes
 
 
@@ -48,13 +49,15 @@ def document_bounds(validation: ValidationSet, num_scored: int) -> tuple[np.ndar
 
     A target belongs to the document of its input.
     """
-    ranges = validation.document_ranges  # (D, 2)
+    ranges = validation.document_ranges  # (D, 2) tokens, the BOS of the next document included
+    # one target less than tokens: the last token of a range is a target only
     return np.minimum(ranges[:, 0], num_scored), np.minimum(ranges[:, 1] - 1, num_scored)
 
 
 def document_bytes(validation: ValidationSet, table: ByteTable, *, num_scored: int) -> np.ndarray:
     """Return the bytes (D,) int64 of each document's targets among the first num_scored."""
     starts, ends = document_bounds(validation, num_scored)
+    # a running sum, so that a document's bytes are one subtraction
     total = np.concatenate(([0], np.cumsum(target_bytes(table, validation.tokens)[:num_scored], dtype=np.int64)))
     return np.subtract(total[ends], total[starts])
 
@@ -75,6 +78,7 @@ def sums_beside(
     Nats are summed in stream order, so that they do not depend on how the targets were spread over rows or ranks.
     """
     starts, ends = document_bounds(validation, num_scored)
+    # in float64, so that others can add the same losses up in another order and compare
     nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
     return DocumentScores(ends - starts, num_bytes, nats, seconds)
 

@@ -1,4 +1,4 @@
-"""Plain evaluation, bytes by document (of the tokenizer's table) and nats to bits per byte, which live here only."""
+"""Plain evaluation: the whole validation stream in packed rows, scored once without adaptation."""
 
 # N targets, D documents, T tokens of a row
 
@@ -59,6 +59,7 @@ class RowScorer:
             return nll.squeeze(0)
 
         tensors = (row.inputs, row.targets, row.packing.cu_seqlens)
+        # the first row of a size runs as it is: kernels must be compiled and loaded before they can be recorded
         if key in self.seen and (self.is_recording or (device.type == "cuda" and fits_row_graphs(self.model))):
             return self.recorder.run(key, forward, *tensors, device=device)
         self.seen.add(key)
@@ -86,6 +87,7 @@ def score_rows(
     assert scorer.model is model, "the scorer is another model's"
     assert scorer.is_looped == is_looped, scorer.is_looped
     bounds = row_bounds(validation.num_targets, config)
+    # zeros where other ranks score: the sum over ranks then puts the stream together
     nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)
 
     def make_row(number: int) -> Batch:
@@ -105,6 +107,7 @@ def score_rows(
             report(label, number + 1, len(bounds), {})
     dist.meet()
     scored = dist.all_reduce_(nll).cpu().numpy()
+    # NaN, so that a target nobody scored cannot pass for one of loss 0
     if not bounds or bounds[-1][1] < validation.num_targets:
         scored[bounds[-1][1] if bounds else 0 :] = np.nan
     return scored

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,6 @@ from torch import Tensor, nn
 from model.data.loader import Batch
 from model.distributed import Dist
 from model.gpt import GPT
-
-if TYPE_CHECKING:  # the program of a run without checkpoints does without both
-    pass
 
 
 def gradient_norm(grads: list[Tensor]) -> Tensor:
@@ -24,6 +20,7 @@ def gradient_norm(grads: list[Tensor]) -> Tensor:
 def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
     """Scale grads in place by min(1, max_norm / (norm + 1e-6)) and return the norm from before; no host wait."""
     norm = gradient_norm(grads)
+    # the factor stays a tensor: to compare the norm with a limit in Python would wait for the device
     torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp_max(1.0))
     return norm
 
@@ -43,6 +40,9 @@ def accumulate_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Leave this rank's clipped mean gradient over its micro-batches in parameter.grad.
 
+    TRAP: with "per_rank" a score depends on the number of GPUs: eight ranks clip eight micro-batches where one GPU
+    clips their mean. "per_micro_batch" is the arithmetic of the published eight on any number.
+
     Returns (mean loss, gradient norm before clipping; per_micro_batch: the mean of the norms), device scalars.
     "global" averages over the ranks before it clips; averaging again afterwards changes nothing.
     """
@@ -58,6 +58,7 @@ def accumulate_gradients(
             continue
         grads = gradients(parameters)
         norms.append(clip_(grads, max_norm))
+        # Each micro-batch is clipped by its own norm, so autograd must not add it to the ones before.
         if len(batches) > 1:
             if total is None:
                 total = grads

@@ -9,6 +9,7 @@ def schedule_frac(step: int, elapsed_s: float, config: TrainConfig) -> float:
     """Return how much of the schedule is over: of the wall-clock budget less the reserve, or of max_steps."""
     if config.budget_s is None:
         return step / config.max_steps
+    # what quantization needs later is part of the same budget: training ends that much earlier
     return elapsed_s / (config.budget_s - config.reserve_s)
 
 

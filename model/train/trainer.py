@@ -125,13 +125,13 @@ class Trainer:
         self.optimizers = Optimizers(model, config, dist)
         self.ema = Ema(model, config.ema_decay)
         self.parameters = list(model.parameters())
-        self.step = 0
+        self.step = 0  # steps done, and the number (from 0) of the next
         self.before_s = 0.0  # training seconds of earlier attempts
         self.paused_s = 0.0  # checkpoint writing since the loop began, not counted in the budget
         self.reached = reached
         self.resumed_at: list[int] = []
         self.lost_steps = 0
-        self.pending: deque[StepRow] = deque()
+        self.pending: deque[StepRow] = deque()  # steps whose figures the device may not have yet
         self.log: dict[str, list[float]] = {name: [] for name in STEP_COLUMNS}
         self.started = self.last_checkpoint = self.last_report = self.clock()
 
@@ -153,14 +153,17 @@ class Trainer:
         with self.long_call():
             self._resume()
         self._compare_ranks()
+        # The clock starts here: neither setting up nor resuming counts in the budget.
         self.started = self.last_checkpoint = self.last_report = self.clock()
         batches = prefetch_batches(self._make_batch, self._span_indices(), pin_memory=self.dist.device.type == "cuda")
         with contextlib.closing(batches):
             while True:
                 elapsed, wants_stop, wants_checkpoint = self._agree()
                 frac = schedule_frac(self.step, elapsed, self.config)
+                # at least one step is made, however small the budget: averages and log must not be empty
                 if self.step >= self.config.max_steps or (self.config.budget_s is not None and frac >= 1 and self.step):
                     break
+                # before a step, so that the checkpoint holds whole steps only
                 if wants_stop or wants_checkpoint:
                     self._checkpoint()
                 if wants_stop:
@@ -170,6 +173,7 @@ class Trainer:
 
     def _agree(self) -> tuple[float, bool, bool]:
         """Return rank 0's elapsed time and its wish to stop or to write a checkpoint, on every rank."""
+        # Ranks' clocks differ; were each to follow its own, one would leave the loop while others wait for it.
         every_s, elapsed = self.runtime.checkpoint_every_s, self.elapsed_s()
         is_due = self.checkpoints is not None and every_s > 0 and self.clock() - self.last_checkpoint >= every_s
         elapsed, stop, checkpoint = self.dist.broadcast_floats([elapsed, float(self.should_stop()), float(is_due)])
@@ -179,6 +183,7 @@ class Trainer:
         """Yield this rank's global span numbers from the present step on."""
         for step in range(self.step, self.config.max_steps):
             for micro in range(self.micro_batches):
+                # by micro-batch first, then by rank: a step sees the same spans on any number of ranks
                 yield step * self.config.micro_batches_per_step + micro * self.dist.world_size + self.dist.rank
 
     def _make_batch(self, index: int) -> Batch:
@@ -199,7 +204,7 @@ class Trainer:
         )
         self.optimizers.step(lr_factor=lr_factor(frac, self.config), momentum=muon_momentum(self.step, self.config))
         for parameter in self.parameters:
-            parameter.grad = None
+            parameter.grad = None  # not zeroed: the next backward then writes, and need not add
         self.ema.update()
         self._note(self.dist.mean_(torch.stack((loss, norm)).float()), frac, elapsed, began)
         self.step += 1
@@ -208,6 +213,7 @@ class Trainer:
         """Return this moment of the device's work: an event in the queue of a GPU, the time on a CPU."""
         if self.dist.device.type != "cuda":
             return self.clock()
+        # the host's clock would tell when a step was queued, which is up to RUN_AHEAD steps earlier
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -215,6 +221,7 @@ class Trainer:
     def _note(self, values: Tensor, frac: float, elapsed: float, began: Moment) -> None:
         """Queue this step's figures and log those that the device has finished."""
         if values.is_cuda:
+            # pinned, so that the copy is one more entry in the device's queue and nobody waits
             host = torch.empty(2, dtype=torch.float32, pin_memory=True)
             values = host.copy_(values, non_blocking=True)
         self.pending.append(StepRow(self.step, values, frac, elapsed, began, self._now()))
@@ -255,6 +262,7 @@ class Trainer:
 
     def _report(self, row: StepRow, loss: float, rate: float) -> None:
         left = max(0.0, row.elapsed_s / row.frac - row.elapsed_s) if row.frac > 0 else 0.0
+        # with a budget nobody knows the number of steps: guessed from the part that is over
         total = self.config.max_steps if self.config.budget_s is None else int((row.step + 1) / max(row.frac, 1e-9))
         metrics = {
             "loss": loss,
@@ -274,7 +282,7 @@ class Trainer:
         self._drain()
         elapsed, paused = self.elapsed_s(), self.clock()
         attempts = self.ledger.attempts() if self.ledger is not None else []
-        optimizer_state = self.optimizers.state_dict()
+        optimizer_state = self.optimizers.state_dict()  # all ranks: each holds a share of Muon's momentum
         if self.checkpoints is not None and self.dist.is_main:
             tensors = {f"optimizer/{name}": value for name, value in optimizer_state.items()}
             tensors |= {f"live/{name}": p.detach() for name, p in self.model.named_parameters()}
@@ -289,7 +297,7 @@ class Trainer:
             }
             with self.long_call():
                 self.checkpoints.save(self.step, tensors, meta)
-        self.dist.barrier()
+        self.dist.barrier()  # so that waiting for rank 0's disk counts as a pause on every rank
         self.last_checkpoint = self.clock()
         self.paused_s += self.last_checkpoint - paused
 

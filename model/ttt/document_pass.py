@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from model.kernels.pace import Pace
 from model.lora import Adapters
 from model.report import Report
 from model.ttt.batches import Batch, Limits, Schedule
+from model.ttt.learning_step import LearningStep
 from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain
 from model.ttt.slots import Slots
 from model.ttt.windows import Window, unadapted_windows
@@ -27,8 +27,10 @@ from model.ttt.windows import Window, unadapted_windows
 LEDGER_LAG = 64  # batches of a GPU whose loss sums may wait there, so that the ledger never stalls it
 
 
-class Adapter:
+class DocumentPass:
     """Scores a list of documents with or without adaptation; one instance a pass."""
+
+    learning: LearningStep | None = None  # made with the slots of the first adapted pass
 
     def __init__(
         self,
@@ -63,17 +65,17 @@ class Adapter:
         self.num_total = sum(self.num_predictions(document) for document in documents)
         groups: dict[tuple[int, int], list[Window]] = defaultdict(list)
         budget = self.config.batch_documents * self.config.window_tokens
-        with torch.no_grad():
-            for document in documents:
-                for window in unadapted_windows(document, self.num_predictions(document), self.config):
-                    length = window.end - window.start
-                    step = self.limits.last_step if window.num_scored == length else self.config.chunk_tokens
-                    key = (rounded_up(length, step), rounded_up(window.num_scored, step))
-                    groups[key].append(window)
-                    if len(groups[key]) * key[0] >= budget:
-                        self._forward(groups.pop(key), None)
-            for key in sorted(groups):
-                self._forward(groups[key], None)
+        for document in documents:
+            for window in unadapted_windows(document, self.num_predictions(document), self.config):
+                length = window.end - window.start
+                # a window that is scored whole may have any length; the others differ in their last chunk only
+                step = self.limits.last_step if window.num_scored == length else self.config.chunk_tokens
+                key = (round_up(length, step), round_up(window.num_scored, step))
+                groups[key].append(window)
+                if len(groups[key]) * key[0] >= budget:
+                    self._score(groups.pop(key), None)
+        for key in sorted(groups):
+            self._score(groups[key], None)
 
     @property
     def limits(self) -> Limits:
@@ -85,32 +87,58 @@ class Adapter:
     def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
         """Score and adapt documents, up to slots.num_slots of them at once."""
         self.num_total = sum(self.num_predictions(document) for document in documents)
+        if self.learning is None or self.learning.slots is not slots:
+            self.learning = self._make_step(documents, slots)
         schedule = Schedule(documents, self.num_predictions, self.config, slots.num_slots, self.limits)
         while (batch := schedule.next_batch(slots.reset)) is not None:
             self._advance(slots, batch)
             schedule.complete(batch)
 
+    def _make_step(self, _documents: Sequence[int], slots: Slots) -> LearningStep:
+        """Return what scores and learns from whole chunks in these slots."""
+        return LearningStep(self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped)
+
     def _advance(self, slots: Slots, batch: Batch) -> None:
         """Score one chunk of each document, then, unless it is the last, learn from it."""
-        index = torch.tensor([task.slot for task in batch.tasks], device=self.device)
         windows = [task.window for task in batch.tasks]
-        for repeat in range(1 if batch.is_last else self.config.updates_per_chunk):
-            selected = slots.adapters.select(index)
-            with torch.no_grad() if batch.is_last else nullcontext():
-                if not batch.is_last:
-                    selected.requires_grad_()
-                losses = self._forward(windows, selected, is_scored=repeat == 0)  # (B, C)
-            if not batch.is_last:
-                loss = losses.mean(dim=1).sum()  # every such chunk is whole: C losses each
-                slots.update(index, selected, torch.autograd.grad(loss, selected.tensors()))
-                self._log_updates(windows, repeat)
+        if batch.is_last:  # nothing of these documents is left to score, so there is nothing to learn for
+            self._score(windows, slots.gather(self._upload(np.array([task.slot for task in batch.tasks]))))
+            return
+        assert self.learning is not None
+        table = self._make_table(batch, spare_slot=slots.num_slots)
+        for repeat in range(self.config.updates_per_chunk):
+            losses = self.learning.run(table, batch.length)
+            if repeat == 0:  # later ones come from adapters that know the chunk
+                self._note(windows, losses[: len(windows)])
+            self._log_updates(windows, repeat)
 
-    def _forward(self, windows: list[Window], adapters: Adapters | None, *, is_scored: bool = True) -> Tensor:
-        """Run windows as a batch, padded on the left, and return the last columns' losses, noting the scores."""
+    def _make_table(self, batch: Batch, *, spare_slot: int) -> Tensor:
+        """Return where each window ends in the stream, and its slot (B, 2) int64; pinned where a GPU will copy it.
+
+        Rows too many read the stream's first tokens and adapt the spare slot.
+        """
+        num_rows = self.limits.padded_rows(len(batch.tasks), batch.length)
+        table = np.tile(np.array([batch.length, spare_slot]), (num_rows, 1))
+        for row, (slot, window) in enumerate(batch.tasks):
+            table[row] = int(self.ranges[window.document][0]) + window.end, slot
+        tensor = torch.from_numpy(table)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _score(self, windows: list[Window], adapters: Adapters | None) -> None:
+        """Score windows that nothing is learned from."""
+        self._note(windows, self.forward(windows, adapters))
+
+    @torch.no_grad()
+    def forward(self, windows: list[Window], adapters: Adapters | None) -> Tensor:
+        """Return the losses (B, C) of windows of any lengths as one batch, padded on the left.
+
+        C is the most predictions that one of them scores, in whole chunks; each row's own are its last.
+        """
         length = max(window.end - window.start for window in windows)
         if any(window.is_last for window in windows):  # the others' lengths are few
-            length = rounded_up(length, self.config.chunk_tokens)
-        columns = rounded_up(max(window.num_scored for window in windows), self.config.chunk_tokens)
+            length = round_up(length, self.config.chunk_tokens)
+        columns = round_up(max(window.num_scored for window in windows), self.config.chunk_tokens)
+        # Padding on the left: the predictions that count then lie in the last columns of every row.
         tokens, targets = np.zeros((len(windows), length), np.int64), np.zeros((len(windows), columns), np.int64)
         for row, window in enumerate(windows):
             document = self.validation.tokens[slice(*self.ranges[window.document])]
@@ -118,7 +146,7 @@ class Adapter:
             targets[row, columns - window.num_scored :] = document[window.end - window.num_scored + 1 : window.end + 1]
         padding = np.array([length - (window.end - window.start) for window in windows])
         left_padding = self._upload(padding) if padding.any() else None
-        losses = self.model(
+        losses: Tensor = self.model(
             self._upload(tokens),
             self._upload(targets),
             is_looped=self.is_looped,
@@ -127,15 +155,13 @@ class Adapter:
             num_scored=columns,
             reduction="none",
         )
-        if is_scored:
-            self._note(windows, losses.detach())
         return losses
 
     def _note(self, windows: list[Window], losses: Tensor) -> None:
         """Store the scores; from here on nothing changes them."""
         columns = losses.size(1)
         ends = [int(self.ranges[window.document][0]) + window.end for window in windows]
-        if all(window.num_scored == columns for window in windows):
+        if all(window.num_scored == columns for window in windows):  # one write for the whole batch
             self.nll[self._upload(np.add.outer(ends, np.arange(-columns, 0)))] = losses.to(self.nll.dtype)
         else:
             for row, (end, window) in enumerate(zip(ends, windows, strict=True)):
@@ -160,6 +186,7 @@ class Adapter:
 
     def _catch_up(self) -> None:
         """Append what is waiting to the ledger."""
+        # one copy from the device for all of them, not one for each batch
         waiting = [sums for _, _, sums in self.unlogged if sums is not None]
         values = iter(torch.cat(waiting).tolist() if waiting else [])
         for kind, windows, sums in self.unlogged:
@@ -180,13 +207,14 @@ class Adapter:
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
-def rounded_up(length: int, step: int) -> int:
+def round_up(length: int, step: int) -> int:
     """Return the smallest multiple of step that is not below length."""
     return -(-length // step) * step
 
 
 def loss_sums(losses: Tensor, num_scored: Sequence[int]) -> Tensor:
     """Return the sum (B,) float64 of the last num_scored losses of each row of losses (B, C)."""
+    # in float64, as the ledger stores them: the audit compares them with sums over the stored nll
     columns = losses.size(1)
     if all(count == columns for count in num_scored):
         return losses.sum(dim=1, dtype=torch.float64)

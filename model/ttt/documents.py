@@ -26,24 +26,11 @@ from model.gpt import GPT, fits_graphs
 from model.lora import num_adapter_parameters
 from model.report import Report
 from model.score.bpb import DocumentScores, document_sums
-from model.ttt.document_pass import Adapter
-from model.ttt.recorded_pass import GraphAdapter, memory_rows
+from model.ttt.document_pass import DocumentPass
+from model.ttt.recorded_pass import RecordedPass, memory_rows
 from model.ttt.score_ledger import Events
 from model.ttt.slots import Slots
-from model.ttt.windows import Window, chunk_window, share_documents, unadapted_windows, window_cost
-
-__all__ = [
-    "Adapter",
-    "Slots",
-    "TTTResult",
-    "Window",
-    "chunk_window",
-    "make_slots",
-    "score_documents",
-    "share_documents",
-    "unadapted_windows",
-    "window_cost",
-]
+from model.ttt.windows import share_documents
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +54,7 @@ def make_slots(
 ) -> Slots:
     """Return slots for these documents: batch_documents of them, on a GPU as many as its memory holds."""
     if not fits_graphs(model):
+        # more would cost memory and gain no speed: a CPU is busy with few rows already
         num_slots = max(1, min(config.batch_documents, len(documents)))
         return Slots(model, config, seed, num_slots, initial, is_looped)
     num_parameters = num_adapter_parameters(
@@ -98,20 +86,22 @@ def score_documents(
     frozen either way. Scores do not depend on order, batch or number of ranks beyond float rounding.
     initial: A by kind (N, R, D) in place of the one drawn from seed.
     """
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # no gradient of a base weight is computed, let alone applied
     started = time.monotonic()
     documents = share_documents(validation, config, dist)
     if not documents:
         logger.warning("rank=%d has no document: %d for %d ranks", dist.rank, validation.num_documents, dist.world_size)
     label = "ttt" if is_adapting else "ttt_lr0"
-    adapter_type = GraphAdapter if fits_graphs(model) else Adapter
-    work = adapter_type(model, validation, config, report, label=label, is_looped=is_looped, rank=dist.rank)
+    pass_type = RecordedPass if fits_graphs(model) else DocumentPass
+    work = pass_type(model, validation, config, report, label=label, is_looped=is_looped, rank=dist.rank)
+    # Slots are made inside the stage's time: filling memory with adapters is part of what adaptation costs.
     if is_adapting:
         slots = make_slots(model, config, documents, seed=seed, initial=initial, is_looped=is_looped)
         work.run_adapted(documents, slots)
     else:
         work.run_unadapted(documents)
-    dist.meet()
+    dist.meet()  # ranks finish minutes apart on long documents; waiting here is told from hanging
+    # every target is some rank's and 0 elsewhere, so the sum is the stream's nll
     nll = dist.all_reduce_(work.nll).cpu().numpy()
     scores = document_sums(
         validation, table, nll, num_scored=validation.num_targets, seconds=time.monotonic() - started

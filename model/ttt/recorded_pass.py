@@ -1,7 +1,7 @@
-"""Adaptation on a GPU: batches of fixed sizes, each size recorded once as a CUDA graph and then replayed.
+"""Adaptation on a GPU: the same step, in batches of few sizes, each recorded once as a CUDA graph and then replayed.
 
-A step reads a small table from the host and everything else from device memory: the token stream, the adapters by slot.
-Nothing waits for the device. Batches have few numbers of rows; the rows too many adapt a spare slot.
+To launch a step's thousands of kernels one by one takes longer than to compute a small batch; a replay is one launch.
+Batches have few numbers of rows, so that few graphs do; the rows too many adapt a spare slot that nobody reads.
 """
 
 # B rows of a batch, T tokens of a window, C chunk_tokens, N tokens of the stream, P numbers of one document
@@ -18,8 +18,9 @@ from model.banks import visit_plan
 from model.config import TTTConfig
 from model.gpt import GPT
 from model.kernels.graphs import Recorder
-from model.ttt.batches import Batch, Limits
-from model.ttt.document_pass import Adapter
+from model.ttt.batches import Limits
+from model.ttt.document_pass import DocumentPass
+from model.ttt.learning_step import LearningStep
 from model.ttt.slots import Slots
 
 SHORT_ROWS = 4  # times batch_documents: to launch a batch of short windows takes longer than to compute it
@@ -40,8 +41,8 @@ def memory_rows(model: GPT, config: TTTConfig, num_documents: int, num_parameter
     return max(1, min(num_documents, max(config.batch_documents, affordable)))
 
 
-class StepRecorder:
-    """Scores and learns from whole chunks; on a GPU each size of batch is recorded when it is first met."""
+class RecordedStep(LearningStep):
+    """A learning step of which each size of batch is recorded when it is first met, where the device can record."""
 
     def __init__(
         self,
@@ -53,42 +54,19 @@ class StepRecorder:
         is_looped: bool,
         recorder: Recorder | None = None,
     ) -> None:
-        self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
-        self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
+        super().__init__(model, tokens, config, slots, is_looped=is_looped)
         self.is_recording = recorder is not None or self.stream.device.type == "cuda"
         self.recorder = recorder if recorder is not None else Recorder()
         self.recorded = self.recorder.recorded
 
     def run(self, table: Tensor, length: int) -> Tensor:
-        """Return the losses (B, C) of the windows' last chunks, then learn from them; valid until the next run.
-
-        table (B, 2) int64, on the host or the device: place in the stream after a window's last input, slot.
-        """
+        """Return what a learning step returns, replayed; a table on the host is copied into the recording's own."""
         if not self.is_recording:
-            return self.step(table, length)
+            return super().run(table, length)
         key = (table.size(0), length)
-        return self.recorder.run(key, lambda static: self.step(static, length), table, device=self.stream.device)
-
-    def step(self, table: Tensor, length: int) -> Tensor:
-        """Score and learn, operation by operation."""
-        ends, slots = table.unbind(1)
-        columns, last = self.config.chunk_tokens, self.stream.numel() - 1
-        before = torch.arange(-length, 1, device=table.device)
-        rows = self.stream[(ends.unsqueeze(1) + before).clamp(0, last)]  # (B, T + 1)
-        dtype = self.model.compute_dtype
-        gradients = torch.empty(table.size(0), self.slots.layout.num_parameters, dtype=dtype, device=table.device)
-        with torch.enable_grad():
-            losses = self.model(
-                rows[:, :-1],
-                rows[:, -columns:],
-                is_looped=self.is_looped,
-                adapters=self.slots.gather(slots, gradients),
-                num_scored=columns,
-                reduction="none",
-            )
-            losses.mean(dim=1).sum().backward()
-        self.slots.step(slots, gradients)
-        return losses.detach()
+        return self.recorder.run(
+            key, lambda static: self.score_and_learn(static, length), table, device=self.stream.device
+        )
 
     def prepare(self, rows: int, length: int) -> None:
         """Run and record the largest batch first, on the spare slot: later ones fit into the memory it leaves.
@@ -97,17 +75,18 @@ class StepRecorder:
         """
         table = torch.tensor([[length, self.slots.num_slots]] * rows)
         for batch, time in ((table, length), (table[:1], self.config.chunk_tokens)):
-            self.step(batch.to(self.stream.device), time)
+            self.score_and_learn(batch.to(self.stream.device), time)
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             self.run(table, length)
 
 
-class GraphAdapter(Adapter):
-    """A pass whose learning steps are recorded; last chunks and unadapted windows run operation by operation."""
+class RecordedPass(DocumentPass):
+    """A pass whose learning steps are recorded; last chunks and unadapted windows run operation by operation.
 
-    recorder: StepRecorder | None = None
+    Those come in many sizes and cost no backward: recording them would fill the memory for little.
+    """
 
     @property
     def limits(self) -> Limits:
@@ -127,38 +106,13 @@ class GraphAdapter(Adapter):
             padding_tokens=PADDING_TOKENS,
         )
 
-    def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
-        """Score and adapt documents, up to slots.num_slots of them at once; slots must have a spare one."""
+    def _make_step(self, documents: Sequence[int], slots: Slots) -> RecordedStep:
+        """Return the step with the largest batch that these documents can bring recorded already."""
         assert slots.num_spare >= 1, slots.num_spare
-        if self.recorder is None or self.recorder.slots is not slots:
-            self.recorder = StepRecorder(
-                self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped
-            )
-            longest = max((self.num_predictions(document) for document in documents), default=0)
-            length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
-            if length:
-                most = self.limits.max_rows(length)
-                self.recorder.prepare(self.limits.padded_rows(min(len(documents), most), length), length)
-        super().run_adapted(documents, slots)
-
-    def _advance(self, slots: Slots, batch: Batch) -> None:
-        """Score one chunk of each document, then, unless it is the last, learn from it."""
-        windows = [task.window for task in batch.tasks]
-        if batch.is_last:
-            index = self._upload(np.array([task.slot for task in batch.tasks]))
-            with torch.no_grad():
-                self._forward(windows, slots.gather(index))
-            return
-        assert self.recorder is not None
-        num_rows = self.limits.padded_rows(len(windows), batch.length)
-        table = np.tile(np.array([batch.length, slots.num_slots]), (num_rows, 1))
-        for row, (slot, window) in enumerate(batch.tasks):
-            table[row] = int(self.ranges[window.document][0]) + window.end, slot
-        pinned = torch.from_numpy(table)
-        if self.device.type == "cuda":
-            pinned = pinned.pin_memory()
-        for repeat in range(self.config.updates_per_chunk):
-            losses = self.recorder.run(pinned, batch.length)
-            if repeat == 0:
-                self._note(windows, losses[: len(windows)])
-            self._log_updates(windows, repeat)
+        step = RecordedStep(self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped)
+        longest = max((self.num_predictions(document) for document in documents), default=0)
+        length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
+        if length:
+            most = self.limits.max_rows(length)
+            step.prepare(self.limits.padded_rows(min(len(documents), most), length), length)
+        return step

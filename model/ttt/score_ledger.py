@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-SCORE, UPDATE = 0, 1
+SCORE, UPDATE = 0, 1  # part of the hashed record: other numbers are another format
 EVENT_COLUMNS = ("rank", "kind", "document", "first_prediction", "end_prediction", "num_updates_before")
-RECORD = struct.Struct("<6qd")
+RECORD = struct.Struct("<6qd")  # no padding: 6 * 8 + 8 bytes on every machine
 GENESIS = b"seedsweep score ledger 1"
 
 
@@ -98,6 +98,7 @@ def read_events(arrays: dict[str, np.ndarray]) -> Events:
 
 def broken_chains(events: Events) -> list[int]:
     """Return the ranks whose events do not lead to their stored last link."""
+    # the ranks' events may lie mixed; each is hashed onto its own rank's chain
     heads = [first_link(rank) for rank in range(len(events.heads))]
     known = set(range(len(heads)))
     strangers: set[int] = set()
@@ -124,7 +125,8 @@ def times_scored(events: Events, document_starts: Iterable[int], num_targets: in
     begin, stop = starts[documents] + first, starts[documents] + end
     if begin.size and not (first.min() >= 0 and (begin <= stop).all() and stop.max() <= num_targets):
         raise ValueError("score ledger names targets outside the validation stream")
+    # +1 where a range begins and -1 behind its end: the running sum counts the ranges over each target
     steps = np.zeros(num_targets + 1, dtype=np.int64)
-    np.add.at(steps, begin, 1)
+    np.add.at(steps, begin, 1)  # not steps[begin] += 1, which counts a place once however often it occurs
     np.add.at(steps, stop, -1)
     return np.asarray(np.cumsum(steps)[:num_targets])

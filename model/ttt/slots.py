@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,8 +34,6 @@ class Slots:
     layout: Layout = field(init=False)
     values: Tensor = field(init=False)  # (S, P)
     moments: Tensor = field(init=False)  # (S, P)
-    adapters: Adapters = field(init=False)  # values by kind
-    second_moments: Adapters = field(init=False)  # moments by kind
     num_updates: Tensor = field(init=False)  # (S,) int64
     start: Tensor | None = field(init=False)  # (P,) what every document starts from, unless it depends on the document
 
@@ -46,7 +44,6 @@ class Slots:
         self.values, self.moments = (
             torch.zeros(num_rows, self.layout.num_parameters, dtype=dtype, device=device) for _ in range(2)
         )
-        self.adapters, self.second_moments = self.layout.view(self.values), self.layout.view(self.moments)
         self.num_updates = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.start = None
         if self.initial is not None or self.config.adapter_key == "seed":
@@ -88,23 +85,6 @@ class Slots:
         self.moments[slot].zero_()
         self.num_updates[slot].zero_()
 
-    @torch.no_grad()
-    def update(self, slots: Tensor, selected: Adapters, gradients: Sequence[Tensor]) -> None:
-        """Apply one AdamW step (beta1 0, decoupled decay) to the selected copies and store them in their slots.
-
-        TRAP: A's first gradient is exactly zero, yet its decay and its step count run from the first update.
-        """
-        config, correction = self.config, self._count_update(slots).view(-1, 1, 1, 1)
-        for store, moments, value, gradient in zip(
-            self.adapters.tensors(), self.second_moments.tensors(), selected.tensors(), gradients, strict=True
-        ):
-            moment = moments[slots].mul_(config.beta2).addcmul_(gradient, gradient, value=1 - config.beta2)
-            moments[slots] = moment
-            root = (moment / correction).sqrt_().add_(config.eps)
-            store[slots] = (
-                value.detach().mul(1 - config.lr * config.weight_decay).addcdiv_(gradient, root, value=-config.lr)
-            )
-
     def gather(self, slots: Tensor, gradients: Tensor | None = None) -> Adapters:
         """Return a copy of the adapters of the given slots (B,) in the model's compute type.
 
@@ -118,7 +98,10 @@ class Slots:
 
     @torch.no_grad()
     def step(self, slots: Tensor, gradients: Tensor) -> None:
-        """Do what update does, to whole rows: gradients (B, P)."""
+        """Apply one AdamW step (beta1 0, decoupled decay) to the adapters of slots (B,); gradients (B, P).
+
+        TRAP: A's first gradient is exactly zero, for B is, yet its decay and its step count run from the first update.
+        """
         config = self.config
         settings = AdamSettings(config.lr, config.weight_decay, config.beta2, config.eps)
         adam_rows_(self.values, self.moments, slots, gradients, self._count_update(slots), settings)

@@ -64,7 +64,7 @@ def window_cost(num_predictions: int, config: TTTConfig) -> int:
 def share_documents(validation: ValidationSet, config: TTTConfig, dist: Dist) -> list[int]:
     """Return this rank's documents in working order: each goes to the rank with the least work so far."""
     lengths = np.diff(validation.document_ranges, axis=1)[:, 0] - 1  # predictions
-    order = np.arange(lengths.size)
+    order = np.arange(lengths.size)  # the stream's, unless longest first is asked for
     if config.order == "sorted":
         order = np.argsort(-lengths, kind="stable")
     load = [0] * dist.world_size
