@@ -33,7 +33,7 @@ from model.attention.self_attention import Rows, self_attention
 from model.banks import EMBEDDING_PARAMETER, num_skips, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
-from model.kernels.adapters import adapted_product, add_low_rank_, reduce_inputs
+from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
 from model.kernels.mlp import mlp, project_and_activate
@@ -200,7 +200,7 @@ class GPT(nn.Module):
             logits = self.projections["head"](hidden, embedding)  # (B, n, V)
         else:  # the head is the embedding again (tied weights), with an adapter of its own
             columns = {HEAD: (0, embedding.size(0))}
-            logits, _ = adapted_product(hidden, embedding, head, columns, self.projections["head"])
+            logits, _ = adapt_product(hidden, embedding, head, columns, self.projections["head"])
         # cap * tanh(x / cap): logits stay within +-cap, so no token can cost more than 2 * cap + ln V
         if targets is None:
             return softcap(logits, self.config.logit_softcap)
@@ -320,7 +320,7 @@ class GPT(nn.Module):
         dim, width = self.config.model_dim, self.config.kv_dim
         places = {"q": (0, dim), "k": (dim, dim + width), "v": (dim + width, dim + 2 * width)}
         columns = {kind: place for kind, place in places.items() if kind in adapters.b}
-        return adapted_product(normed, weight, adapters, columns, apply)
+        return adapt_product(normed, weight, adapters, columns, apply)
 
     def _mlp(self, visit: Visit, stream: Stream) -> Stream:
         """Return the stream after the MLP part of the layer."""

@@ -56,7 +56,7 @@ def initial_a(
     shapes = {kind: (1 if kind == HEAD else num_visits, lora_rank, config.model_dim) for kind in kinds}
     bound = config.model_dim**-0.5
     if document is not None:
-        return _counted_a(shapes, bound, _key(f"adapter/{seed}/document/{document}", 8), torch.device(device))
+        return _count_a(shapes, bound, _key(f"adapter/{seed}/document/{document}", 8), torch.device(device))
     drawn = {}
     for kind, (visits, rank, dim) in shapes.items():
         rows = []
@@ -72,11 +72,11 @@ def _key(name: str, num_bytes: int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:num_bytes], "big")
 
 
-def _counted_a(
+def _count_a(
     shapes: Mapping[str, tuple[int, int, int]], bound: float, key: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Return A by kind, shaped as shapes say: 24 bits of a hash of the key and each number's place."""
-    bits = mix_(_places(tuple(shapes.items()), device) + _signed(key))
+    bits = mix_(_places(tuple(shapes.items()), device) + _to_signed(key))
     values = (bits >> 40).bitwise_and_((1 << 24) - 1).float().mul_(2 * bound / (1 << 24)).sub_(bound)
     parts = values.split([math.prod(shape) for shape in shapes.values()])
     return {kind: part.view(shape) for (kind, shape), part in zip(shapes.items(), parts, strict=True)}
@@ -93,7 +93,7 @@ def _places(shapes: tuple[tuple[str, tuple[int, int, int]], ...], device: torch.
     for kind, (visits, rank, dim) in shapes:
         blocks = (torch.arange(visits, device=device) << 48) + (ADAPTER_KINDS.index(kind) << 32)
         parts.append((blocks.unsqueeze(1) + torch.arange(1, rank * dim + 1, device=device)).flatten())
-    return torch.cat(parts).mul_(_signed(GOLDEN))
+    return torch.cat(parts).mul_(_to_signed(GOLDEN))
 
 
 def mix_(x: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ def mix_(x: Tensor) -> Tensor:
     """
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         x ^= (x >> shift).bitwise_and_((1 << (64 - shift)) - 1)  # >> repeats the sign, the mask takes it away
-        x *= _signed(factor)
+        x *= _to_signed(factor)
     return x
 
 
-def _signed(x: int) -> int:
+def _to_signed(x: int) -> int:
     """Return the int64 that has the bits of a number below 2^64."""
     return x - (1 << 64) if x >> 63 else x
 

@@ -28,7 +28,7 @@ from model.gpt import GPT
 from model.quant.calibrate import collect_hessians
 from model.report import Interrupted
 from model.score.plain import evaluate_plain
-from model.train.gradients import gradients
+from model.train.gradients import collect_gradients
 from model.train.optim import Optimizers, muon_scale, muon_update
 from model.train.trainer import Trainer
 from model.ttt.documents import score_documents
@@ -175,7 +175,7 @@ def draw_gradients(model: GPT, *, seed: int) -> None:
 def blocking_step(optimizers: Optimizers, *, lr_factor: float, momentum: float) -> None:
     """Do what Optimizers.step does, one message after the other, nothing beside them."""
     world_size, rank, config = optimizers.dist.world_size, optimizers.dist.rank, optimizers.config
-    embedding, vectors = optimizers.embedding.grad, gradients(optimizers.vectors)
+    embedding, vectors = optimizers.embedding.grad, collect_gradients(optimizers.vectors)
     collective.all_reduce(embedding)
     embedding /= world_size
     flat = torch.cat([grad.flatten() for grad in vectors])  # with three ranks the order of a sum depends on the length

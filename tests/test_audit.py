@@ -20,7 +20,7 @@ from model.audit.finished_run import load_run
 from model.audit.updates import probe_adapter_states, probe_frozen_updates, probe_poisoned_update
 from model.controls.broken import CONTROLS
 from model.controls.self_test import SelfTest, examine, micro_run
-from model.controls.systems import UpdateFirst, altered
+from model.controls.systems import UpdateFirst, alter
 from model.data.validation import ValidationSet
 from model.score.bpb import document_sums
 from model.ttt.document_pass import DocumentPass
@@ -134,8 +134,8 @@ def test_recorded_steps_of_a_gpu_are_probed_alike(audit: Audit) -> None:
     class UpdateFirstInSteps(UpdateFirst, RecordedPass):
         """The control on the path that a GPU takes; on a CPU its steps run operation by operation."""
 
-    sound = altered(audit.system, pass_type=RecordedPass, sample=2)
-    broken = altered(audit.system, pass_type=UpdateFirstInSteps, sample=2)
+    sound = alter(audit.system, pass_type=RecordedPass, sample=2)
+    broken = alter(audit.system, pass_type=UpdateFirstInSteps, sample=2)
     for probe in (probe_chunk_borders, probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
         assert probe(sound).result == "pass", probe
     for probe in (probe_adapter_states, probe_poisoned_update, probe_frozen_updates):

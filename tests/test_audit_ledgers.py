@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.audit.records import misordered
+from model.audit.records import find_misordered
 from model.config import TTTConfig
 from model.files.ledger import Ledger, join_ledgers
 from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain, broken_chains, read_events, times_scored
@@ -83,9 +83,9 @@ def test_a_damaged_score_log_is_refused_by_name() -> None:
 
 def test_scores_and_updates_must_take_turns() -> None:
     events = make_chain().events()
-    assert list(misordered(events, TTTConfig())) == []
+    assert list(find_misordered(events, TTTConfig())) == []
     swapped = Events(events.rows[[1, 0, 2, 3]], events.loss_sum, events.heads)
-    assert [document for document, _ in misordered(swapped, TTTConfig())] != []
+    assert [document for document, _ in find_misordered(swapped, TTTConfig())] != []
 
 
 def test_an_event_costs_microseconds() -> None:

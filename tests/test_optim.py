@@ -11,7 +11,7 @@ from torch import nn
 from model.distributed import Dist
 from model.gpt import GPT
 from model.presets import published
-from model.train.gradients import clip_, gradients
+from model.train.gradients import clip_, collect_gradients
 from model.train.optim import Muon, Optimizers, muon_scale, muon_update, newton_schulz, split_parameters
 from tests.gang_work import run_gang
 from tests.micro_model import micro_model, micro_train, random_model
@@ -76,7 +76,7 @@ def test_clipping_scales_all_gradients_by_one_factor(max_norm: float) -> None:
 def test_a_parameter_that_nothing_used_gets_a_zero_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     used.sum().backward()  # type: ignore[no-untyped-call]
-    assert [grad.tolist() for grad in gradients([used, unused])] == [[1, 1, 1], [0, 0]]
+    assert [grad.tolist() for grad in collect_gradients([used, unused])] == [[1, 1, 1], [0, 0]]
 
 
 def test_every_parameter_is_in_one_group() -> None:

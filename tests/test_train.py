@@ -17,7 +17,7 @@ from model.files.checkpoint import CheckpointStore
 from model.files.ledger import Ledger
 from model.gpt import GPT
 from model.report import Interrupted
-from model.train.gradients import accumulate_gradients, clip_, gradients
+from model.train.gradients import accumulate_gradients, clip_, collect_gradients
 from model.train.trainer import Diverged, Ema, Reached, Trainer, TrainResult, seconds_between
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
@@ -69,7 +69,7 @@ def batches(folder: Path, count: int) -> list[Any]:
 def single_gradients(model: GPT, batch: Any) -> list[torch.Tensor]:
     model.zero_grad()
     model(batch.inputs, batch.targets, is_looped=True, packing=batch.packing).backward()
-    return [grad.clone() for grad in gradients(model.parameters())]
+    return [grad.clone() for grad in collect_gradients(model.parameters())]
 
 
 def test_per_micro_batch_clips_each_and_averages(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_per_micro_batch_clips_each_and_averages(tmp_path: Path) -> None:
         model, three, is_looped=True, clip="per_micro_batch", max_norm=0.3, dist=Dist.single()
     )
     assert float(norm) == pytest.approx(np.mean(norms), rel=1e-5)
-    for grad, wanted in zip(gradients(model.parameters()), expected):
+    for grad, wanted in zip(collect_gradients(model.parameters()), expected):
         assert torch.allclose(grad, wanted, atol=1e-7)
 
 
@@ -96,7 +96,7 @@ def test_per_rank_and_global_clip_the_mean(tmp_path: Path, clip: str) -> None:
     losses = [model(b.inputs, b.targets, is_looped=True, packing=b.packing).item() for b in three]
     assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
     assert float(norm) == pytest.approx(wanted_norm, rel=1e-5)
-    for grad, wanted in zip(gradients(model.parameters()), expected):
+    for grad, wanted in zip(collect_gradients(model.parameters()), expected):
         assert torch.allclose(grad, wanted, atol=1e-7)
 
 

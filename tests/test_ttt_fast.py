@@ -17,7 +17,7 @@ from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
-from model.kernels.adapters import GradientBuffers, LowRank, adapted_product, add_low_rank_, reduce_inputs
+from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
@@ -168,10 +168,10 @@ def web_lengths(num_documents: int, seed: int = 0) -> list[int]:
 def test_thousands_of_documents_meet_few_sizes_and_little_padding(num_slots: int, tokens: int) -> None:
     limits = Limits(rows=256, tokens=tokens, **LADDERED)
     batches = [each for each in plan(web_lengths(6250), TTTConfig(), num_slots, limits) if not each[1]]
-    sizes = {(limits.padded_rows(count, length), length) for length, _, count in batches}
+    sizes = {(limits.pad_rows(count, length), length) for length, _, count in batches}
     assert len(sizes) <= 130 < MOST_RECORDINGS
     work = sum(length * count for length, _, count in batches)
-    assert sum(length * limits.padded_rows(count, length) for length, _, count in batches) < 1.1 * work
+    assert sum(length * limits.pad_rows(count, length) for length, _, count in batches) < 1.1 * work
     assert len(batches) < 1.3 * work / tokens + 500
 
 
@@ -179,7 +179,7 @@ def test_no_lengths_can_bring_more_sizes_than_are_kept() -> None:
     for _, tokens in MACHINES:
         limits = Limits(rows=256, tokens=tokens, **LADDERED)
         sizes = {
-            (limits.padded_rows(count, length), length)
+            (limits.pad_rows(count, length), length)
             for length in range(64, 2049, 64)
             for count in range(1, limits.max_rows(length) + 1)
         }
@@ -192,7 +192,7 @@ def test_a_batch_takes_windows_that_fill_its_rows_but_for_little_padding() -> No
         for num_ready in range(1, 300):
             count = limits.take_rows(num_ready, length)
             assert 1 <= count <= min(num_ready, limits.max_rows(length))
-            padding = (limits.padded_rows(count, length) - count) * length
+            padding = (limits.pad_rows(count, length) - count) * length
             assert padding <= max(PADDING_TOKENS, length * (math.ceil(limits.max_rows(length) / 16) - 1))
 
 
@@ -238,7 +238,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
     buffers = GradientBuffers(zero[0], dict(zip(b, zero[1:])), anchor) if has_buffers else None
     adapters = LowRank(ours[1], dict(zip(b, ours[2:])), buffers)
-    y, reduced = adapted_product(ours[0], weight, adapters, {"q": (0, 4), "k": (4, 6)}, torch.nn.functional.linear)
+    y, reduced = adapt_product(ours[0], weight, adapters, {"q": (0, 4), "k": (4, 6)}, torch.nn.functional.linear)
     assert reduced is not None
     out = add_low_rank_(torch.zeros(rows, time, 4, dtype=torch.float64), reduced, adapters, "o", scale)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from model.audit.system import System, largest
-from model.audit.verdicts import Result, judged, not_run
+from model.audit.verdicts import Result, judge, not_run
 
 RULE = "C1"
 NUM_ROUNDS = 3
@@ -25,7 +25,7 @@ def probe_causality(system: System) -> Result:
         cuts = []
         for start, end in stream.document_ranges[:-1]:
             cuts.append((int(start) + int(system.generator.integers(2, end - start - 1)), int(end) - 1))
-        moved = np.abs(system.score_plain(system.flipped(stream, cuts)) - system.plain)
+        moved = np.abs(system.score_plain(system.flip_tokens(stream, cuts)) - system.plain)
         for (start, _), (cut, end) in zip(stream.document_ranges[:-1], cuts, strict=True):
             measured = max(measured, largest(moved[start : cut - 1]))  # targets start+1 .. cut-1
             effect = max(effect, largest(moved[cut - 1 : end]))
@@ -66,7 +66,7 @@ def _probe_adapted(system: System, probe: str, rounds: Iterable[list[int]], samp
     for cuts in rounds:
         bounds = [system.bounds(document) for document in system.documents]
         places = [(start + cut, end) for (start, end), cut in zip(bounds, cuts, strict=True)]
-        moved = np.abs(system.adapted_nll(system.flipped(system.validation, places)) - system.adapted)
+        moved = np.abs(system.adapted_nll(system.flip_tokens(system.validation, places)) - system.adapted)
         for (start, end), (first, _) in zip(bounds, places, strict=True):
             measured = max(measured, largest(moved[start : first - 1]))
             effect = max(effect, largest(moved[first - 1 : end - 1]))
@@ -82,11 +82,11 @@ def probe_across_documents(system: System) -> Result:
     for parity in (0, 1):
         ranges = [(int(start), int(end) - 1) for start, end in system.stream.document_ranges[:-1]]
         changed, kept = ranges[parity::2], ranges[1 - parity :: 2]
-        moved = np.abs(system.score_plain(system.flipped(system.stream, changed)) - system.plain)
+        moved = np.abs(system.score_plain(system.flip_tokens(system.stream, changed)) - system.plain)
         measured = max(measured, *(largest(moved[a:b]) for a, b in kept))
         effect = max(effect, *(largest(moved[a:b]) for a, b in changed))
         bounds = [system.bounds(document) for document in system.documents]
-        moved = np.abs(system.adapted_nll(system.flipped(system.validation, bounds[parity::2])) - system.adapted)
+        moved = np.abs(system.adapted_nll(system.flip_tokens(system.validation, bounds[parity::2])) - system.adapted)
         measured = max(measured, *(largest(moved[a : b - 1]) for a, b in bounds[1 - parity :: 2]))
     noise = max(system.plain_noise, system.adapted_noise)
     return _verdict(
@@ -102,7 +102,7 @@ def probe_independence(system: System) -> Result:
     pairs = list(zip(system.documents[:-1], system.documents[1:], strict=True))[: max(2, system.sample // 2)]
     for first, second in pairs:
         spans = [system.bounds(document) for document in (first, second)]
-        changed = system.flipped(system.validation, spans[:1])
+        changed = system.flip_tokens(system.validation, spans[:1])
         before, after = (
             system.adapted_nll(validation, (first, second), num_slots=1) for validation in (system.validation, changed)
         )
@@ -115,7 +115,7 @@ def probe_independence(system: System) -> Result:
 def _verdict(probe: str, noise: float, measured: float, effect: float, size: int, sample_of: str) -> Result:
     if effect <= noise:
         return not_run(probe, RULE, "the changes moved no score at all, not even their own: the probe has no power")
-    return judged(
+    return judge(
         probe, RULE, measured=measured, limit=noise, unit="nats, largest change", sample_size=size, sample_of=sample_of,
         detail=f"scores behind the change moved by up to {effect:.3g}; identical reruns allow {noise:.3g}",
         not_checked=f"other documents and places than the sampled ones; {FLOAT_NOTE}",

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from model.audit.verdicts import Result, judged, not_run
+from model.audit.verdicts import Result, judge, not_run
 from model.config import canonical_json
 from model.files.plain import read_json
 
@@ -35,7 +35,7 @@ def pair_of(workdir: Path) -> Pair:
 def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
     """Compare the fingerprints of every run of a sweep, and its runs with the seeds that were announced."""
     described = {path.name: {**read_json(path / "run.json"), **read_surroundings(path)} for path in runs}
-    faults = differing(described)
+    faults = find_differing(described)
     sweep_path = out / "sweep.json"
     if not sweep_path.is_file():
         if faults:
@@ -50,12 +50,12 @@ def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
         if sweep.get(field) and run.get(field) != sweep[field]
     ]
     present = {pair_of(path) for path in runs}
-    faults += unannounced(sweep, present, failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
+    faults += find_unannounced(sweep, present, list_failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
     return _judge(faults, described)
 
 
 def _judge(faults: list[str], described: Mapping[str, Any]) -> Result:
-    return judged(
+    return judge(
         PROBE, RULE, measured=len(faults), limit=0, unit="differences", sample_size=len(described), sample_of="runs",
         detail=faults[0] if faults else f"equal in {', '.join(SAME)}; every announced seed is there",
         not_checked="runs started outside this folder; whether the versions named are those that were loaded",
@@ -77,7 +77,7 @@ def read_surroundings(workdir: Path) -> dict[str, Any]:
     return found
 
 
-def differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def find_differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line for each fingerprint in which runs differ, and for each run that mixes code."""
     faults = []
     for field in (*SAME, *(f"{stage} {name}" for stage in STAGES for name in SURROUNDINGS)):
@@ -96,7 +96,7 @@ def differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return faults
 
 
-def unannounced(
+def find_unannounced(
     sweep: Mapping[str, Any], present: set[Pair], failed: set[Pair], started: Mapping[Pair, float]
 ) -> list[str]:
     """Return a line for each announced run that is nowhere, and each run announced late or not at all.
@@ -125,7 +125,7 @@ def shown(pair: Pair) -> str:
     return f"seed {pair[0]}" + (f" repeat {pair[1]}" if pair[1] else "")
 
 
-def failed_runs(path: Path) -> set[Pair]:
+def list_failed_runs(path: Path) -> set[Pair]:
     """Return the runs that the sweep's state lists as ended without a score, none where there is no state."""
     runs = read_json(path).get("runs", []) if path.is_file() else []
     return {(int(run["seed"]), int(run["repeat"])) for run in runs if run.get("state") in UNSCORED}

@@ -27,7 +27,7 @@ def probe_dependencies(system: System) -> Result:
         return not_run("dependencies", RULE, "fewer than two documents of three chunks; none could depend on another")
     edges: set[Edge] = set()
     effect = 0.0
-    for source, moved, noise in movements(system):
+    for source, moved, noise in trace_movements(system):
         effect = max(effect, moved[source])
         edges |= {(source, document) for document, by in moved.items() if document != source and by > noise}
     if effect <= max(system.plain_noise, system.adapted_noise):
@@ -41,7 +41,7 @@ def probe_dependencies(system: System) -> Result:
     )  # fmt: skip
 
 
-def movements(system: System) -> Iterator[tuple[int, dict[int, float], float]]:
+def trace_movements(system: System) -> Iterator[tuple[int, dict[int, float], float]]:
     """Yield a changed document, how far it moved the scores of each, and the noise; plain and adapted in turn.
 
     Adaptation follows the run's own order, in half as many slots as documents: some share a batch, some a slot.
@@ -55,14 +55,14 @@ def movements(system: System) -> Iterator[tuple[int, dict[int, float], float]]:
     in_text = {document: system.validation.document_ranges[document].tolist() for document in system.documents}
     for source in system.documents:
         start, end = in_stream[source]
-        plain = system.score_plain(system.flipped(system.stream, [(start, end - 1)]))
-        yield source, by_document(plain - system.plain, in_stream), system.plain_noise
-        changed = system.flipped(system.validation, [system.bounds(source)])
+        plain = system.score_plain(system.flip_tokens(system.stream, [(start, end - 1)]))
+        yield source, group_by_document(plain - system.plain, in_stream), system.plain_noise
+        changed = system.flip_tokens(system.validation, [system.bounds(source)])
         again = system.adapted_nll(changed, ordered, num_slots=num_slots)
-        yield source, by_document(again - adapted, in_text), system.adapted_noise
+        yield source, group_by_document(again - adapted, in_text), system.adapted_noise
 
 
-def by_document(moved: np.ndarray, ranges: dict[int, list[int]]) -> dict[int, float]:
+def group_by_document(moved: np.ndarray, ranges: dict[int, list[int]]) -> dict[int, float]:
     """Return the largest change of a document's scores, by document."""
     return {document: largest(moved[start : end - 1]) for document, (start, end) in ranges.items()}
 

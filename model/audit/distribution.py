@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.audit.system import System, join_documents
-from model.audit.verdicts import Result, judged, not_run
+from model.audit.verdicts import Result, judge, not_run
 from model.data.validation import ValidationSet
 from model.lora import Adapters
 from model.ttt.batches import Batch
@@ -32,28 +32,28 @@ def probe_normalization(system: System) -> Result:
         return not_run("normalization", RULE, "no validation document has three chunks; nothing to probe")
     sums = {}
     for document in system.documents[:NUM_PREFIXES]:
-        variants, place = variants_of(system, system.validation.document(document)[: DOCUMENT_TOKENS - 1])
+        variants, place = make_variants(system, system.validation.document(document)[: DOCUMENT_TOKENS - 1])
         at = variants.document_starts[:-1] + place
-        sums[f"plain, document {document}"] = total_probability(system.score_plain(variants)[at])
+        sums[f"plain, document {document}"] = add_probabilities(system.score_plain(variants)[at])
         fresh = system.adapted_nll(variants, range(variants.num_documents - 1))
-        sums[f"fresh adapters, document {document}"] = total_probability(fresh[at])
+        sums[f"fresh adapters, document {document}"] = add_probabilities(fresh[at])
     document = system.documents[0]
     vocab_size, chunk = system.config.model.vocab_size, system.config.ttt.chunk_tokens
     products = vocab_size * (chunk + DOCUMENT_TOKENS) * sum(p.numel() for p in system.model.parameters())
     skipped = ""
     if system.model.qo_bank.is_cuda or products <= CPU_PRODUCTS:
-        sums[f"after an update, document {document}"] = adapted_total(system, document)
+        sums[f"after an update, document {document}"] = add_adapted_probabilities(system, document)
     else:
         skipped = "; the sum over all ids after an update (too slow on a CPU at this size: gold_swap samples it)"
     where, value = max(sums.items(), key=lambda item: abs(item[1] - 1))
-    return judged(
+    return judge(
         "normalization", RULE, measured=abs(value - 1), limit=LIMIT, unit="sum of p, distance from 1",
         sample_size=len(sums), sample_of=f"sums over {vocab_size} ids", detail=f"largest: {where}: {value:.8f}",
         not_checked=f"other prefixes{skipped}",
     )  # fmt: skip
 
 
-def variants_of(system: System, prefix: np.ndarray) -> tuple[ValidationSet, int]:
+def make_variants(system: System, prefix: np.ndarray) -> tuple[ValidationSet, int]:
     """Return one document for every id of the vocabulary, prefix and the id, and the prediction that scores the id.
 
     Documents have 16 tokens, so that none crosses the edge of a row (rows are multiples of 16 in every preset).
@@ -62,22 +62,22 @@ def variants_of(system: System, prefix: np.ndarray) -> tuple[ValidationSet, int]
     return join_documents([np.append(prefix, index) for index in ids]), len(prefix) - 1
 
 
-def total_probability(nll: np.ndarray) -> float:
+def add_probabilities(nll: np.ndarray) -> float:
     """Return the sum of exp(-nll), in float64."""
     return math.fsum(np.exp(-nll.astype(np.float64)).tolist())
 
 
-def adapted_total(system: System, document: int) -> float:
+def add_adapted_probabilities(system: System, document: int) -> float:
     """Return the sum over all ids at one place of the second chunk, with the adapters that the first one left."""
     adapters = capture_adapters(system, document)
     end = system.config.ttt.chunk_tokens + DOCUMENT_TOKENS
-    variants, _ = variants_of(system, system.validation.document(document)[:end])
+    variants, _ = make_variants(system, system.validation.document(document)[:end])
     work, losses = system.make_pass(variants), []
     for first in range(0, variants.num_documents - 1, 64):
         rows = range(first, min(first + 64, variants.num_documents - 1))
         windows = [Window(row, 0, end, DOCUMENT_TOKENS, 1, True) for row in rows]
         losses.append(work.forward(windows, repeat_adapters(adapters, len(rows)))[:, -1])
-    return total_probability(torch.cat(losses).cpu().numpy())
+    return add_probabilities(torch.cat(losses).cpu().numpy())
 
 
 def capture_adapters(system: System, document: int) -> Adapters:
@@ -115,15 +115,15 @@ def probe_gold_swap(system: System) -> Result:
     row = tokens.to(system.model.qo_bank.device).unsqueeze(0)
     measured = 0.0
     for state in (None, adapters):
-        measured = max(measured, largest_swap(system, row, state))
-    return judged(
+        measured = max(measured, measure_largest_swap(system, row, state))
+    return judge(
         "gold_swap", RULE, measured=measured, limit=LIMIT, unit="nats from the distribution without the token",
         sample_size=2 * NUM_SWAPS, sample_of="swapped tokens, half of them after an update",
         not_checked="other places and ids; a dependence on the token below the limit",
     )  # fmt: skip
 
 
-def largest_swap(system: System, row: Tensor, adapters: Adapters | None) -> float:
+def measure_largest_swap(system: System, row: Tensor, adapters: Adapters | None) -> float:
     """Return how far the nll of swapped targets lies from the logits that were computed without any target."""
     inputs, targets = row[:, :-1], row[:, 1:]
     with torch.no_grad():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from model.audit.finished_run import RunFiles
-from model.audit.verdicts import Result, judged
+from model.audit.verdicts import Result, judge
 from model.config import config_hash
 from model.files.atomic import file_sha256
 from model.score.bpb import bits_per_byte
@@ -19,10 +19,10 @@ TOLERANCE = 1e-9  # relative; float64 sums in another order
 
 def probe_records(files: RunFiles) -> Result:
     """Hash every output and data file against the records, and recompute each score from its nats, bytes and rows."""
-    outputs = list(changed_outputs(files))
-    faults = [*outputs, *changed_data(files), *contradictions(files)]
+    outputs = list(find_changed_outputs(files))
+    faults = [*outputs, *find_changed_data(files), *find_contradictions(files)]
     num_files = sum(len(record["outputs"]) for record in files.records.values())
-    return judged(
+    return judge(
         "records", "evidence", measured=len(faults), limit=0, unit="disagreements",
         sample_size=num_files + len(files.run["data"]["val"]) + len(files.run["data"]["train"]) + 1,
         sample_of="files (all)", detail=faults[0] if faults else "every file has the sha256 of its record",
@@ -30,7 +30,7 @@ def probe_records(files: RunFiles) -> Result:
     )  # fmt: skip
 
 
-def changed_outputs(files: RunFiles) -> Iterator[str]:
+def find_changed_outputs(files: RunFiles) -> Iterator[str]:
     """Yield a line for each output that is not what its stage left, and each record of another run."""
     for stage, record in files.records.items():
         for name, facts in record["outputs"].items():
@@ -46,7 +46,7 @@ def changed_outputs(files: RunFiles) -> Iterator[str]:
         yield "the configuration in run.json does not have its config_hash"
 
 
-def changed_data(files: RunFiles) -> Iterator[str]:
+def find_changed_data(files: RunFiles) -> Iterator[str]:
     """Yield a line for each data file that is not the one the run was made with."""
     data = files.run["data"]
     known = {**data["train"], **data["val"], files.config.data.tokenizer: data["tokenizer"]}
@@ -58,7 +58,7 @@ def changed_data(files: RunFiles) -> Iterator[str]:
             yield f"data file {name} is not the one that the run read"
 
 
-def contradictions(files: RunFiles) -> Iterator[str]:
+def find_contradictions(files: RunFiles) -> Iterator[str]:
     """Yield a line for each score that does not follow from its nats and bytes, or from its document rows."""
     metrics = files.metrics
     for name in SCORES:

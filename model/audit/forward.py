@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from model.audit.distribution import DOCUMENT_TOKENS, NUM_PREFIXES
-from model.audit.system import System, join_documents, largest, nll_of
-from model.audit.verdicts import Result, judged, not_run
+from model.audit.system import System, join_documents, largest, read_nll
+from model.audit.verdicts import Result, judge, not_run
 from model.data.shards import BOS_ID
 from model.data.validation import ValidationSet
 from model.lora import Adapters
@@ -51,10 +51,10 @@ def probe_target_gate(system: System) -> Result:
     measured, num_swaps = 0.0, 0
     for document in system.documents[:NUM_PREFIXES]:
         tokens = system.validation.document(document)
-        ids = tempting_ids(system, tokens[:end], realized=int(tokens[end]))
-        gaps = swapped_gaps(system, tokens[:end], ids)
+        ids = pick_tempting_ids(system, tokens[:end], realized=int(tokens[end]))
+        gaps = measure_swaps(system, tokens[:end], ids)
         measured, num_swaps = max(measured, largest(gaps)), num_swaps + gaps.size
-    return judged(
+    return judge(
         "target_gate", "C2", measured=measured, limit=LIMITS.get(system.model.compute_dtype, LIMITS[torch.float32]),
         unit="nats from the distribution without the token", sample_size=num_swaps,
         sample_of="swapped tokens, plain and after an update",
@@ -62,7 +62,7 @@ def probe_target_gate(system: System) -> Result:
     )  # fmt: skip
 
 
-def tempting_ids(system: System, prefix: np.ndarray, *, realized: int) -> list[int]:
+def pick_tempting_ids(system: System, prefix: np.ndarray, *, realized: int) -> list[int]:
     """Return ids to swap in behind a prefix, those first that a hint or a gate would single out."""
     table, vocab_size = system.tokenizer.byte_table, system.config.model.vocab_size
     behind_same = prefix[1:][prefix[:-1] == prefix[-1]]
@@ -73,7 +73,7 @@ def tempting_ids(system: System, prefix: np.ndarray, *, realized: int) -> list[i
     return [index for index in dict.fromkeys(found) if index != BOS_ID]
 
 
-def swapped_gaps(system: System, prefix: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+def measure_swaps(system: System, prefix: np.ndarray, ids: Sequence[int]) -> np.ndarray:
     """Return how far each id's score behind a prefix lies from its log-probability, plain scores first."""
     documents = [np.append(prefix, index).astype(prefix.dtype) for index in ids]
     plain = np.array([system.score_plain(join_documents([tokens]))[len(prefix) - 1] for tokens in documents])
@@ -81,7 +81,7 @@ def swapped_gaps(system: System, prefix: np.ndarray, ids: Sequence[int]) -> np.n
     gaps = [plain + stated]
     variants = join_documents(documents)
     work, captured = capture_all(system, variants, len(prefix) - 1)
-    scores = nll_of(work)[variants.document_starts[:-1] + len(prefix) - 1]
+    scores = read_nll(work)[variants.document_starts[:-1] + len(prefix) - 1]
     for group in captured:
         log_probs = log_probabilities(system, prefix, group.adapters)
         rows = torch.arange(len(group.documents), device=log_probs.device)
@@ -139,7 +139,7 @@ def probe_two_forwards(system: System) -> Result:
         token, size = max(token, largest(gaps)), size + count
         if largest(gaps.mean(keepdims=True)) >= mean:
             mean, where = largest(gaps.mean(keepdims=True)), document
-    return judged(
+    return judge(
         "two_forwards", "C3", measured=mean,
         limit=MEAN_LIMITS.get(system.model.compute_dtype, MEAN_LIMITS[torch.float32]),
         unit="nats a token, largest mean over documents", sample_size=size, sample_of="predictions scored both ways",

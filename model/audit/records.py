@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from model.audit.finished_run import RunFiles
-from model.audit.verdicts import FAIL, PASS, Result, judged, not_run
+from model.audit.verdicts import FAIL, PASS, Result, judge, not_run
 from model.bundle.program import PACKED_NAME, READABLE_NAME
 from model.config import SIZE_LIMIT_BYTES, TIME_LIMIT_S, TTTConfig
 from model.data.shards import BOS_ID, find_documents, open_shard
@@ -37,7 +37,7 @@ def probe_score_ledger(files: RunFiles) -> Result:
     """Check the chain, the order of scores and updates in each document, and that the ledger gives the score."""
     events = files.events
     faults = [f"the chain of rank {rank} does not lead to its stored end" for rank in broken_chains(events)]
-    faults += [f"document {d}: {what}" for d, what in misordered(events, files.config.ttt)]
+    faults += [f"document {d}: {what}" for d, what in find_misordered(events, files.config.ttt)]
     stated = files.metrics.get("score_chain")
     if stated != events.chain:
         faults.append(f"the stage record names chain {str(stated)[:12]}, the ledger's is {events.chain[:12]}")
@@ -52,7 +52,7 @@ def probe_score_ledger(files: RunFiles) -> Result:
         for name, value in sums.items()
         if not abs(total - value) <= SUM_TOLERANCE * max(1.0, abs(value))
     ]
-    faults += unexplained_losses(events, files)
+    faults += find_unexplained_losses(events, files)
     return Result(
         probe="score_ledger", rule="C3", result=FAIL if faults else PASS, measured=len(faults), limit=0, unit="faults",
         sample_size=len(events.rows), sample_of="events", detail=faults[0] if faults else f"chain {events.chain[:16]}",
@@ -60,7 +60,7 @@ def probe_score_ledger(files: RunFiles) -> Result:
     )  # fmt: skip
 
 
-def misordered(events: Events, config: TTTConfig) -> Iterator[tuple[int, str]]:
+def find_misordered(events: Events, config: TTTConfig) -> Iterator[tuple[int, str]]:
     """Yield (document, fault) for every document whose events are not score, its updates, next score, ..."""
     place: dict[int, tuple[int, int, int]] = {}  # next first prediction, updates so far, updates since the score
     last: dict[int, tuple[int, int]] = {}
@@ -77,7 +77,7 @@ def misordered(events: Events, config: TTTConfig) -> Iterator[tuple[int, str]]:
             yield document, f"a {word} of [{first}, {end}) after {num_updates} updates is out of turn"
 
 
-def unexplained_losses(events: Events, files: RunFiles) -> list[str]:
+def find_unexplained_losses(events: Events, files: RunFiles) -> list[str]:
     """Return a line if some event's loss sum is not that of the stored losses of its targets."""
     scores = events.of_kind(SCORE)
     starts = np.cumsum(np.concatenate(([0], files.adapted["tokens"])))[:-1]  # targets lie document after document
@@ -104,7 +104,7 @@ def probe_exactly_once(files: RunFiles, validation: ValidationSet) -> Result:
         if files.metrics[name] != validation.num_targets and files.config.evaluation.tail == "scored":
             wrong += abs(int(files.metrics[name]) - validation.num_targets)
             detail += f"; {name} is {files.metrics[name]}"
-    return judged(
+    return judge(
         "exactly_once", "C4", measured=wrong, limit=0, unit="targets not scored exactly once",
         sample_size=validation.num_targets, sample_of="validation targets (all)", detail=detail,
         not_checked="plain evaluation keeps no ledger: its number of targets is compared, and reload scores it again",
@@ -131,7 +131,7 @@ def probe_separation(files: RunFiles, validation_shards: Iterable[Path]) -> Resu
                 faults.append(
                     f"{kind}: {read['file']} opened in {stage}, phase {read['phase']}, rank {read['rank']} ({seen})"
                 )
-    return judged(
+    return judge(
         "separation", "R4", measured=len(faults), limit=0, unit="reads", sample_size=num_reads,
         sample_of="reads of all ranks in all stages", detail=faults[0] if faults else "training shards are read by "
         "train and quantize only, validation shards by evaluate and ttt only; prepare hashes both and counts tokens; "
@@ -174,7 +174,7 @@ def probe_overlap(files: RunFiles, validation: ValidationSet) -> Result:
             num_train += 1
             if document_hash(tokens[start:end]) in ours:
                 found[path.name] += 1
-    return judged(
+    return judge(
         "overlap", "R4", measured=sum(found.values()), limit=0, unit="training documents that are validation documents",
         sample_size=num_train, sample_of=f"training documents, against {len(ours)} validation documents (all)",
         detail="; ".join(f"{name}: {count}" for name, count in found.items()),
@@ -242,7 +242,7 @@ def probe_timing(files: RunFiles) -> Result:
     if device == "cpu" or world_size != TIMED_GPUS:
         why = f"the limits are for {TIMED_GPUS} GPUs; this run had {world_size} x {device}"
         return not_run("timing", "R2/R3", f"{why}: {detail}", measured=measured, **facts)
-    return judged("timing", "R2/R3", measured=measured, detail=detail, **facts)
+    return judge("timing", "R2/R3", measured=measured, detail=detail, **facts)
 
 
 def longest(files: RunFiles, phases: Mapping[str, tuple[str, ...]]) -> float:

@@ -100,7 +100,7 @@ class System:
         self, validation: ValidationSet, documents: Sequence[int] | None = None, **options: Any
     ) -> np.ndarray:
         """Return the nll (N,) that adapt gives; targets of other documents are 0."""
-        return nll_of(self.adapt(validation, documents, **options))
+        return read_nll(self.adapt(validation, documents, **options))
 
     @cached_property
     def plain(self) -> np.ndarray:
@@ -128,18 +128,18 @@ class System:
         is_last = document + 1 == self.validation.num_documents
         return int(start), int(end) if is_last else int(end) - 1
 
-    def other_tokens(self, tokens: np.ndarray) -> np.ndarray:
+    def draw_other_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """Return random tokens, each different from the one in its place and none a BOS."""
         first, size = BOS_ID + 1, self.config.model.vocab_size
         steps = self.generator.integers(1, size - first, size=tokens.size)
         return ((tokens.astype(np.int64) - first + steps) % (size - first) + first).astype(tokens.dtype)
 
-    def flipped(self, validation: ValidationSet, places: Sequence[tuple[int, int]]) -> ValidationSet:
+    def flip_tokens(self, validation: ValidationSet, places: Sequence[tuple[int, int]]) -> ValidationSet:
         """Return the stream with all tokens of the given [first, end) ranges replaced; BOS tokens stay."""
         tokens = np.array(validation.tokens)
         for first, end in places:
             span = tokens[first:end]
-            tokens[first:end] = np.where(span == BOS_ID, span, self.other_tokens(span))
+            tokens[first:end] = np.where(span == BOS_ID, span, self.draw_other_tokens(span))
         return ValidationSet(tokens, validation.document_starts)
 
 
@@ -150,7 +150,7 @@ def join_documents(documents: Sequence[np.ndarray]) -> ValidationSet:
     return ValidationSet(tokens, np.concatenate(([0], np.cumsum(lengths))))
 
 
-def nll_of(work: DocumentPass) -> np.ndarray:
+def read_nll(work: DocumentPass) -> np.ndarray:
     """Return the nll (N,) of a finished pass."""
     return np.asarray(work.nll.cpu().numpy())
 

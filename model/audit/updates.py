@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.audit.system import System, largest, nll_of
-from model.audit.verdicts import FAIL, PASS, Result, judged, not_run
+from model.audit.system import System, largest, read_nll
+from model.audit.verdicts import FAIL, PASS, Result, judge, not_run
 from model.lora import Adapters
 from model.ttt.batches import Batch
 from model.ttt.score_ledger import SCORE, Events
@@ -117,12 +117,12 @@ def probe_adapter_states(system: System) -> Result:
 
 def probe_poisoned_update(system: System) -> Result:
     """Spoil update k: scores of chunks up to k must not move."""
-    return _probe_updates(system, "poisoned_update", _poisoning, reach=0)
+    return _probe_updates(system, "poisoned_update", _poison_slots, reach=0)
 
 
 def probe_frozen_updates(system: System) -> Result:
     """Learning rate 0 after update k: scores of chunks up to k + 1 must not move."""
-    return _probe_updates(system, "lr0_after_k", _freezing, reach=1)
+    return _probe_updates(system, "lr0_after_k", _freeze_slots, reach=1)
 
 
 def _probe_updates(system: System, probe: str, change: Any, *, reach: int) -> Result:
@@ -143,7 +143,7 @@ def _probe_updates(system: System, probe: str, change: Any, *, reach: int) -> Re
     noise = system.adapted_noise
     if effect <= noise:
         return not_run(probe, RULE, "the changed update moved no later score: the probe has no power")
-    return judged(
+    return judge(
         probe, RULE, measured=measured, limit=noise, unit="nats, largest change before the update's reach",
         sample_size=size, sample_of="documents x updates",
         detail=f"scores behind it moved by up to {effect:.3g}; identical reruns allow {noise:.3g}",
@@ -151,7 +151,7 @@ def _probe_updates(system: System, probe: str, change: Any, *, reach: int) -> Re
     )  # fmt: skip
 
 
-def _poisoning(base: type[Slots], number: int) -> type[Slots]:
+def _poison_slots(base: type[Slots], number: int) -> type[Slots]:
     """Return slots whose update of this number (from 1) leaves noise in the adapters."""
 
     class PoisonedSlots(base):  # type: ignore[misc,valid-type]
@@ -168,7 +168,7 @@ def _poisoning(base: type[Slots], number: int) -> type[Slots]:
     return PoisonedSlots
 
 
-def _freezing(base: type[Slots], number: int) -> type[Slots]:
+def _freeze_slots(base: type[Slots], number: int) -> type[Slots]:
     """Return slots that change nothing any more after the update of this number (from 1)."""
 
     class FrozenSlots(base):  # type: ignore[misc,valid-type]
@@ -192,15 +192,16 @@ def probe_order(system: System, events: Events, nll: np.ndarray) -> Result:
         started = mine[np.sort(first)]
         displaced += int((np.diff(started) < 0).sum())
     work = system.adapt(system.validation, sorted(system.documents), num_slots=1)
-    again, measured, where = nll_of(work), 0.0, -1
+    again, measured, where = read_nll(work), 0.0, -1
     for document in system.documents:
         start, end = (int(x) for x in system.validation.document_ranges[document])
         gap = abs(float(again[start : end - 1].sum(dtype=np.float64) - nll[start : end - 1].sum(dtype=np.float64)))
         if gap / (end - 1 - start) >= measured:
             measured, where = gap / (end - 1 - start), document
     order = "stream order" if not displaced else f"another order ({displaced} steps back)"
-    return judged(
-        "order", "order", measured=measured, limit=order_limit(system), unit="nats a token, largest over documents",
+    return judge(
+        "order", "order", measured=measured, limit=choose_order_limit(system),
+        unit="nats a token, largest over documents",
         sample_size=len(system.documents), sample_of="documents rescored one at a time in stream order",
         detail=f"ttt.order={system.config.ttt.order}: documents were started in {order} on each of "
         f"{len(np.unique(ranks))} ranks, up to {system.config.ttt.batch_documents} at once; largest: document {where}",
@@ -208,6 +209,6 @@ def probe_order(system: System, events: Events, nll: np.ndarray) -> Result:
     )  # fmt: skip
 
 
-def order_limit(system: System) -> float:
+def choose_order_limit(system: System) -> float:
     """Return what another batch may move a document's mean loss: rounding, as measured for each float type."""
     return 1e-2 if system.model.compute_dtype == torch.bfloat16 else 1e-4

@@ -34,7 +34,7 @@ class Result:
         return dataclasses.asdict(self)
 
 
-def judged(probe: str, rule: str, *, measured: float, limit: float, **facts: Any) -> Result:
+def judge(probe: str, rule: str, *, measured: float, limit: float, **facts: Any) -> Result:
     """Return a pass if measured is at most limit, else a fail; a figure that is not a number fails."""
     return Result(
         probe=probe, rule=rule, result=PASS if measured <= limit else FAIL, measured=measured, limit=limit, **facts

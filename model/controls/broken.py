@@ -55,12 +55,12 @@ from model.controls.systems import (
     UnnormalizedGPT,
     UnpackedGPT,
     UpdateFirst,
-    altered,
-    events_of,
-    fallback_counted_as_three,
+    alter,
+    count_fallback_as_three,
+    count_spaces_twice,
     leaking_mask,
-    rebuilt,
-    spaces_counted_twice,
+    rebuild,
+    record_events,
 )
 from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
@@ -83,7 +83,7 @@ class Control(NamedTuple):
 def leak_through_mask(audit: Audit) -> Iterator[Result]:
     """The causal mask is off by one."""
     with leaking_mask():
-        system = altered(audit.system)
+        system = alter(audit.system)
         yield probe_causality(system)
         yield probe_chunk_borders(system)
         yield probe_ttt_causality(system)
@@ -91,27 +91,27 @@ def leak_through_mask(audit: Audit) -> Iterator[Result]:
 
 def leak_through_batch(audit: Audit) -> Iterator[Result]:
     """Rows of a batch are mixed."""
-    yield probe_across_documents(rebuilt(audit.system, NeighborGPT))
+    yield probe_across_documents(rebuild(audit.system, NeighborGPT))
 
 
 def leak_through_row(audit: Audit) -> Iterator[Result]:
     """Documents of a packed row see each other."""
-    yield probe_across_documents(rebuilt(audit.system, UnpackedGPT))
+    yield probe_across_documents(rebuild(audit.system, UnpackedGPT))
 
 
 def unnormalized_head(audit: Audit) -> Iterator[Result]:
     """Probabilities add up to more than 1."""
-    yield probe_normalization(rebuilt(audit.system, UnnormalizedGPT))
+    yield probe_normalization(rebuild(audit.system, UnnormalizedGPT))
 
 
 def gold_peeking_head(audit: Audit) -> Iterator[Result]:
     """The distribution knows the token it is asked about."""
-    yield probe_gold_swap(rebuilt(audit.system, GoldPeekingGPT))
+    yield probe_gold_swap(rebuild(audit.system, GoldPeekingGPT))
 
 
 def update_before_score(audit: Audit) -> Iterator[Result]:
     """A chunk is learned from before it is scored; the ledger denies it."""
-    system = altered(audit.system, pass_type=UpdateFirst)
+    system = alter(audit.system, pass_type=UpdateFirst)
     yield probe_adapter_states(system)
     yield probe_poisoned_update(system)
     yield probe_frozen_updates(system)
@@ -119,22 +119,22 @@ def update_before_score(audit: Audit) -> Iterator[Result]:
 
 def update_before_score_in_ledger(audit: Audit) -> Iterator[Result]:
     """A chunk is learned from before it is scored; the ledger shows it."""
-    events, nll = events_of(audit.system, HonestUpdateFirst)
-    yield probe_score_ledger(with_scores(audit.files, events=events, nll=nll))
+    events, nll = record_events(audit.system, HonestUpdateFirst)
+    yield probe_score_ledger(replace_scores(audit.files, events=events, nll=nll))
 
 
 def rescored_chunk(audit: Audit) -> Iterator[Result]:
     """A chunk is scored again after the update."""
-    events, nll = events_of(audit.system, Rescoring)
-    files = with_scores(audit.files, events=events, nll=nll)
+    events, nll = record_events(audit.system, Rescoring)
+    files = replace_scores(audit.files, events=events, nll=nll)
     yield probe_exactly_once(files, audit.validation)
     yield probe_score_ledger(files)
 
 
 def skipped_document(audit: Audit) -> Iterator[Result]:
     """A document is left out."""
-    events, nll = events_of(audit.system, Skipping)
-    yield probe_exactly_once(with_scores(audit.files, events=events, nll=nll), audit.validation)
+    events, nll = record_events(audit.system, Skipping)
+    yield probe_exactly_once(replace_scores(audit.files, events=events, nll=nll), audit.validation)
 
 
 def altered_ledger(audit: Audit) -> Iterator[Result]:
@@ -147,45 +147,45 @@ def altered_ledger(audit: Audit) -> Iterator[Result]:
 
 def stale_adapters(audit: Audit) -> Iterator[Result]:
     """A document starts with the adapters of the one before."""
-    system = altered(audit.system, slots_type=StaleSlots)
+    system = alter(audit.system, slots_type=StaleSlots)
     yield probe_independence(system)
-    yield probe_adapter_states(altered(system, sample=6))
+    yield probe_adapter_states(alter(system, sample=6))
     yield probe_order(system, audit.files.events, audit.files.nll)
 
 
 def shared_longest_first(audit: Audit) -> Iterator[Result]:
     """Documents are adapted longest first in a state that they share."""
-    yield probe_dependencies(altered(audit.system, pass_type=LongestFirst, slots_type=StaleSlots))
+    yield probe_dependencies(alter(audit.system, pass_type=LongestFirst, slots_type=StaleSlots))
 
 
 def hints_against_order(audit: Audit) -> Iterator[Result]:
     """Hints come from the stream's prefix, updates from the longest documents first."""
-    yield probe_dependencies(altered(audit.system, pass_type=HintedLongestFirst, slots_type=StaleSlots))
+    yield probe_dependencies(alter(audit.system, pass_type=HintedLongestFirst, slots_type=StaleSlots))
 
 
 def gate_on_target(audit: Audit) -> Iterator[Result]:
     """A score is mixed with another one where the realized token has been seen."""
-    yield probe_target_gate(altered(audit.system, pass_type=Gated))
+    yield probe_target_gate(alter(audit.system, pass_type=Gated))
 
 
 def second_forward(audit: Audit) -> Iterator[Result]:
     """The forward for adaptation lacks a gate."""
-    yield probe_two_forwards(rebuilt(audit.system, GatelessGPT))
+    yield probe_two_forwards(rebuild(audit.system, GatelessGPT))
 
 
 def double_counted_space(audit: Audit) -> Iterator[Result]:
     """A leading space counts twice."""
-    yield bytes_under(audit, spaces_counted_twice(audit.tokenizer.byte_table))
+    yield probe_bytes_under(audit, count_spaces_twice(audit.tokenizer.byte_table))
 
 
 def fallback_as_three(audit: Audit) -> Iterator[Result]:
     """A byte piece counts 3 bytes."""
     table = audit.tokenizer.byte_table
     byte_ids = [i for i in range(audit.tokenizer.vocab_size) if table.base_bytes[i] == 1 and i < 4 + 256]
-    yield bytes_under(audit, fallback_counted_as_three(table, byte_ids))
+    yield probe_bytes_under(audit, count_fallback_as_three(table, byte_ids))
 
 
-def bytes_under(audit: Audit, table: ByteTable) -> Result:
+def probe_bytes_under(audit: Audit, table: ByteTable) -> Result:
     """Return the byte probe of a run that counted by this table throughout."""
     validation, nll = audit.validation, audit.files.nll
     sums = document_sums(validation, table, nll, num_scored=validation.num_targets, seconds=0.0)
@@ -197,7 +197,7 @@ def validation_in_warm_up(audit: Audit) -> Iterator[Result]:
     ledger = Ledger("train")
     with ledger.listening(), ledger.span("warm_up"):
         open_shard(audit.validation_shards[0])[:64].sum()
-    yield probe_separation(with_reads(audit.files, ledger), audit.validation_shards)
+    yield probe_separation(add_reads(audit.files, ledger), audit.validation_shards)
 
 
 def training_in_evaluation(audit: Audit) -> Iterator[Result]:
@@ -205,7 +205,7 @@ def training_in_evaluation(audit: Audit) -> Iterator[Result]:
     ledger = Ledger("evaluate")
     with ledger.listening(), ledger.span("identify"):
         open_shard(audit.files.train_shards[0])[:64].sum()
-    yield probe_separation(with_reads(audit.files, ledger), audit.validation_shards)
+    yield probe_separation(add_reads(audit.files, ledger), audit.validation_shards)
 
 
 def calibration_on_validation(audit: Audit) -> Iterator[Result]:
@@ -217,7 +217,7 @@ def calibration_on_validation(audit: Audit) -> Iterator[Result]:
             on_open=ledger.opened,
         )  # fmt: skip
         draw_windows(loader, config.quant, seed=config.seed, batch=0)
-    yield probe_separation(with_reads(audit.files, ledger), audit.validation_shards)
+    yield probe_separation(add_reads(audit.files, ledger), audit.validation_shards)
 
 
 def validation_in_training(audit: Audit) -> Iterator[Result]:
@@ -301,12 +301,12 @@ def open_network(audit: Audit) -> Iterator[Result]:
     yield judge_network(Fresh({"interfaces": ["lo", "eth0"]}, audit.files.metrics, "", ""))
 
 
-def with_scores(files: RunFiles, **scores: Any) -> RunFiles:
+def replace_scores(files: RunFiles, **scores: Any) -> RunFiles:
     """Return the run with another score ledger."""
     return replace(files, **scores)
 
 
-def with_reads(files: RunFiles, ledger: Ledger) -> RunFiles:
+def add_reads(files: RunFiles, ledger: Ledger) -> RunFiles:
     """Return the run with the reads of a ledger added to those of its stage."""
     stage = ledger.stage
     joined = join_ledgers([{"stage": stage, "spans": [], "reads": files.ledgers[stage]["reads"]}, ledger.as_json()], {})

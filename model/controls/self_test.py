@@ -124,7 +124,7 @@ class SelfTest:
             )
         columns = [0, 3, 4], [0, 2, 3, 4]
         blocks = [
-            "\n".join(_aligned([[row[c] for c in chosen] for row in (list(head), *rows)]))
+            "\n".join(_align([[row[c] for c in chosen] for row in (list(head), *rows)]))
             for head, rows, chosen in zip(heads, (healthy, broken), columns, strict=True)
         ]
         return "\n\n".join([*blocks, f"{verdict}, {self.seconds:.0f} s"])
@@ -249,7 +249,7 @@ def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

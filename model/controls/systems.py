@@ -30,14 +30,14 @@ HINT = 0.01  # share of its loss that a hint may take off a token
 BONUS = 0.05  # probability that an un-normalized head adds to its favorite
 
 
-def rebuilt(system: System, kind: type[GPT]) -> System:
+def rebuild(system: System, kind: type[GPT]) -> System:
     """Return the system with its weights in a model of another kind."""
     model = kind(system.config.model, compute_dtype=system.model.compute_dtype).to(system.model.qo_bank.device)
     model.load_state_dict(system.model.state_dict())
-    return altered(system, model=model.requires_grad_(False))
+    return alter(system, model=model.requires_grad_(False))
 
 
-def altered(system: System, **parts: Any) -> System:
+def alter(system: System, **parts: Any) -> System:
     """Return the system with other parts, nothing of what it remembered kept."""
     names = ("model", "validation", "tokenizer", "config", "sample", "pass_type", "slots_type")
     return System(**{**{name: getattr(system, name) for name in names}, **parts})
@@ -211,19 +211,19 @@ class GatelessGPT(GPT):
             self.skip_gates.data = kept
 
 
-def events_of(system: System, pass_type: type[DocumentPass]) -> tuple[Events, np.ndarray]:
+def record_events(system: System, pass_type: type[DocumentPass]) -> tuple[Events, np.ndarray]:
     """Return ledger and nll of all documents, scored by a broken pass."""
     documents = [d for d, (start, end) in enumerate(system.validation.document_ranges) if end - start > 1]
     work = system.adapt(system.validation, documents, pass_type=pass_type)
     return work.close_ledger(), np.asarray(work.nll.cpu().numpy())
 
 
-def spaces_counted_twice(table: ByteTable) -> ByteTable:
+def count_spaces_twice(table: ByteTable) -> ByteTable:
     """Return a table in which a leading space is in the piece's bytes and counted on top."""
     return replace(table, base_bytes=(table.base_bytes + table.has_leading_space).astype(np.int16))
 
 
-def fallback_counted_as_three(table: ByteTable, byte_ids: Sequence[int]) -> ByteTable:
+def count_fallback_as_three(table: ByteTable, byte_ids: Sequence[int]) -> ByteTable:
     """Return a table in which a byte piece has the 3 bytes of the replacement character it decodes to alone."""
     base_bytes = table.base_bytes.copy()
     base_bytes[list(byte_ids)] = 3

@@ -167,7 +167,7 @@ def _text_of_line(line: bytes, column: str, place: str) -> str:
     require(isinstance(row, dict), f"{place} is not a JSON object with a field {column!r}")
     if column not in row:
         raise ValueError(f"{place} has no field {column!r}{_nearest(column, list(row))}")
-    return _checked_text(row[column], column, place)
+    return _check_text(row[column], column, place)
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
@@ -182,12 +182,12 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=BATCH_DOCUMENTS, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     number += 1
-                    yield _checked_text(value, column, f"{path} row {number}")
+                    yield _check_text(value, column, f"{path} row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not readable Parquet after row {number} ({error})".replace("\n", " ")) from None
 
 
-def _checked_text(value: object, column: str, place: str) -> str:
+def _check_text(value: object, column: str, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}: field {column!r} is {type(value).__name__}, not text")
     try:

@@ -44,7 +44,7 @@ class LowRank(NamedTuple):
         return None if self.buffers is None else self.buffers.anchor
 
 
-def adapted_product(
+def adapt_product(
     x: Tensor, weight: Tensor, adapters: LowRank, columns: dict[str, tuple[int, int]], apply: Product
 ) -> tuple[Tensor, Tensor | None]:
     """Return (x weight^T with each adapter of columns added to its columns, the others' x A^T or None).

@@ -67,10 +67,10 @@ def document_sums(
 ) -> DocumentScores:
     """Return targets, bytes and nats by document of per-target nll (N,); only the first num_scored targets count."""
     num_bytes = document_bytes(validation, table, num_scored=num_scored)
-    return sums_beside(num_bytes, validation, nll, num_scored=num_scored, seconds=seconds)
+    return add_nats(num_bytes, validation, nll, num_scored=num_scored, seconds=seconds)
 
 
-def sums_beside(
+def add_nats(
     num_bytes: np.ndarray, validation: ValidationSet, nll: np.ndarray, *, num_scored: int, seconds: float
 ) -> DocumentScores:
     """Return what document_sums returns, from the document_bytes (D,).

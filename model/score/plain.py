@@ -23,7 +23,7 @@ from model.gpt import GPT, fits_row_graphs
 from model.kernels.graphs import Recorder
 from model.kernels.pace import Pace
 from model.report import Report
-from model.score.bpb import DocumentScores, document_bytes, sums_beside
+from model.score.bpb import DocumentScores, add_nats, document_bytes
 
 ROW_ENTRIES = 128  # segment bounds of a row are padded to multiples of this: few sizes, each recorded once
 
@@ -138,4 +138,4 @@ def evaluate_plain(
         started = time.monotonic()
         nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
         seconds = time.monotonic() - started
-        return sums_beside(counting.result(), validation, nll, num_scored=num_scored, seconds=seconds)
+        return add_nats(counting.result(), validation, nll, num_scored=num_scored, seconds=seconds)

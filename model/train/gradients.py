@@ -25,7 +25,7 @@ def clip_(grads: list[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
-def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def collect_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return the gradients that exist; a parameter that no layer used gets zeros, so that it is still decayed."""
     found = []
     for parameter in parameters:
@@ -56,7 +56,7 @@ def accumulate_gradients(
         dist.tick()
         if clip != "per_micro_batch":
             continue
-        grads = gradients(parameters)
+        grads = collect_gradients(parameters)
         norms.append(clip_(grads, max_norm))
         # Each micro-batch is clipped by its own norm, so autograd must not add it to the ones before.
         if len(batches) > 1:
@@ -71,7 +71,7 @@ def accumulate_gradients(
         for parameter, grad in zip(parameters, total, strict=True):
             parameter.grad = grad
     elif clip != "per_micro_batch":
-        grads = gradients(parameters)
+        grads = collect_gradients(parameters)
         torch._foreach_div_(grads, len(batches))
         if clip == "global":
             for grad in grads:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.banks import BANKS, EMBEDDING_PARAMETER
 from model.config import TrainConfig
 from model.distributed import Dist, Pending
-from model.train.gradients import gradients
+from model.train.gradients import collect_gradients
 
 # of an odd polynomial that lifts small singular values fast: 5 rounds bring them near 1 (0.7 to 1.2), and that does
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.775, 2.0315)
@@ -169,7 +169,7 @@ class Optimizers:
         first number to be sent is known when the last one has been computed.
         """
         shares = self.muon.start()  # large messages first: orthogonalizing the first bank hides the others
-        means = [self.dist.start_mean_(*gradients(group)) for group in ([self.embedding], self.vectors)]
+        means = [self.dist.start_mean_(*collect_gradients(group)) for group in ([self.embedding], self.vectors)]
         updates = self.muon.orthogonalize(shares, momentum=momentum)
         for mean in means:
             mean.wait()

@@ -38,14 +38,14 @@ class Limits(NamedTuple):
         count = max(1, min(self.rows, self.tokens // length))
         return count if count < self.round_rows else count // self.round_rows * self.round_rows
 
-    def padded_rows(self, count: int, length: int) -> int:
+    def pad_rows(self, count: int, length: int) -> int:
         """Return the rows of the batch that holds count windows of this length that learn."""
         return count if self.padding_tokens is None else min(n for n in self._row_counts(length) if n >= count)
 
     def take_rows(self, num_ready: int, length: int) -> int:
         """Return how many of the windows of this length that are ready to learn the next batch takes."""
         count = min(num_ready, self.max_rows(length))
-        if self.padding_tokens is None or (self.padded_rows(count, length) - count) * length <= self.padding_tokens:
+        if self.padding_tokens is None or (self.pad_rows(count, length) - count) * length <= self.padding_tokens:
             return count
         return max((n for n in self._row_counts(length) if n <= count), default=count)
 

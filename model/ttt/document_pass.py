@@ -117,7 +117,7 @@ class DocumentPass:
 
         Rows too many read the stream's first tokens and adapt the spare slot.
         """
-        num_rows = self.limits.padded_rows(len(batch.tasks), batch.length)
+        num_rows = self.limits.pad_rows(len(batch.tasks), batch.length)
         table = np.tile(np.array([batch.length, spare_slot]), (num_rows, 1))
         for row, (slot, window) in enumerate(batch.tasks):
             table[row] = int(self.ranges[window.document][0]) + window.end, slot

@@ -114,5 +114,5 @@ class RecordedPass(DocumentPass):
         length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
         if length:
             most = self.limits.max_rows(length)
-            step.prepare(self.limits.padded_rows(min(len(documents), most), length), length)
+            step.prepare(self.limits.pad_rows(min(len(documents), most), length), length)
         return step
