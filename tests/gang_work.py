@@ -30,6 +30,7 @@ from model.report import Interrupted
 from model.score.plain import evaluate_plain
 from model.train.gradients import collect_gradients
 from model.train.optim import Optimizers, muon_scale, muon_update
+from model.train.resumable import ResumableTrainer
 from model.train.trainer import Trainer
 from model.ttt.documents import score_documents
 from runner.gang.worker import open_store
@@ -255,7 +256,7 @@ def resumes(dist: Dist, folder: Path) -> dict[str, np.ndarray]:
 
         def trainer(store: CheckpointStore, **options: Any) -> Trainer:
             model = random_model(THREE_LAYERS, seed=3)
-            return Trainer(
+            return ResumableTrainer(
                 model, micro_loader(folder, config=config), config, dist, ignore, checkpoints=store, **options
             )
 

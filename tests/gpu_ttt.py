@@ -26,8 +26,8 @@ from model.data.shards import HEADER_BYTES, find_documents
 from model.data.validation import ValidationSet
 from model.presets import bench_500
 from model.ttt.documents import make_slots
+from model.ttt.ledger_reading import times_scored
 from model.ttt.recorded_pass import RecordedPass, RecordedStep
-from model.ttt.score_ledger import times_scored
 from model.ttt.slots import Slots
 from model.ttt.windows import window_cost
 from tests.gpu_probe import build_model, profile, time_ms

@@ -11,7 +11,8 @@ import pytest
 from model.audit.records import find_misordered
 from model.config import TTTConfig
 from model.files.ledger import Ledger, join_ledgers
-from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain, broken_chains, read_events, times_scored
+from model.ttt.ledger_reading import broken_chains, read_events, times_scored
+from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain
 
 STARTS, NUM_TARGETS = [0, 100], 149  # two documents of 100 and 49 predictions
 

@@ -18,7 +18,8 @@ from model.files.ledger import Ledger
 from model.gpt import GPT
 from model.report import Interrupted
 from model.train.gradients import accumulate_gradients, clip_, collect_gradients
-from model.train.trainer import Diverged, Ema, Reached, Trainer, TrainResult, seconds_between
+from model.train.resumable import Reached, ResumableTrainer
+from model.train.trainer import Diverged, Ema, Trainer, TrainResult, seconds_between
 from tests.micro_model import ignore, micro_loader, micro_train, random_model
 
 EVERY_STEP = RuntimeConfig(device="cpu", checkpoint_every_s=1e-9, report_every_s=0.0)
@@ -40,7 +41,8 @@ def start(folder: Path, config: TrainConfig, **options: Any) -> Trainer:
     model.init_weights(4)
     model.tok_emb.weight.data = model.tok_emb.weight.data.to(getattr(torch, config.embedding_dtype))
     report = options.pop("report", ignore)
-    return Trainer(model, micro_loader(folder, config=config), config, Dist.single(), report, **options)
+    loader, store = micro_loader(folder, config=config), options.pop("checkpoints", None)
+    return ResumableTrainer(model, loader, config, Dist.single(), report, checkpoints=store, **options)
 
 
 def stop_after(steps: int) -> Callable[[], bool]:

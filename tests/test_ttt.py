@@ -16,7 +16,8 @@ from model.distributed import Dist
 from model.gpt import GPT
 from model.lora import Layout, initial_a
 from model.ttt.documents import TTTResult, score_documents
-from model.ttt.score_ledger import SCORE, UPDATE, times_scored
+from model.ttt.ledger_reading import times_scored
+from model.ttt.score_ledger import SCORE, UPDATE
 from model.ttt.windows import chunk_window, share_documents, unadapted_windows, window_cost
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_ttt, micro_validation, random_model
 

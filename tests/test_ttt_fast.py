@@ -22,8 +22,9 @@ from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
 from model.ttt.document_pass import DocumentPass
+from model.ttt.ledger_reading import times_scored
 from model.ttt.recorded_pass import PADDING_TOKENS, RecordedPass, RecordedStep
-from model.ttt.score_ledger import SCORE, UPDATE, times_scored
+from model.ttt.score_ledger import SCORE, UPDATE
 from model.ttt.slots import Slots
 from model.ttt.windows import share_documents, window_cost
 from tests.fake_recorder import FakeRecorder

@@ -64,7 +64,7 @@ def check_score_ledger(arrays: Mapping[str, np.ndarray], targets: np.ndarray) ->
     """Return what is wrong with a score ledger, given each document's number of targets."""
     import numpy as np
 
-    from model.ttt.score_ledger import broken_chains, read_events, times_scored
+    from model.ttt.ledger_reading import broken_chains, read_events, times_scored
 
     events = read_events(dict(arrays))
     starts = np.concatenate(([0], np.cumsum(targets)[:-1]))

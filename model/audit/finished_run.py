@@ -13,7 +13,8 @@ from model.config import RunConfig, config_from_plain
 from model.data.shards import list_shards
 from model.files.plain import read_arrays, read_json
 from model.report import STAGES
-from model.ttt.score_ledger import Events, read_events
+from model.ttt.ledger_reading import read_events
+from model.ttt.score_ledger import Events
 
 LEDGERS = ("prepare", *STAGES)
 

@@ -19,7 +19,8 @@ from model.data.shards import BOS_ID, find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.files.atomic import file_sha256
 from model.files.ledger import covered_s
-from model.ttt.score_ledger import SCORE, Events, broken_chains, times_scored
+from model.ttt.ledger_reading import broken_chains, times_scored
+from model.ttt.score_ledger import SCORE, Events
 
 TIMED_GPUS = 8
 SUM_TOLERANCE = 1e-6  # relative; sums of the same float32 losses in another order

@@ -19,7 +19,7 @@ from model.pipeline.rehearsal import compile_kernels
 from model.pipeline.run import Run
 from model.pipeline.warm_up import choose_attention, warm_up
 from model.report import Report
-from model.train.trainer import NOTHING_REACHED, Reached, Trainer
+from model.train.resumable import NOTHING_REACHED, Reached, ResumableTrainer
 
 PROGRESS = "train_progress.json"
 
@@ -41,7 +41,7 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         choice = settle_attention(run, model)
         warm_up(model, config, run.report)
     store = CheckpointStore(run.checkpoints, run.on_write) if run.uses_checkpoints else None
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model,
         loader,
         config.train,

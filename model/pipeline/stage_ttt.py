@@ -22,7 +22,8 @@ from model.pipeline.inputs import (
 from model.pipeline.rehearsal import compile_kernels
 from model.pipeline.run import Run
 from model.ttt.documents import score_documents
-from model.ttt.score_ledger import Events, times_scored
+from model.ttt.ledger_reading import times_scored
+from model.ttt.score_ledger import Events
 
 
 def run_ttt(run: Run, ledger: Ledger) -> Outcome:

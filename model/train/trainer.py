@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,13 +28,8 @@ from model.train.gradients import accumulate_gradients
 from model.train.optim import Optimizers
 from model.train.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
 
-if TYPE_CHECKING:  # the program of a run without checkpoints does without both
-    from model.files.checkpoint import CheckpointStore
-    from model.files.ledger import Ledger
-
 Moment = float | torch.cuda.Event  # seconds on the host's clock, or a place in the work of a GPU
 STEP_COLUMNS = ("step", "loss", "grad_norm", "lr_factor", "momentum", "is_looped", "elapsed_s", "tokens_per_s")
-FINE = "fine"
 RUN_AHEAD = 2  # steps the host may be ahead of the device
 
 
@@ -72,16 +67,6 @@ class Ema:
         return {name: self.values[name].to(p.dtype) for name, p in self.model.named_parameters()}
 
 
-class Reached(NamedTuple):
-    """How far an earlier attempt came; steps behind its last checkpoint are lost, like those lost before."""
-
-    step: int
-    lost_steps: int
-
-
-NOTHING_REACHED = Reached(0, 0)
-
-
 class StepRow(NamedTuple):
     """One step whose loss and gradient norm may still be on their way from the device."""
 
@@ -94,7 +79,7 @@ class StepRow(NamedTuple):
 
 
 class Trainer:
-    """State of one training run; run() is the loop."""
+    """State of one training run in memory; run() is the loop. ResumableTrainer keeps it on disk too."""
 
     def __init__(
         self,
@@ -105,9 +90,6 @@ class Trainer:
         report: Report,
         *,
         runtime: RuntimeConfig | None = None,
-        checkpoints: CheckpointStore | None = None,
-        ledger: Ledger | None = None,
-        reached: Reached = NOTHING_REACHED,
         should_stop: Callable[[], bool] = lambda: False,
         long_call: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         clock: Callable[[], float] = time.monotonic,
@@ -119,16 +101,14 @@ class Trainer:
             )
         self.model, self.loader, self.config, self.dist, self.report = model, loader, config, dist, report
         self.runtime = runtime or RuntimeConfig()
-        self.checkpoints, self.should_stop, self.clock = checkpoints, should_stop, clock
+        self.should_stop, self.clock = should_stop, clock
         self.long_call = long_call  # around what may take long without a report
-        self.ledger = ledger  # holds the spans of earlier attempts, which checkpoints carry on
         self.optimizers = Optimizers(model, config, dist)
         self.ema = Ema(model, config.ema_decay)
         self.parameters = list(model.parameters())
         self.step = 0  # steps done, and the number (from 0) of the next
         self.before_s = 0.0  # training seconds of earlier attempts
         self.paused_s = 0.0  # checkpoint writing since the loop began, not counted in the budget
-        self.reached = reached
         self.resumed_at: list[int] = []
         self.lost_steps = 0
         self.pending: deque[StepRow] = deque()  # steps whose figures the device may not have yet
@@ -174,9 +154,8 @@ class Trainer:
     def _agree(self) -> tuple[float, bool, bool]:
         """Return rank 0's elapsed time and its wish to stop or to write a checkpoint, on every rank."""
         # Ranks' clocks differ; were each to follow its own, one would leave the loop while others wait for it.
-        every_s, elapsed = self.runtime.checkpoint_every_s, self.elapsed_s()
-        is_due = self.checkpoints is not None and every_s > 0 and self.clock() - self.last_checkpoint >= every_s
-        elapsed, stop, checkpoint = self.dist.broadcast_floats([elapsed, float(self.should_stop()), float(is_due)])
+        wishes = [self.elapsed_s(), float(self.should_stop()), float(self._is_checkpoint_due())]
+        elapsed, stop, checkpoint = self.dist.broadcast_floats(wishes)
         return elapsed, bool(stop), bool(checkpoint)
 
     def _span_indices(self) -> Iterator[int]:
@@ -277,75 +256,15 @@ class Trainer:
         while self.pending:
             self._log_row(self.pending.popleft())
 
+    def _is_checkpoint_due(self) -> bool:
+        """Return whether this rank would write a checkpoint now."""
+        return False
+
     def _checkpoint(self) -> None:
-        """Write everything a resumed run needs; the time it takes does not count in the budget."""
-        self._drain()
-        elapsed, paused = self.elapsed_s(), self.clock()
-        attempts = self.ledger.attempts() if self.ledger is not None else []
-        optimizer_state = self.optimizers.state_dict()  # all ranks: each holds a share of Muon's momentum
-        if self.checkpoints is not None and self.dist.is_main:
-            tensors = {f"optimizer/{name}": value for name, value in optimizer_state.items()}
-            tensors |= {f"live/{name}": p.detach() for name, p in self.model.named_parameters()}
-            tensors |= {f"ema/{name}": value for name, value in self.ema.values.items()}
-            tensors |= {f"log/{name}": torch.tensor(column, dtype=torch.float64) for name, column in self.log.items()}
-            tensors["rng"] = torch.get_rng_state()
-            meta = {
-                "elapsed_s": elapsed,
-                "resumed_at": self.resumed_at,
-                "attention": self.model.attention_backend,
-                "attempts": attempts,
-            }
-            with self.long_call():
-                self.checkpoints.save(self.step, tensors, meta)
-        self.dist.barrier()  # so that waiting for rank 0's disk counts as a pause on every rank
-        self.last_checkpoint = self.clock()
-        self.paused_s += self.last_checkpoint - paused
+        """Keep what a later attempt needs: nothing, for a run that lives in memory."""
 
-    @torch.no_grad()
     def _resume(self) -> None:
-        """Continue from the newest checkpoint that rank 0 finds undamaged, if there is one.
-
-        Raises RuntimeError on every rank if another one cannot load that: going on from the one before, it would train
-        other weights.
-        """
-        found = self._load_agreed()
-        if found is None:
-            self.lost_steps = self.reached.lost_steps + self.reached.step
-            return
-        tensors, meta = found
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[f"live/{name}"])
-            self.ema.values[name].copy_(tensors[f"ema/{name}"])
-        prefix = "optimizer/"
-        self.optimizers.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        self.log = {name: tensors[f"log/{name}"].tolist() for name in STEP_COLUMNS}
-        torch.set_rng_state(tensors["rng"])
-        self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
-        self.resumed_at = [*meta["resumed_at"], self.step]
-        self.lost_steps = self.reached.lost_steps + max(0, self.reached.step - self.step)
-        if self.ledger is not None:
-            self.ledger.earlier = list(meta.get("attempts", []))
-        if self.runtime.attention == "auto":  # whatever a stopwatch says today, a training stays with its kernel
-            self.model.attention_backend = meta.get("attention", self.model.attention_backend)
-
-    def _load_agreed(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Return the checkpoint that rank 0 picked, on every rank; None where it has none."""
-        if self.checkpoints is None:
-            return None
-        found = self.checkpoints.load_newest() if self.dist.is_main else None
-        step = int(self.dist.broadcast_floats([-1.0 if found is None else float(found[1]["step"])])[0])
-        if step < 0:
-            return None
-        problem = ""
-        if not self.dist.is_main:
-            try:
-                found = self.checkpoints.load(step)
-            except (ValueError, OSError, KeyError) as error:
-                problem = f"rank {self.dist.rank} cannot load the checkpoint of step {step} as rank 0 did: {error!r}"
-        problems = [text for text in self.dist.gather_text(problem or FINE) if text != FINE]
-        if problems:
-            raise RuntimeError(problem or f"a peer cannot go on: {problems[0]}")
-        return found
+        """Go on where an earlier attempt stopped: at the start."""
 
     def _compare_ranks(self) -> None:
         """Raise RuntimeError if the ranks do not begin with the same weights and averages."""
