@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.cli import main
 from model.audit.audit import PROBES, Audit, choose_probes
@@ -24,7 +25,9 @@ from model.controls.systems import UpdateFirst, alter
 from model.data.validation import ValidationSet
 from model.score.bpb import document_sums
 from model.ttt.document_pass import DocumentPass
+from model.ttt.learning_step import LearningStep
 from model.ttt.recorded_pass import RecordedPass
+from model.ttt.slots import Slots
 from model.ttt.windows import Window
 
 ROOT = Path(__file__).parent.parent
@@ -140,6 +143,28 @@ def test_recorded_steps_of_a_gpu_are_probed_alike(audit: Audit) -> None:
         assert probe(sound).result == "pass", probe
     for probe in (probe_adapter_states, probe_poisoned_update, probe_frozen_updates):
         assert probe(broken).result == "fail", probe
+
+
+def test_a_step_that_learns_before_it_scores_is_looked_into(audit: Audit) -> None:
+    class EarlyStep(LearningStep):
+        """Hands back the losses of adapters that have seen the chunk."""
+
+        def score_and_learn(self, table: torch.Tensor, length: int) -> torch.Tensor:
+            super().score_and_learn(table, length)
+            kept = self.slots.values.clone(), self.slots.moments.clone(), self.slots.num_updates.clone()
+            losses = super().score_and_learn(table, length)
+            for mine, value in zip((self.slots.values, self.slots.moments, self.slots.num_updates), kept):
+                mine.copy_(value)
+            return losses
+
+    class EarlyPass(DocumentPass):
+        def _make_step(self, _documents: Sequence[int], slots: Slots) -> LearningStep:
+            return EarlyStep(self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped)
+
+    assert probe_adapter_states(alter(audit.system, sample=2)).result == "pass"
+    found = probe_adapter_states(alter(audit.system, pass_type=EarlyPass, sample=2))
+    assert found.result == "fail"
+    assert "said to come after 0 updates read a state" in found.detail
 
 
 def test_a_stream_cut_inside_a_character_still_has_its_bytes(audit: Audit) -> None:
