@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 VERSION_KEY = b"seedsweep.schema_version"  # in the metadata of every file
 
 # Commit order: the file in `runs` is written last, and without it the other three do not count.
@@ -28,21 +29,28 @@ SCORES = {
     "post_ttt": "test-time training",
 }
 
+BASE = "base"  # the variant of a sweep that names none, and of every file of version 1
+
 FINISHED = "DONE"  # the state of an attempt whose figures count
 
 
 class Column(NamedTuple):
-    """One column: name, Arrow type by name, meaning. `required` columns may never be null."""
+    """One column: name, Arrow type by name, meaning. `required` columns may never be null.
+
+    since: the version of the schema that brought it.
+    """
 
     name: str
     type: str
     meaning: str
     required: bool = False
+    since: int = 1
 
 
 KEYS = (
     Column("schema_version", "int32", "version of this schema", True),
     Column("run_id", "string", "names one attempt; equal in all four tables", True),
+    Column("variant", "string", "which configuration of the sweep; base where it has only one", True, since=2),
     Column("seed", "int64", "seed of the run (-1: an imported log that names none)", True),
     Column("repeat", "int32", "0, or the n-th repetition of the same seed", True),
     Column("attempt", "int32", "from 1; a retry after a fault is the next attempt", True),
@@ -82,6 +90,8 @@ STAGE_COLUMNS = (
     Column("outputs_json", "string", "output files with bytes and sha256"),
     Column("data_hash", "string", "sha256 over shards and tokenizer"),
     Column("code_hash", "string", "sha256 over the sources the stage ran"),
+    Column("stage_identity", "string", "sha256 of everything that decides the outputs of the stage", since=2),
+    Column("reused_from", "string", "the run that computed this stage; null: this one did", since=2),
 )
 
 
@@ -129,6 +139,7 @@ RUN_COLUMNS = (
     Column("attempts", "int32", "attempts of this seed so far, this one included"),
     Column("preemptions", "int32", "attempts lost to preempted nodes"),
     Column("num_resumes", "int32", "times that training continued from a checkpoint"),
+    Column("reused_stages", "string", "stages taken from another run, with their times; comma between", since=2),
     Column("resumed_at_steps", "list_int64", "the steps it continued from"),
     Column("lost_steps", "int64", "steps trained twice because of resumes"),
     Column("steps", "int64", "optimizer steps"),
@@ -179,6 +190,16 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
 }
 
 
+def value_when_absent(column: str) -> str | None:
+    """Return what a column of a later version is in a file of an earlier one."""
+    return BASE if column == "variant" else None
+
+
+def absent_columns(table: str, version: int) -> set[str]:
+    """Return the columns that files of an earlier version of the schema do not have."""
+    return {column.name for column in COLUMNS[table] if column.since > version}
+
+
 def column_names(table: str) -> list[str]:
     """Return the column names of one table, in order."""
     return [column.name for column in COLUMNS[table]]
@@ -209,11 +230,16 @@ def describe() -> str:
         "",
         f"Version {SCHEMA_VERSION}. Written by `python -m results.schema > docs/schema.md`; do not edit by hand.",
         "",
-        "One attempt of one seed is `OUT/results/TABLE/seed=S-repeat=R-attempt=A.parquet` in each of four tables,",
+        "One attempt of one seed is `OUT/results/TABLE/seed=S-repeat=R-attempt=A.parquet` in each of four tables",
+        "(with `variant=V-` in front where the sweep names variants),",
         f"committed in the order {', '.join(TABLES)}: the file in `runs` is the commit, and readers ignore the",
         "others without it. Names end in their unit: `_s` seconds, `_bytes` bytes, `_bpb` bits per UTF-8 byte;",
         "nats are summed unless the name contains `per_token`. A failed attempt is a row too: `state`, `error`, and",
-        "null where nothing was measured. A file of another version is refused by name.",
+        "null where nothing was measured.",
+        "",
+        "Version 2 added `variant`, `stage_identity`, `reused_from` and `reused_stages`. Files of version 1 are",
+        f"read, also beside newer ones: their variant is `{BASE}`. A file of any other version is refused by name. The",
+        "times and figures of a reused stage are those of the run that computed it: a sum over runs counts it twice.",
         "",
         "Any reader of Parquet will do. DuckDB takes a folder named like `seed=42` on the way to the files for a Hive",
         "partition and lays a column of that name over the one in the files; with `hive_partitioning = false` in",

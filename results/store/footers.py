@@ -9,7 +9,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from results.schema import SCHEMA_VERSION, VERSION_KEY
+from results.schema import READABLE_VERSIONS, VERSION_KEY, absent_columns, value_when_absent
 from results.store.location import Location
 
 if TYPE_CHECKING:
@@ -22,11 +22,13 @@ NUM_THREADS = 8  # for remote stores, where a footer is a round trip
 def read_rows(location: Location, paths: list[str], schema: pa.Schema) -> pa.Table | None:
     """Return the schema's columns of one-row files, or None when any file needs to be opened properly.
 
-    That is when a file is damaged, of another version or writer, has not exactly one row, lacks a column, or has a
-    value that statistics do not hold (NaN, lists, texts over 4 kB).
+    That is when a file is damaged, of a version that is not read, of another writer, has not exactly one row,
+    lacks a column, or has a value that statistics do not hold (NaN, lists, texts over 4 kB).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    versions = {str(version).encode(): absent_columns("runs", version) for version in READABLE_VERSIONS}
 
     def footer(path: str) -> Any:
         return pq.read_metadata(path, filesystem=location.filesystem)
@@ -41,10 +43,14 @@ def read_rows(location: Location, paths: list[str], schema: pa.Schema) -> pa.Tab
     for found in footers:
         names = tuple(found.schema.names)
         places = layout.setdefault(names, {name: place for place, name in enumerate(names)})
-        if not _is_ours(found) or not set(schema.names) <= places.keys():
+        absent = versions.get((found.metadata or {}).get(VERSION_KEY, b""))
+        if absent is None or not _is_ours(found) or not set(schema.names) <= places.keys() | absent:
             return None
         row = found.row_group(0)
         for name, column in values.items():
+            if name in absent:
+                column.append(value_when_absent(name))
+                continue
             statistics = row.column(places[name]).statistics
             if statistics is None or not (statistics.null_count == 1 or statistics.has_min_max):
                 return None
@@ -55,11 +61,5 @@ def read_rows(location: Location, paths: list[str], schema: pa.Schema) -> pa.Tab
 
 
 def _is_ours(footer: Any) -> bool:
-    """Return whether a footer belongs to a one-row file that this version of the package wrote."""
-    metadata = footer.metadata or {}
-    return (
-        footer.num_rows == 1
-        and footer.num_row_groups == 1
-        and footer.created_by.startswith(EXACT_WRITER)
-        and metadata.get(VERSION_KEY) == str(SCHEMA_VERSION).encode()
-    )
+    """Return whether a footer belongs to a one-row file by the writer that this package uses."""
+    return bool(footer.num_rows == 1 and footer.num_row_groups == 1 and footer.created_by.startswith(EXACT_WRITER))

@@ -6,14 +6,26 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from results.schema import FINISHED, SCHEMA_VERSION, VERSION_KEY, arrow_schema, column_names
+from results.schema import (
+    FINISHED,
+    READABLE_VERSIONS,
+    VERSION_KEY,
+    absent_columns,
+    arrow_schema,
+    column_names,
+    value_when_absent,
+)
 from results.store.footers import read_rows
 from results.store.guard import find_faults, first_line
 from results.store.location import Location, list_parquet, results_location
+from results.store.names import name_of_row
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
+
+
+RUN = ["variant", "seed", "repeat"]  # what one run is, over its attempts
 
 
 class Rows(NamedTuple):
@@ -41,7 +53,7 @@ def read_runs(out: object, columns: Sequence[str] | None = None) -> Rows:
 
 
 def latest_attempts(rows: Rows) -> Rows:
-    """Keep one row per (seed, repeat): the latest finished attempt, or the latest one where none finished.
+    """Keep one row per (variant, seed, repeat): the latest finished attempt, or the latest one where none finished.
 
     Says so in `notes` wherever more than one finished attempt was there to choose from.
     """
@@ -49,16 +61,18 @@ def latest_attempts(rows: Rows) -> Rows:
     if frame.empty:
         return rows
     ordered = frame.assign(_finished=frame["state"].eq(FINISHED)).sort_values(
-        ["seed", "repeat", "_finished", "attempt"], kind="stable"
+        [*RUN, "_finished", "attempt"], kind="stable"
     )
     finished = ordered[ordered["_finished"]]
-    several = finished[finished.duplicated(["seed", "repeat"], keep=False)]
-    for (seed, repeat), attempts in several.groupby(["seed", "repeat"], sort=True)["attempt"]:
+    several = finished[finished.duplicated(RUN, keep=False)]
+    has_variants = frame["variant"].nunique() > 1
+    for (variant, seed, repeat), attempts in several.groupby(RUN, sort=True)["attempt"]:
+        named = f"variant={variant} " if has_variants else ""
         notes.append(
-            f"seed={seed} repeat={repeat}: {len(attempts)} finished attempts "
+            f"{named}seed={seed} repeat={repeat}: {len(attempts)} finished attempts "
             f"({', '.join(map(str, attempts))}); attempt {attempts.iloc[-1]}, the latest, is used"
         )
-    kept = ordered.drop_duplicates(["seed", "repeat"], keep="last").drop(columns="_finished")
+    kept = ordered.drop_duplicates(RUN, keep="last").drop(columns="_finished")
     return Rows(kept.reset_index(drop=True), rows.problems, notes)
 
 
@@ -67,10 +81,8 @@ def read_attempt(out: object, table: str, run: pd.Series | Mapping[str, Any], co
 
     run: a row of `runs`. Raises ValueError naming the file when it is missing, damaged or of another version.
     """
-    from results.store.writer import attempt_file_name
-
     location = results_location(out)
-    name = attempt_file_name(run["seed"], run["repeat"], run["attempt"])
+    name = f"{name_of_row(run)}-attempt={run['attempt']}.parquet"
     if not location.filesystem.get_file_info(location.path(table, name)).is_file:
         raise ValueError(f"{location.path(table, name)}: missing, although the attempt is committed in runs")
     content, problems = _read_files(location, table, [name], list(columns))
@@ -124,7 +136,7 @@ def _read_files(location: Location, table: str, names: list[str], columns: list[
     parts = []
     for name in names:
         try:
-            parts.append(_read_one(location, location.path(table, name), schema))
+            parts.append(_read_one(location, table, name, schema))
         except (OSError, ValueError) as error:
             problems.append(str(error))
     return pa.concat_tables(parts) if parts else schema.empty_table(), problems
@@ -146,12 +158,24 @@ def _read_together(location: Location, table: str, names: list[str], schema: pa.
         dataset = ds.dataset(paths, schema=arrow_schema(table), format="parquet", filesystem=location.filesystem)
         for fragment in dataset.get_fragments():
             found = fragment.physical_schema
-            if _version_in(found.metadata) != SCHEMA_VERSION or not set(schema.names) <= set(found.names):
+            version = _version_in(found.metadata)
+            if version not in READABLE_VERSIONS or not set(schema.names) <= {
+                *found.names,
+                *absent_columns(table, version),
+            }:
                 return None
-        content = dataset.to_table(columns=schema.names)
-        return content.cast(schema)
+        return _fill_absent(dataset.to_table(columns=schema.names)).cast(schema)
     except (pa.ArrowException, OSError):
         return None
+
+
+def _fill_absent(content: pa.Table) -> pa.Table:
+    """Return a scan in which columns that older files lack, read as null, have the value that stands for it."""
+    for place, name in enumerate(content.column_names):
+        value = value_when_absent(name)
+        if value is not None:
+            content = content.set_column(place, name, content.column(name).fill_null(value))
+    return content
 
 
 def _version_in(metadata: dict[bytes, bytes] | None) -> int | None:
@@ -160,25 +184,33 @@ def _version_in(metadata: dict[bytes, bytes] | None) -> int | None:
     return int(text) if text is not None and text.isdigit() else None
 
 
-def _read_one(location: Location, path: str, schema: pa.Schema) -> pa.Table:
+def _read_one(location: Location, table: str, name: str, schema: pa.Schema) -> pa.Table:
     """Return one file's columns, or raise ValueError with the one line that says what is wrong with it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = location.path(table, name)
     try:
         file = pq.ParquetFile(path, filesystem=location.filesystem)
         found = file.schema_arrow
         version = _version_in(found.metadata)
         if "schema_version" in found.names:
             versions = _distinct(file.read(columns=["schema_version"]).column(0))
-            version = next((entry for entry in versions if entry != SCHEMA_VERSION), SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
+            version = next((entry for entry in versions if entry not in READABLE_VERSIONS), max(versions, default=None))
+        if version not in READABLE_VERSIONS:
             said = "no schema version" if version is None else f"schema version {version}"
-            raise OtherVersionError(f"{path}: has {said}; this program reads version {SCHEMA_VERSION}")
-        missing = [name for name in schema.names if name not in found.names]
+            known = " and ".join(map(str, READABLE_VERSIONS))
+            raise OtherVersionError(f"{path}: has {said}; this program reads versions {known}")
+        absent = absent_columns(table, version) - set(found.names)
+        missing = [name for name in schema.names if name not in found.names and name not in absent]
         if missing:
             raise ValueError(f"{path}: missing columns: {', '.join(missing)}; left out")
-        content = file.read(columns=schema.names).select(schema.names)
+        content = file.read(columns=[name for name in schema.names if name not in absent])
+        for name in schema.names:
+            if name in absent:
+                values = pa.array([value_when_absent(name)] * content.num_rows, schema.field(name).type)
+                content = content.append_column(name, values)
+        content = content.select(schema.names)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not readable as Parquet (half-written or damaged): {first_line(error)}") from error
     return _cast(path, content, schema)

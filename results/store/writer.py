@@ -8,20 +8,16 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from results.schema import COLUMNS, KEYS, SCHEMA_VERSION, SCORES, TABLES, arrow_schema, column_names
+from results.schema import BASE, COLUMNS, KEYS, SCHEMA_VERSION, SCORES, TABLES, arrow_schema, column_names
 from results.store.guard import note_sums
 from results.store.location import open_location, write_whole
+from results.store.names import attempt_file_name
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
 PACKAGE_COLUMNS = {"python": "python_version", "torch": "torch_version", "ray": "ray_version"}
-
-
-def attempt_file_name(seed: int, repeat: int, attempt: int) -> str:
-    """Return the file name that one attempt has in all four tables."""
-    return f"seed={seed}-repeat={repeat}-attempt={attempt}.parquet"
 
 
 def commit_attempt(
@@ -37,15 +33,18 @@ def commit_attempt(
 
     out: run directory, a local path or a URI of pyarrow.fs.
     run: columns of the `runs` table (results.schema); seed, repeat, attempt, config_hash and state are required.
+        variant: left out or empty in a sweep that names none, which is stored as base under names without a prefix.
         The `*_json` columns take mappings, times take datetime, ISO text or seconds since 1970. Metrics of the stage
         records that are columns of `runs` are filled in from `stages`; a value in `run` wins.
-    stages: the stage records of the run directory (stage, seconds, metrics, outputs, hashes), in order.
+    stages: the stage records of the run directory (stage, seconds, metrics, outputs, hashes; identity and reused_from
+        where they have them), in order.
     steps, documents: arrays of equal length by column name, key columns left out; empty for an attempt that has none.
     aside_folder: where files are written before they are moved into place, on the same local filesystem.
     Raises ValueError for an unknown or missing column, with the nearest name.
     """
     location = open_location(out)._replace(aside=aside_folder)
     row = _run_row(run, stages)
+    name = _file_name(run)
     keys = {column.name: row[column.name] for column in KEYS}
     tables = {
         "documents": _array_table("documents", keys, documents or {}),
@@ -53,12 +52,17 @@ def commit_attempt(
         "stages": _table("stages", [_stage_row(keys, record) for record in stages]),
         "runs": _table("runs", [row]),
     }
-    name = attempt_file_name(row["seed"], row["repeat"], row["attempt"])
     contents = {table: _parquet(tables[table]) for table in TABLES}
     note_sums(location, {f"{table}/{name}": content for table, content in contents.items()})
     for table in TABLES:
         write_whole(location, location.path("results", table, name), contents[table])
     return name
+
+
+def _file_name(run: Mapping[str, Any]) -> str:
+    """Return the file name of an attempt; without a variant in a sweep that names none."""
+    seed, repeat, attempt = (run.get(name) for name in ("seed", "repeat", "attempt"))
+    return attempt_file_name(run.get("variant") or "", seed, repeat, attempt)  # type: ignore[arg-type]
 
 
 def _parquet(content: pa.Table) -> bytes:
@@ -83,8 +87,9 @@ def _run_row(run: Mapping[str, object], stages: Sequence[Mapping[str, object]]) 
             row["peak_memory_bytes"] = peak or None  # the run's is the largest of any stage
     row.update(run)
     row["schema_version"] = SCHEMA_VERSION
-    if row["run_id"] is None:
-        row["run_id"] = attempt_file_name(row["seed"], row["repeat"], row["attempt"]).removesuffix(".parquet")
+    row["run_id"] = row["run_id"] or _file_name(run).removesuffix(".parquet")
+    row["variant"] = row["variant"] or BASE
+    row["reused_stages"] = row["reused_stages"] or _reused(stages)
     versions = run.get("versions_json")
     if isinstance(versions, Mapping):
         for package, name in PACKAGE_COLUMNS.items():
@@ -112,7 +117,14 @@ def _stage_row(keys: Mapping[str, object], record: Mapping[str, object]) -> dict
         "outputs_json": _json(record.get("outputs", {})),
         "data_hash": record.get("data_hash"),
         "code_hash": record.get("code_hash"),
+        "stage_identity": record.get("identity"),
+        "reused_from": record.get("reused_from"),
     }
+
+
+def _reused(stages: Sequence[Mapping[str, object]]) -> str | None:
+    """Return the stages that another run computed, comma between; None where there are none."""
+    return ",".join(str(record["stage"]) for record in stages if record.get("reused_from")) or None
 
 
 def _table(table: str, rows: list[dict[str, Any]]) -> pa.Table:
