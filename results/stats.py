@@ -44,6 +44,10 @@ class Difference(NamedTuple):
         """Return the one-sided p of "a is lower than b by more than margin" (margin >= 0, unit of the scores)."""
         return None if self.standard_error is None else self._tail(self.mean + margin)
 
+    def p_worse(self) -> float | None:
+        """Return the one-sided p of "a is higher than b"."""
+        return None if self.standard_error is None else self._tail(-self.mean)
+
     def p_equivalent(self, band: float) -> float | None:
         """Return p of "the difference lies inside +-band": the larger of two one-sided tests (TOST)."""
         upper, lower = self.p_better(-band), None if self.standard_error is None else self._tail(-self.mean - band)
@@ -150,6 +154,21 @@ def paired_documents(
     residuals = gaps - rate * sizes
     error = math.sqrt(gaps.size / (gaps.size - 1) * float(residuals @ residuals)) / float(sizes.sum())
     return Difference(rate, error, gaps.size - 1.0, _interval(rate, error, gaps.size - 1.0, confidence))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p values corrected for their number (Holm's step-down): the smallest times m, the next times m - 1, ...
+
+    No corrected value is below one that was smaller before, and none is above 1. None (no test) stays, and counts for
+    nothing.
+    """
+    tested = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, place) in enumerate(tested):
+        highest = max(highest, min(1.0, p * (len(tested) - rank)))
+        corrected[place] = highest
+    return corrected
 
 
 def bits_per_byte(nats: float, num_bytes: float) -> float:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from results.render import MISSING, csv_table, fixed, markdown_table, signed, text_table
-from results.schema import FINISHED, SCHEMA_VERSION
+from results.schema import FINISHED
 from results.stats import Summary
 from results.tables import SEED_KEYS, SUMMARIZED, SeedTable, shown_columns
 
-if TYPE_CHECKING:
-    pass
+REUSED = "*"  # beside the time of a stage that another run computed
+REUSED_TIMES = ("train_s", "quantize_s", "evaluate_s", "ttt_s")
 
 
 def as_json(table: SeedTable, *, with_population_std: bool = False) -> dict[str, Any]:
     """Return the table as plain JSON values; `same_seed_spread` is there only when a seed was repeated."""
     content: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": table.schema_version,
         "sweep": table.identity["sweep"],
         "data_hash": table.identity["data_hash"],
         "seeds": [{key: row[key] for key in SEED_KEYS} for row in table.seeds],
@@ -45,22 +45,22 @@ def render(table: SeedTable, form: str, *, with_population_std: bool = False) ->
     if form == "csv":
         keys = [*SEED_KEYS, "context_gain_bpb", "adaptation_gain_bpb"]
         return csv_table(keys, [[row[key] for key in keys] for row in table.seeds]).rstrip("\n")
-    header, rows = _cells(table, with_population_std)
+    header, rows = block_cells(table, with_population_std)
     if form == "markdown":
         body = markdown_table(header, rows)
-        return "\n".join([body, "", *(f"- {line}" for line in _foot(table))])
+        return "\n".join([body, "", *(f"- {line}" for line in foot(table))])
     body = text_table(header, rows, rules_before=[len(table.seeds)])
-    return "\n".join([_title(table), body, *_foot(table)])
+    return "\n".join([_title(table), body, *foot(table)])
 
 
 def _title(table: SeedTable) -> str:
     """Return the line above the table: which sweep, how many seeds, which data and configuration."""
     finished = sum(row["state"] == FINISHED for row in table.seeds)
-    hashes = "  ".join(f"{name[:-5]} {_hash_shown(table, name)}" for name in ("config_hash", "data_hash"))
+    hashes = "  ".join(f"{name[:-5]} {hash_shown(table, name)}" for name in ("config_hash", "data_hash"))
     return f"{table.identity['sweep'] or 'unnamed sweep'}: {finished} of {len(table.seeds)} runs finished  {hashes}"
 
 
-def _hash_shown(table: SeedTable, name: str) -> str:
+def hash_shown(table: SeedTable, name: str) -> str:
     """Return the start of the hash that all rows share; mixed when they differ, unknown when none has one."""
     value = table.identity[name]
     if value is not None:
@@ -68,7 +68,7 @@ def _hash_shown(table: SeedTable, name: str) -> str:
     return "mixed" if any(note.startswith(f"{name} differs") for note in table.notes) else "unknown"
 
 
-def _cells(table: SeedTable, with_population_std: bool) -> tuple[list[str], list[list[str]]]:
+def block_cells(table: SeedTable, with_population_std: bool) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of cells: one row a run, then mean, std and n."""
     shows_repeat = any(row["repeat"] for row in table.seeds)
     shown = shown_columns(table)
@@ -76,12 +76,16 @@ def _cells(table: SeedTable, with_population_std: bool) -> tuple[list[str], list
     rows = []
     for row in table.seeds:
         first = [str(row["seed"]), *([str(row["repeat"])] if shows_repeat else [])]
-        cells = [_cell(row[key], decimals) for _, key, decimals in shown]
+        cells = [_cell(row[key], decimals) + _reuse_mark(row, key) for _, key, decimals in shown]
         rows.append([*first, *cells, ", ".join(row["marks"]) or MISSING])
     blank = [""] if shows_repeat else []
     summaries = [table.summary[key] for _, key, _ in shown]
     decimals = [places for _, _, places in shown]
-    means = [_cell(entry.mean, 1 if places == 0 else places) for entry, places in zip(summaries, decimals)]
+    is_reused = [any(_reuse_mark(row, key) for row in table.seeds) for _, key, _ in shown]
+    means = [
+        _cell(entry.mean, 1 if places == 0 else places) + REUSED * reused
+        for entry, places, reused in zip(summaries, decimals, is_reused)
+    ]
     spreads = [_spread(entry, places) for entry, places in zip(summaries, decimals)]
     rows.append(["mean", *blank, *means, ""])
     rows.append(["std", *blank, *spreads, ""])
@@ -97,6 +101,11 @@ def _cell(value: float | None, decimals: int | None) -> str:
     return signed(value) if decimals is None else fixed(value, decimals)
 
 
+def _reuse_mark(row: dict[str, Any], key: str) -> str:
+    """Return the mark of a time that another run spent."""
+    return REUSED if key in REUSED_TIMES and key.removesuffix("_s") in (row["reused_stages"] or "").split(",") else ""
+
+
 def _spread(entry: Summary, decimals: int | None) -> str:
     """Return the sample std; one value has none, and that is said instead of 0."""
     if entry.n == 1:
@@ -104,7 +113,7 @@ def _spread(entry: Summary, decimals: int | None) -> str:
     return fixed(entry.std_ddof1, 5 if decimals is None else max(decimals, 1))
 
 
-def _foot(table: SeedTable) -> list[str]:
+def foot(table: SeedTable) -> list[str]:
     """Return the lines under the table: conventions, same-seed spread, order-0 bpb, limits, notes."""
     lines = [
         "mean, std and n are over seeds (repeats of a seed averaged first); std is the sample one (ddof=1); "

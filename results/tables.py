@@ -27,6 +27,7 @@ MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemption
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
 TABLE_COLUMNS = (
     *SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "sliding_bpb", "error", "order0_bpb", "code_bytes_convention",
+    "reused_stages",
 )  # fmt: skip
 
 # heading, key, decimals (None: a difference of two keys, with sign)
@@ -50,6 +51,7 @@ class SeedTable(NamedTuple):
     order0_bpb: float | None
     problems: list[str]
     notes: list[str]
+    schema_version: int
 
     @property
     def has_failures(self) -> bool:
@@ -77,7 +79,7 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
     columns = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
-    means = {column: list(_seed_means(finished, column).values()) for column in columns}
+    means = {column: list(seed_means(finished, column).values()) for column in columns}
     return SeedTable(
         identity=identity,
         seeds=seeds,
@@ -87,6 +89,7 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
         order0_bpb=order0[0] if order0 else None,
         problems=rows.problems,
         notes=notes,
+        schema_version=int(rows.frame["schema_version"].max()),
     )
 
 
@@ -135,6 +138,8 @@ def _marks(row: dict[str, Any]) -> list[str]:
         marks.append(f"{row['attempts']} attempts")
     if row["preemptions"]:
         marks.append(f"preempted x{row['preemptions']}")
+    if row["reused_stages"]:
+        marks.append(f"{row['reused_stages'].replace(',', '+')} of another run")
     return marks
 
 
@@ -170,7 +175,7 @@ def _unmeasured(seeds: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _seed_means(finished: list[dict[str, Any]], column: str) -> dict[int, float]:
+def seed_means(finished: list[dict[str, Any]], column: str) -> dict[int, float]:
     """Return each seed's mean over its repeats, so that a repeated seed counts once."""
     values: dict[int, list[float]] = {}
     for row in finished:

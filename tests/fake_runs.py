@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,13 +92,20 @@ def commit_fake(out: Path | str, seed: int, *, num_documents: int = 40, **change
     """Commit one finished made-up attempt and return its file name.
 
     num_documents: the row's sums are those of its document rows; 0 stands for a run on the challenge's validation set
-    (151.078 MB) whose document rows are not there.
+    (151.078 MB) whose document rows are not there. reused: stages taken from the run of `donor` with the same seed.
     """
+    reused, donor = changes.pop("reused", ()), changes.pop("donor", "variant=base")
     run = fake_run(seed, **changes)
     documents = fake_documents(num_documents, seed=seed) if num_documents else {}
     if documents:
         run |= _sums_of(documents, run) | {name: value for name, value in changes.items() if name != "shift"}
-    return commit_attempt(out, run=run, stages=fake_stages(seed), steps=fake_steps(seed=seed), documents=documents)
+    stages = [
+        {**record, "identity": f"{record['stage']}-{seed}", "reused_from": f"{donor}-seed={seed}-repeat=0"}
+        if record["stage"] in reused
+        else record
+        for record in fake_stages(seed)
+    ]
+    return commit_attempt(out, run=run, stages=stages, steps=fake_steps(seed=seed), documents=documents)
 
 
 def _sums_of(documents: dict[str, np.ndarray], run: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +123,11 @@ def _sums_of(documents: dict[str, np.ndarray], run: dict[str, Any]) -> dict[str,
     return sums
 
 
-def commit_failed(out: Path | str, seed: int, *, attempt: int = 1, error: str = "rank 3: out of memory") -> str:
+def commit_failed(
+    out: Path | str, seed: int, *, attempt: int = 1, error: str = "rank 3: out of memory", variant: str = ""
+) -> str:
     """Commit one failed attempt, which has no figures."""
-    keys = {"seed": seed, "repeat": 0, "attempt": attempt, "config_hash": "c" * 64}
+    keys = {"variant": variant, "seed": seed, "repeat": 0, "attempt": attempt, "config_hash": "c" * 64}
     return commit_attempt(out, run={**keys, "state": "FAILED", "error": error, "sweep": "fake", "data_hash": "d" * 64})
 
 
@@ -124,4 +135,29 @@ def fake_sweep(out: Path | str, seeds: tuple[int, ...] = (42, 0, 1337), **change
     """Commit a finished sweep and return its directory."""
     for seed in seeds:
         commit_fake(out, seed, **changes)
+    return Path(out)
+
+
+class FakeVariant(NamedTuple):
+    """A made-up variant: bpb added for each seed, and the stages that it takes from the baseline's runs."""
+
+    name: str
+    gains: dict[int, float]
+    reused: tuple[str, ...] = ()
+
+
+def fake_ablation(out: Path | str, variants: Sequence[FakeVariant], **changes: Any) -> Path:
+    """Commit a finished sweep of variants, the first one the baseline, with its sweep.json; return its directory."""
+    hashes = {variant.name: f"{place + 16:02x}" * 32 for place, variant in enumerate(variants)}
+    for variant in variants:
+        for seed, gain in variant.gains.items():
+            commit_fake(
+                out, seed, variant=variant.name, shift=gain, config_hash=hashes[variant.name], reused=variant.reused,
+                donor=f"variant={variants[0].name}", **changes,
+            )  # fmt: skip
+    seeds = list(dict.fromkeys(seed for variant in variants for seed in variant.gains))
+    announced = {"time": "2026-04-11T09:59:00+00:00", "seeds": seeds, "repeats": 1, "variants": list(hashes)}
+    sweep = {"format": 1, "sweep": "fake", "config_hash": hashes[variants[0].name], "data_hash": "d" * 64,
+             "code_hash": "e" * 64, "world_size": 8, "variants": hashes, "announcements": [announced]}  # fmt: skip
+    Path(out, "sweep.json").write_text(json.dumps(sweep, indent=1))
     return Path(out)

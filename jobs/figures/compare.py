@@ -7,12 +7,18 @@ import argparse
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("a", metavar="A", help="run directory, pr:N, or a submission folder with logs")
+    parser.add_argument(
+        "a", metavar="A", help="run directory (DIR#V: variant V of it), pr:N, or a submission folder with logs"
+    )
     parser.add_argument("b", metavar="B", help="what A is compared with, the baseline")
     parser.add_argument(
         "--margin-nats", type=float, help="test only this margin (nats per token) instead of 0 and 0.005"
     )
-    parser.add_argument("--paired", choices=("documents", "seeds"), help="same artifacts on both sides, pair by this")
+    parser.add_argument(
+        "--paired",
+        choices=("documents", "seeds", "none"),
+        help="same artifacts on both sides, pair by this (default: seeds between variants of one sweep, else none)",
+    )
     parser.add_argument("--equivalence-nats", type=float, metavar="BAND", help="also test equivalence within +-BAND")
     parser.add_argument("--seeds", help="only these seeds of both sides, such as 42,0,1337")
     parser.add_argument("--stage", help="compare this scoring pass instead of the last one")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from runner.errors import EXIT_FAILED, EXIT_OK
 
 if TYPE_CHECKING:
+    from results.compare.variants import Ablation
     from results.tables import SeedTable
 
 
@@ -22,15 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print the table. Returns 1 when a seed has not finished or a file could not be read, else 0."""
-    from results.table_text import render
-    from results.tables import seed_table
+    from results.compare.variants import read_table
 
     records = _published(args.beside)
-    table = seed_table(args.out)
-    if args.format == "json":
-        print(_json(table, records, args))
-    else:
-        print(render(table, args.format, with_population_std=args.population_std))
+    table = read_table(args.out)
+    print(_written(table, records, args))
+    if args.format != "json":
         _print_blocks(records, args.out, args.format)
     for problem in table.problems:
         print(f"seedsweep: {problem}", file=sys.stderr)
@@ -38,6 +36,22 @@ def execute(args: argparse.Namespace) -> int:
         for note in table.notes:
             print(f"seedsweep: note: {note}", file=sys.stderr)
     return EXIT_FAILED if table.has_failures else EXIT_OK
+
+
+def _written(table: Ablation | SeedTable, records: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Return the table, or the tables and differences of several variants, in the form that was asked for."""
+    from results.compare import variants_text
+    from results.compare.variants import Ablation
+    from results.table_text import as_json, render
+
+    with_std = args.population_std
+    if isinstance(table, Ablation):
+        if args.format == "json":
+            return _json(variants_text.as_json(table, with_population_std=with_std), records, args.out)
+        return variants_text.render(table, args.format, with_population_std=with_std)
+    if args.format == "json":
+        return _json(as_json(table, with_population_std=with_std), records, args.out)
+    return render(table, args.format, with_population_std=with_std)
 
 
 def _published(beside: str | None) -> list[dict[str, Any]]:
@@ -64,16 +78,14 @@ def _print_blocks(records: list[dict[str, Any]], out: str, form: str) -> None:
         print(f"\n{block}", file=sys.stderr if form == "csv" else sys.stdout)
 
 
-def _json(table: SeedTable, records: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Return the table's JSON, with the key `published` when records were asked for."""
+def _json(content: dict[str, Any], records: list[dict[str, Any]], out: str) -> str:
+    """Return the table's content as JSON, with the key `published` when records were asked for."""
     import json
 
     from results.compare.published_text import block_json
     from results.compare.sides import text_of_runs
-    from results.table_text import as_json
 
-    content = as_json(table, with_population_std=args.population_std)
     if records:
-        ours = text_of_runs(args.out)
+        ours = text_of_runs(out)
         content["published"] = [block_json(record, ours) for record in records]
     return json.dumps(content, indent=2, allow_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -58,7 +59,8 @@ def compare(
 ) -> Comparison:
     """Compare two sides; without margin_nats both 0 and the record margin are tested.
 
-    pairing: None (Welch over seeds), "seeds" or "documents". band_nats asks for the equivalence test as well.
+    pairing: "none" (Welch over seeds), "seeds" or "documents"; None: by seeds between variants of one sweep that share
+    two seeds, as the sweep's table does, else none. band_nats asks for the equivalence test as well.
     Raises ValueError when the sides are not comparable, unless is_forced.
     """
     for name, value in (("margin-nats", margin_nats), ("equivalence-nats", band_nats)):
@@ -104,6 +106,14 @@ def _differences(
     a: Side, b: Side, pairing: str | None, is_same_tokenizer: bool, notes: list[str]
 ) -> tuple[Difference, Difference | None, str]:
     """Return the differences in bpb and, for one tokenizer, in nats per token, and how they were tested."""
+    if (
+        pairing is None
+        and a.out is not None
+        and a.out == b.out
+        and a.name != b.name
+        and len(set(a.bpb) & set(b.bpb)) > 1
+    ):
+        pairing = "seeds"
     if pairing == "documents":
         return _document_differences(a, b, is_same_tokenizer, notes)
     if pairing == "seeds":
@@ -173,7 +183,12 @@ def _documents(side: Side, seed: int) -> pd.DataFrame:
 def pooled_std(result: Comparison) -> float | None:
     """Return the std over seeds in the tested unit, pooled over both sides."""
     sides = [side.nats_per_token if result.unit == "nats" else side.bpb for side in (result.a, result.b)]
-    summaries = [summarize(list(values.values())) for values in sides]
+    return pooled_std_of([list(values.values()) for values in sides])
+
+
+def pooled_std_of(sides: Sequence[Sequence[float]]) -> float | None:
+    """Return the sample std inside the sides, pooled; None where no side has two values."""
+    summaries = [summarize(values) for values in sides]
     freedom = sum(entry.n - 1 for entry in summaries)
     squares = sum((entry.n - 1) * (entry.std_ddof1 or 0.0) ** 2 for entry in summaries)
     return math.sqrt(squares / freedom) if freedom > 0 else None

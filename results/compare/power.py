@@ -8,6 +8,7 @@ of freedom are averaged over, not replaced by their value at the true spreads, w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,33 @@ def seeds_needed(
     def is_enough(n: int) -> bool:
         return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= target
 
-    if gain <= margin or not is_enough(MAX_SEEDS):
+    return None if gain <= margin else _fewest(is_enough)
+
+
+def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> float:
+    """Return the chance that a one-sided paired t test over n seeds shows a gain, if the true one is `gain`.
+
+    std: of the differences between the two scores of one seed. Raises ValueError as power does.
+    """
+    from scipy import special
+
+    if n < 2:
+        raise ValueError(f"n={n} pairs have no spread; a test needs at least 2")
+    if std <= 0:
+        raise ValueError(f"std={std} must be positive to plan with")
+    ratios, weights = _variance_ratios(n)
+    critical = special.stdtrit(n - 1, 1 - alpha)
+    return float(weights @ special.ndtr(gain * math.sqrt(n) / std - critical * np.sqrt(ratios)))
+
+
+def pairs_needed(*, gain: float, std: float, alpha: float = 0.01, target: float = 0.8) -> int | None:
+    """Return the seeds that a paired test needs for the target power; None for no gain or over MAX_SEEDS."""
+    return None if gain <= 0 else _fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= target)
+
+
+def _fewest(is_enough: Callable[[int], bool]) -> int | None:
+    """Return the smallest number of seeds, 2 or more, that is enough; None if MAX_SEEDS are not."""
+    if not is_enough(MAX_SEEDS):
         return None
     too_few, enough = 1, MAX_SEEDS
     while enough - too_few > 1:

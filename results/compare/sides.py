@@ -17,6 +17,7 @@ from results.published.records import (
 )
 from results.schema import FINISHED, SCORES
 from results.stats import bits_per_byte
+from results.store.announced import rows_of_variant
 from results.store.reader import latest_attempts, read_runs
 from results.validation_text import Text
 
@@ -48,7 +49,7 @@ class Side(NamedTuple):
 
 
 def open_side(spec: str, stage: str | None = None, seeds: list[int] | None = None) -> Side:
-    """Return a side from "pr:N", a run directory (path or URI), or a submission folder with logs.
+    """Return a side from "pr:N", a run directory (path or URI, `#V` for one of its variants), or a folder with logs.
 
     stage: a scoring pass of results.schema.SCORES; without it the last one that every seed has. seeds: only these.
     Raises ValueError or FileNotFoundError in one line for anything else.
@@ -57,28 +58,40 @@ def open_side(spec: str, stage: str | None = None, seeds: list[int] | None = Non
         raise ValueError(f"stage={stage} must be one of {', '.join(SCORES)}")
     if spec.lower().startswith("pr:"):
         return _only_seeds(side_of_record(find_record(spec), stage), seeds)
+    spec, variant = split_variant(spec)
     folder = Path(spec)
     record = None if "://" in spec else imported_record(folder)
     if record is not None:  # as the folder it was imported from: logs round the size of their text differently
         return _only_seeds(side_of_record(record, stage), seeds)
     has_results = any((folder / name).is_dir() for name in ("results/runs", "runs"))
+    if variant is not None and (record is not None or not (has_results or "://" in spec)):
+        raise ValueError(f"{spec}#{variant}: no results here; only a run directory has variants")
     if "://" not in spec and folder.is_dir() and not has_results:
         from results.findings.importer import read_submission
 
         return _only_seeds(side_of_record(read_submission(folder).record, stage), seeds)
-    return _only_seeds(side_of_runs(spec, stage), seeds)
+    return _only_seeds(side_of_runs(spec, stage, variant), seeds)
 
 
-def side_of_runs(out: str, stage: str | None = None) -> Side:
-    """Return the side of a run directory: its finished seeds, repeats of a seed averaged."""
+def split_variant(spec: str) -> tuple[str, str | None]:
+    """Return the run directory and the variant that DIR#V names; None where it names none, or DIR#V is a folder."""
+    out, mark, variant = spec.rpartition("#")
+    return (out, variant) if mark and not Path(spec).is_dir() else (spec, None)
+
+
+def side_of_runs(out: str, stage: str | None = None, variant: str | None = None) -> Side:
+    """Return the side of a run directory, or of one of its variants: its finished seeds, repeats of a seed averaged."""
     rows = latest_attempts(read_runs(out, COLUMNS))
+    if not rows.frame.empty:
+        rows = rows_of_variant(rows, out, variant, fix=f"name one, such as {out}#")
+    name = out if variant is None else f"{out}#{variant}"
     finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
     if finished.empty:
-        raise ValueError(f"{out}: no finished seed to compare{f' ({rows.problems[0]})' if rows.problems else ''}")
+        raise ValueError(f"{name}: no finished seed to compare{f' ({rows.problems[0]})' if rows.problems else ''}")
     chosen = stage or next((name for name in reversed(SCORES) if finished[f"{name}_bpb"].notna().all()), "post_ttt")
     scored = finished[finished[f"{chosen}_bpb"].map(math.isfinite)]
     if scored.empty:
-        raise ValueError(f"{out}: no finished seed has {chosen}_bpb")
+        raise ValueError(f"{name}: no finished seed has {chosen}_bpb")
     notes = [*rows.notes, *rows.problems]
     left_out = sorted(set(rows.frame["seed"]) - set(scored["seed"]))
     if left_out:
@@ -87,7 +100,7 @@ def side_of_runs(out: str, stage: str | None = None) -> Side:
         notes.append("some seeds were continued under other code (code_changed)")
     ratio = (scored[f"{chosen}_bytes"] / scored[f"{chosen}_tokens"]).dropna()
     return Side(
-        name=str(out),
+        name=name,
         stage=chosen,
         bpb=_by_seed(scored, f"{chosen}_bpb"),
         nats_per_token=_by_seed(scored, f"{chosen}_nats_per_token"),
@@ -163,6 +176,11 @@ def text_of_runs(out: object) -> Text:
         read_runs(out, ["val_documents_hash", "val_bytes", "pre_ttt_bytes", "post_ttt_bytes"])
     ).frame
     finished = frame[frame["state"] == FINISHED] if not frame.empty else frame
+    return text_of_rows(finished)
+
+
+def text_of_rows(finished: pd.DataFrame) -> Text:
+    """Return the validation text of finished rows."""
     return Text(None, None) if finished.empty else _text_of_runs(finished, "post_ttt")
 
 

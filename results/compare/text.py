@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from results.compare.comparison import ALPHA, POWER, Comparison, pooled_std, smallest_gain
-from results.compare.power import seeds_needed
+from results.compare.power import pairs_needed, seeds_needed
 from results.compare.sides import Side
 from results.render import csv_table
 from results.stats import Difference, summarize
@@ -34,6 +35,8 @@ def _advice(result: Comparison, margin: float) -> str:
     gain = -result.tested.mean
     if gain <= margin * scale:
         return "the observed gain is not above that, so more seeds of the same would not show it"
+    if result.method.startswith("paired t"):
+        return _advice_for_pairs(result, gain - margin * scale)
     if not result.method.startswith("Welch"):
         return "more pairs would narrow the interval"
     std = pooled_std(result)
@@ -46,6 +49,22 @@ def _advice(result: Comparison, margin: float) -> str:
     more = max(1, needed - fewest)
     return (
         f"{more} more seed{'s' if more > 1 else ''} (to {max(needed, fewest + 1)} a side) would have power {POWER:g} "
+        "if the observed gain and spread are the true ones"
+    )
+
+
+def _advice_for_pairs(result: Comparison, gain: float) -> str:
+    """Return how many more seeds on both sides a paired test would need for a gain above its margin."""
+    error, freedom = result.tested.standard_error, result.tested.degrees_of_freedom
+    if not error or freedom is None:
+        return "there is no spread to plan with"
+    pairs = int(freedom) + 1
+    needed = pairs_needed(gain=gain, std=error * math.sqrt(pairs), alpha=ALPHA, target=POWER)
+    if needed is None:
+        return f"no affordable number of seeds would have power {POWER:g} at this gain and spread"
+    more = max(1, needed - pairs)
+    return (
+        f"{more} more seed{'s' if more > 1 else ''} on both sides (to {pairs + more}) would have power {POWER:g} "
         "if the observed gain and spread are the true ones"
     )
 

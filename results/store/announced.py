@@ -1,0 +1,56 @@
+"""Which variants a sweep announced, in their order: what sweep.json in a run directory says."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+
+from results.schema import BASE
+from results.store.location import open_location
+from results.store.reader import Rows
+
+MAX_NAMED = 20  # in one line of an error
+
+
+def announced_variants(out: object) -> list[str]:
+    """Return the names of a sweep's variants, the baseline first; none where sweep.json is absent or names none.
+
+    Raises ValueError for a damaged sweep.json.
+    """
+    import pyarrow.fs as pafs
+
+    location = open_location(out)
+    path = location.path("sweep.json")
+    if location.filesystem.get_file_info(path).type != pafs.FileType.File:
+        return []
+    try:
+        with location.filesystem.open_input_stream(path) as stream:
+            variants = json.loads(bytes(stream.read())).get("variants") or {}
+        return [str(name) for name in variants]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{location.shown}/sweep.json is damaged ({error})") from None
+
+
+def order_variants(found: Iterable[str], announced: list[str]) -> list[str]:
+    """Return the variants in the announced order, `base` before what nobody announced, that by name."""
+    places = {name: place for place, name in enumerate(announced)}
+    return sorted(set(found), key=lambda name: (places.get(name, len(places)), name != BASE, name))
+
+
+def rows_of_variant(rows: Rows, out: object, wanted: str | None, *, fix: str) -> Rows:
+    """Return the rows of the one variant that is meant: the wanted one, or the only one.
+
+    fix: how to name one, in words that a variant's name completes. Raises ValueError when there is no such variant,
+    naming the nearest, or when there are several and none is wanted, naming them.
+    """
+    names = order_variants(rows.frame["variant"], announced_variants(out))
+    listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
+    if wanted is None and len(names) > 1:
+        raise ValueError(f"{out} holds {len(names)} variants ({listed}); {fix}{names[0]}")
+    if wanted is not None and wanted not in names:
+        nearest = difflib.get_close_matches(wanted, names, n=1)
+        hint = f"nearest: {nearest[0]}" if nearest else f"there are {listed}"
+        raise ValueError(f"{out} has no variant {wanted!r}; {hint}")
+    chosen = rows.frame[rows.frame["variant"] == (names[0] if wanted is None else wanted)]
+    return rows._replace(frame=chosen.reset_index(drop=True))
