@@ -19,6 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("out", metavar="DIR", nargs="?", type=Path, help="a sweep's --out folder, or one run directory")
     parser.add_argument("--seed", type=int, help="audit this seed only")
+    parser.add_argument("--variant", metavar="V", help="audit the runs of this variant only")
     parser.add_argument("--probes", metavar="A,B,...", help="run these probes only (default: all)")
     parser.add_argument("--sample", metavar="N", type=int, default=8, help="documents to probe (default 8)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
@@ -47,7 +48,7 @@ def execute(args: argparse.Namespace) -> int:
 
     probes = choose_probes(args.probes)
     every = find_runs(args.out)
-    chosen = find_runs(args.out, seed=args.seed)
+    chosen = find_runs(args.out, seed=args.seed, variant=args.variant)
     unfinished = [path.name for path in chosen if not is_finished(path)]
     if len(unfinished) == len(chosen):
         raise ValueError(f"{args.out} has no finished run to audit ({', '.join(unfinished)}); let the sweep finish")

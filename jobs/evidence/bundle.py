@@ -18,11 +18,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
     parser.add_argument("--seed", type=int, help="which seed of a sweep (default: the first that has an artifact)")
     parser.add_argument("--repeat", type=int, default=0, help="which repeat of that seed (default 0)")
+    parser.add_argument("--variant", metavar="V", help="which variant, of a sweep that has several")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Write the folder and say what was counted and how to run it."""
-    workdir = find_workdir(args.run, args.seed, args.repeat)
+    workdir = find_workdir(args.run, args.seed, args.repeat, args.variant)
     facts = write_bundle(workdir, args.output)
     print(f"from {workdir}")
     for path in sorted(args.output.iterdir()):
@@ -37,14 +38,17 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_workdir(run: Path, seed: int | None, repeat: int) -> Path:
+def find_workdir(run: Path, seed: int | None, repeat: int, variant: str | None = None) -> Path:
     """Return the run directory of one seed, given itself or its sweep's.
 
-    Raises FileNotFoundError when there is none with an artifact.
+    Raises FileNotFoundError when there is none with an artifact, ValueError when it is not clear which
+    variant is meant.
     """
     if (run / "run.json").is_file():
         return run
-    names = [f"seed={seed}-repeat={repeat}"] if seed is not None else announced(run)
+    prefix = find_prefix(run, variant)
+    seeds = [f"seed={seed}-repeat={repeat}"] if seed is not None else announced(run)
+    names = [f"{prefix}{name}" for name in seeds]
     for name in names:
         if (run / "seeds" / name / "stages" / "quantize.json").is_file():
             return run / "seeds" / name
@@ -52,13 +56,28 @@ def find_workdir(run: Path, seed: int | None, repeat: int) -> Path:
     raise FileNotFoundError(f"{run}: no artifact of {what} here; give a sweep's run directory, or one of a seed")
 
 
+def find_prefix(run: Path, variant: str | None) -> str:
+    """Return what the folder names of one variant's runs begin with; nothing in a sweep that names none."""
+    from results.schema import BASE
+    from results.store.announced import announced_variants, choose_variant, order_variants
+    from results.store.names import parse_run_name
+
+    runs = [found for path in (run / "seeds").glob("*") if (found := parse_run_name(path.name))]
+    if not runs:
+        return ""
+    names = order_variants((name or BASE for name, _, _ in runs), announced_variants(run))
+    fix = "name one with --variant, such as --variant "
+    chosen = choose_variant(names, variant, shown=str(run), fix=fix)
+    return f"variant={chosen}-" if any(name == chosen for name, _, _ in runs) else ""
+
+
 def announced(run: Path) -> list[str]:
-    """Return the folder names of a sweep's seeds, in the order they were announced."""
+    """Return the names of a sweep's runs without their variant, in the order they were announced."""
     try:
         spec = json.loads((run / "sweep.json").read_text())["spec"]
         return [f"seed={seed}-repeat=0" for seed in spec["seeds"]]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return sorted(path.name for path in (run / "seeds").glob("seed=*"))
+        return sorted({path.name[path.name.rfind("seed=") :] for path in (run / "seeds").glob("*seed=*")})
 
 
 def write_bundle(workdir: Path, folder: Path) -> dict[str, Any]:

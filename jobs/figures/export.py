@@ -9,6 +9,7 @@ from pathlib import Path
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("out", metavar="DIR", help="a sweep's run directory: local path or URI")
+    parser.add_argument("--variant", metavar="V", help="which variant, of a sweep that has several")
     parser.add_argument("--author", required=True, help="who submits")
     parser.add_argument("--github-id", required=True, help="the submitter's GitHub account")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="the folder to write")
@@ -23,7 +24,7 @@ def execute(args: argparse.Namespace) -> int:
     from results.export.folder import Author, export_submission
 
     author = Author(args.author, args.github_id)
-    notes = export_submission(args.out, args.output, author, against=args.against)
+    notes = export_submission(args.out, args.output, author, against=args.against, variant=args.variant)
     write_sums(args.output)
     for path in sorted(args.output.iterdir()):
         print(path)

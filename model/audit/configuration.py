@@ -1,41 +1,35 @@
 """Probe of one configuration over all seeds (R9): equal fingerprints, and every announced seed accounted for.
 
-Device, versions, threads and attention kernel are compared stage by stage: a stage may be the work of a later attempt.
+Of a sweep of variants each is one configuration; what no variant sets must be equal in all of them. Device, versions,
+threads and attention kernel are compared stage by stage: a stage may be the work of a later attempt.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from model.audit.finished_run import RunName, name_run
 from model.audit.verdicts import Result, judge, not_run
 from model.config import canonical_json
 from model.files.plain import read_json
 
 SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads", "attention")
+IN_ALL_VARIANTS = ("data_hash", "code_hash", "versions", "world_size", "device", "num_threads")
 SURROUNDINGS = ("device", "num_threads", "versions", "attention")
 STAGES = ("train", "quantize", "evaluate", "ttt")
 PROBE, RULE = "one_configuration", "R9"
 UNSCORED = ("FAILED", "CANCELLED", "INFEASIBLE")
-Pair = tuple[int, int]  # seed, repeat
-
-
-def pair_of(workdir: Path) -> Pair:
-    """Return the seed and repeat that a run directory is named after. Raises ValueError for another name."""
-    found = re.fullmatch(r"seed=(-?\d+)-repeat=(\d+)", workdir.name)
-    if found is None:
-        raise ValueError(f"{workdir} is not named seed=S-repeat=R")
-    return int(found[1]), int(found[2])
 
 
 def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
     """Compare the fingerprints of every run of a sweep, and its runs with the seeds that were announced."""
     described = {path.name: {**read_json(path / "run.json"), **read_surroundings(path)} for path in runs}
-    faults = find_differing(described)
+    faults = find_differing_in_variants(described)
     sweep_path = out / "sweep.json"
     if not sweep_path.is_file():
         if faults:
@@ -43,14 +37,15 @@ def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
         return not_run(PROBE, RULE, f"{sweep_path} is not there: nobody announced the seeds", sample_size=len(runs),
                        sample_of="runs", measured=0)  # fmt: skip
     sweep = read_json(sweep_path)
-    faults += [
-        f"{name}: {field} is not that of sweep.json"
-        for name, run in described.items()
-        for field in ("config_hash", "data_hash")
-        if sweep.get(field) and run.get(field) != sweep[field]
-    ]
-    present = {pair_of(path) for path in runs}
-    faults += find_unannounced(sweep, present, list_failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
+    present = {name_run(path): path.name for path in runs}
+    for name, run in {key: described[shown] for key, shown in present.items()}.items():
+        announced = {**sweep, "config_hash": hash_of_variant(sweep, name.variant)}
+        faults += [
+            f"{present[name]}: {field} is not that of sweep.json"
+            for field in ("config_hash", "data_hash")
+            if announced.get(field) and run.get(field) != announced[field]
+        ]
+    faults += find_unannounced(sweep, set(present), list_failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
     return _judge(faults, described)
 
 
@@ -77,17 +72,26 @@ def read_surroundings(workdir: Path) -> dict[str, Any]:
     return found
 
 
+def hash_of_variant(sweep: Mapping[str, Any], variant: str) -> Any:
+    """Return the config_hash that sweep.json has for a variant; that of the sweep where it names none."""
+    hashes = sweep.get("variants") or {}
+    return hashes.get(variant) if variant and variant in hashes else sweep.get("config_hash")
+
+
+def find_differing_in_variants(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a line for each fingerprint in which runs of one variant differ, or variants in what they do not set."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, run in described.items():
+        variant = name.rpartition("-seed=")[0]
+        groups.setdefault(variant, {})[name] = run
+    faults = [fault for group in groups.values() for fault in find_differing(group)]
+    firsts = dict(next(iter(group.items())) for group in groups.values())
+    return faults + (different_fields(firsts, IN_ALL_VARIANTS) if len(groups) > 1 else [])
+
+
 def find_differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a line for each fingerprint in which runs differ, and for each run that mixes code."""
-    faults = []
-    for field in (*SAME, *(f"{stage} {name}" for stage in STAGES for name in SURROUNDINGS)):
-        is_of_a_stage = " " in field  # absent from an unfinished run: nothing to compare
-        values = {
-            name: canonical_json(run.get(field)) for name, run in described.items() if field in run or not is_of_a_stage
-        }
-        if len(set(values.values())) > 1:
-            shown = ", ".join(f"{name}: {value[:14]}" for name, value in values.items())
-            faults.append(f"{field} differs ({shown})")
+    faults = different_fields(described, (*SAME, *(f"{stage} {name}" for stage in STAGES for name in SURROUNDINGS)))
     faults += [
         f"{name} was continued under other code or surroundings"
         for name, run in described.items()
@@ -96,19 +100,34 @@ def find_differing(described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return faults
 
 
+def different_fields(described: Mapping[str, Mapping[str, Any]], fields: Sequence[str]) -> list[str]:
+    """Return a line for each field in which runs differ."""
+    faults = []
+    for field in fields:
+        is_of_a_stage = " " in field  # absent from an unfinished run: nothing to compare
+        values = {
+            name: canonical_json(run.get(field)) for name, run in described.items() if field in run or not is_of_a_stage
+        }
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{name}: {value[:14]}" for name, value in values.items())
+            faults.append(f"{field} differs ({shown})")
+    return faults
+
+
 def find_unannounced(
-    sweep: Mapping[str, Any], present: set[Pair], failed: set[Pair], started: Mapping[Pair, float]
+    sweep: Mapping[str, Any], present: set[RunName], failed: set[RunName], started: Mapping[RunName, float]
 ) -> list[str]:
     """Return a line for each announced run that is nowhere, and each run announced late or not at all.
 
     A run that failed has no directory of its own, perhaps, but the sweep's state lists it.
     """
-    announced: dict[Pair, float] = {}
+    announced: dict[RunName, float] = {}
     for entry in sweep.get("announcements", []):
         moment = datetime.fromisoformat(entry["time"]).timestamp()
-        for seed in entry["seeds"]:
+        variants = entry.get("variants") or list(sweep.get("variants") or [""])
+        for variant, seed in itertools.product(variants, entry["seeds"]):
             for repeat in range(int(entry.get("repeats", 1))):
-                announced.setdefault((int(seed), repeat), moment)
+                announced.setdefault(RunName(str(variant), int(seed), repeat), moment)
     missing, strange = set(announced) - present - failed, present - set(announced)
     faults = [f"{shown(pair)} was announced, but is neither here nor listed as failed" for pair in sorted(missing)]
     faults += [f"{shown(pair)} was never announced" for pair in sorted(strange)]
@@ -120,25 +139,29 @@ def find_unannounced(
     return faults
 
 
-def shown(pair: Pair) -> str:
+def shown(run: RunName) -> str:
     """Return a run in words."""
-    return f"seed {pair[0]}" + (f" repeat {pair[1]}" if pair[1] else "")
+    named = f"variant {run.variant} " if run.variant else ""
+    return f"{named}seed {run.seed}" + (f" repeat {run.repeat}" if run.repeat else "")
 
 
-def list_failed_runs(path: Path) -> set[Pair]:
+def list_failed_runs(path: Path) -> set[RunName]:
     """Return the runs that the sweep's state lists as ended without a score, none where there is no state."""
     runs = read_json(path).get("runs", []) if path.is_file() else []
-    return {(int(run["seed"]), int(run["repeat"])) for run in runs if run.get("state") in UNSCORED}
+    return {_name(run) for run in runs if run.get("state") in UNSCORED}
 
 
-def first_events(path: Path) -> dict[Pair, float]:
+def _name(entry: Mapping[str, Any]) -> RunName:
+    return RunName(str(entry.get("variant") or ""), int(entry["seed"]), int(entry["repeat"]))
+
+
+def first_events(path: Path) -> dict[RunName, float]:
     """Return when each run's first event was logged, in seconds since 1970. Raises ValueError on a damaged line."""
-    first: dict[Pair, float] = {}
+    first: dict[RunName, float] = {}
     try:
         for line in path.read_text().splitlines() if path.is_file() else ():
             event = json.loads(line)
-            pair = (int(event["seed"]), int(event["repeat"]))
-            first.setdefault(pair, datetime.fromisoformat(event["time"]).timestamp())
+            first.setdefault(_name(event), datetime.fromisoformat(event["time"]).timestamp())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r})") from None
     return first

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,14 @@ from model.ttt.ledger_reading import read_events
 from model.ttt.score_ledger import Events
 
 LEDGERS = ("prepare", *STAGES)
+
+
+class RunName(NamedTuple):
+    """Which run of a sweep; variant is empty where the sweep names none."""
+
+    variant: str
+    seed: int
+    repeat: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,19 +83,39 @@ def load_run(workdir: Path) -> RunFiles:
     )
 
 
-def find_runs(out: Path, *, seed: int | None = None) -> list[Path]:
-    """Return the run directories of a sweep, or out itself if it is one; only those of a seed where one is given.
+def name_run(workdir: Path) -> RunName:
+    """Return variant, seed and repeat that a run directory is named after. Raises ValueError for another name."""
+    found = re.fullmatch(r"(?:variant=(.+)-)?seed=(-?\d+)-repeat=(\d+)", workdir.name)
+    if found is None:
+        raise ValueError(f"{workdir} is not named seed=S-repeat=R or variant=V-seed=S-repeat=R")
+    return RunName(found[1] or "", int(found[2]), int(found[3]))
+
+
+def find_runs(out: Path, *, seed: int | None = None, variant: str | None = None) -> list[Path]:
+    """Return the run directories of a sweep, or out itself if it is one; only those of a seed or variant where given.
 
     Raises FileNotFoundError if there is none.
     """
     if (out / "run.json").is_file():
         return [out]
-    pattern = "seed=*-repeat=*" if seed is None else f"seed={seed}-repeat=*"
-    found = sorted(path.parent for path in (out / "seeds").glob(f"{pattern}/run.json"))
+    every = sorted(path.parent for path in (out / "seeds").glob("*seed=*-repeat=*/run.json"))
+    names = {path: name_run(path) for path in every}
+    found = [path for path in every if seed is None or names[path].seed == seed]
+    if variant is not None:
+        found = [path for path in found if (names[path].variant or "base") == variant]
     if not found:
-        what = "run" if seed is None else f"run of seed {seed}"
-        raise FileNotFoundError(f"{out} holds no {what} (seeds/seed=S-repeat=R/run.json); give a sweep's --out folder")
+        what = f"run of {', '.join(_wanted(seed, variant))}" if (seed, variant) != (None, None) else "run"
+        known = ", ".join(dict.fromkeys(name.variant for name in names.values() if name.variant))
+        there = f" (its variants: {known})" if known else ""
+        raise FileNotFoundError(
+            f"{out} holds no {what}{there} (seeds/seed=S-repeat=R/run.json); give a sweep's --out folder"
+        )
     return found
+
+
+def _wanted(seed: int | None, variant: str | None) -> list[str]:
+    named = [] if variant is None else [f"variant {variant}"]
+    return named if seed is None else [*named, f"seed {seed}"]
 
 
 def is_finished(workdir: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from results.schema import TABLES
 from results.store.guard import file_sha256
 from results.store.location import Location, open_location, results_location
+from results.store.names import is_named, name_of_row, variant_of_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,24 +26,23 @@ COPIED_FOLDERS = ("stages", "ledger")
 ANNOUNCED = ("format", "sweep", "announcements", "created", "config_hash", "data_hash", "code_hash", "world_size")
 
 
-def seed_folder(seed: object, repeat: object) -> str:
-    """Return the name of a seed's run directory."""
-    return f"seed={seed}-repeat={repeat}"
-
-
 def copy_evidence(out: str, runs: pd.DataFrame, folder: Path) -> list[str]:
-    """Copy the evidence of a sweep into folder; return a line for everything that should be there and is not."""
+    """Copy the evidence of a sweep into folder; return a line for everything that should be there and is not.
+
+    Of a sweep of several variants only the rows of the one that runs are of go along.
+    """
+    variant = str(runs["variant"].iloc[0])
     location, target = open_location(out), folder / EVIDENCE
     target.mkdir(parents=True)
     tables = results_location(out)
     for table in TABLES:
         for name in _files_in(tables, tables.path(table)):
-            if name.endswith(".parquet") and not name.startswith((".", "_")):
+            if name.endswith(".parquet") and variant_of_file(name) == variant:
                 _copy(tables, tables.path(table, name), target / "results" / table / name)
-    notes = _copy_announcement(location, target)
+    notes = _copy_announcement(location, target, variant if is_named(runs.iloc[0]) else None)
     programs: dict[str, bytes] = {}
     for _, run in runs.iterrows():
-        name = seed_folder(run["seed"], run["repeat"])
+        name = name_of_row(run)
         root = location.path("seeds", name)
         if "run.json" not in _files_in(location, root):
             notes.append(f"{name}: its run directory is not here; only its rows can be verified")
@@ -76,8 +76,8 @@ def _copy_programs(location: Location, root: str, name: str, folder: Path, progr
     return notes
 
 
-def _copy_announcement(location: Location, target: Path) -> list[str]:
-    """Write what sweep.json says of hashes and announced seeds, without the machine's name."""
+def _copy_announcement(location: Location, target: Path, variant: str | None) -> list[str]:
+    """Write what sweep.json says of hashes and announced seeds, without the machine's name; of one variant if named."""
     if "sweep.json" not in _files_in(location, location.root):
         return ["sweep.json not in the run directory: which seeds were announced cannot be verified"]
     try:
@@ -85,6 +85,10 @@ def _copy_announcement(location: Location, target: Path) -> list[str]:
     except ValueError:
         return ["sweep.json is damaged: which seeds were announced cannot be verified"]
     chosen = {name: sweep[name] for name in ANNOUNCED if name in sweep}
+    if variant is not None:
+        entries = [entry for entry in sweep.get("announcements", []) if variant in entry.get("variants", [variant])]
+        chosen |= {"variant": variant, "announcements": [{**entry, "variants": [variant]} for entry in entries]}
+        chosen["config_hash"] = sweep.get("variants", {}).get(variant)
     (target / "sweep.json").write_text(json.dumps(chosen, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return []
 

@@ -16,6 +16,8 @@ from results.export.readme import readme
 from results.published.track import SIZE_LIMIT_BYTES, TIME_LIMIT_S
 from results.schema import FINISHED
 from results.stats import population_std, summarize
+from results.store.announced import rows_of_variant
+from results.store.names import is_named
 from results.store.reader import latest_attempts, read_attempt, read_runs
 
 if TYPE_CHECKING:
@@ -43,16 +45,18 @@ class Submission(NamedTuple):
     notes: list[str]
 
 
-def export_submission(out: str, folder: Path, author: Author, *, against: str | None = None) -> list[str]:
+def export_submission(
+    out: str, folder: Path, author: Author, *, against: str | None = None, variant: str | None = None
+) -> list[str]:
     """Write README.md, submission.json, one log a seed and requirements.txt into folder; return what must be said.
 
     out: run directory (path or URI). against: the side (see results.compare.sides) that the README's delta is taken to.
-    The evidence (results.export.evidence) goes along. Raises ValueError when no seed finished, a figure is missing, or
-    folder is not empty.
+    variant: which one of a sweep that has several. The evidence (results.export.evidence) goes along. Raises ValueError
+    when no seed finished, a figure is missing, folder is not empty, or it is not clear which variant is meant.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={folder} is not empty; name a new one")
-    submission = render_submission(out, author, against=against)
+    submission = render_submission(out, author, against=against, variant=variant)
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in submission.files.items():
         (folder / name).write_text(text, encoding="utf-8")
@@ -62,9 +66,13 @@ def export_submission(out: str, folder: Path, author: Author, *, against: str | 
     return [*submission.notes, *notes]
 
 
-def render_submission(out: str, author: Author, *, against: str | None = None) -> Submission:
+def render_submission(
+    out: str, author: Author, *, against: str | None = None, variant: str | None = None
+) -> Submission:
     """Return the text files of a submission folder, computed from the rows alone. Raises as export_submission does."""
     rows = latest_attempts(read_runs(out))
+    if not rows.frame.empty:
+        rows = rows_of_variant(rows, out, variant, fix="name one with --variant, such as --variant ")
     finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
     if finished.empty:
         raise ValueError(f"{out}: no finished seed to export")
@@ -83,8 +91,9 @@ def render_submission(out: str, author: Author, *, against: str | None = None) -
 
 
 def folder_name(runs: pd.DataFrame) -> str:
-    """Return <YYYY-MM-DD>_<ShortName>: the day the last seed ended and the sweep's name."""
-    words = re.findall(r"[A-Za-z0-9.]+", str(runs["sweep"].iloc[0] or "sweep"))
+    """Return <YYYY-MM-DD>_<ShortName>: the day the last seed ended, the sweep's name and that of its variant."""
+    run = runs.iloc[0]
+    words = re.findall(r"[A-Za-z0-9.]+", f"{run['sweep'] or 'sweep'} {run['variant'] if is_named(run) else ''}")
     return f"{_date(runs)}_{''.join(word[:1].upper() + word[1:] for word in words)}"
 
 
@@ -104,6 +113,7 @@ def submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
         "val_bpb_std_population": _rounded(population_std(runs["post_ttt_bpb"].tolist())),
         "val_loss": _rounded(nats.mean),
         "val_loss_std": _rounded(nats.std_ddof1),
+        **({"variant": str(runs["variant"].iloc[0])} if is_named(runs.iloc[0]) else {}),
         "seeds": [int(seed) for seed in runs["seed"]],
         "seed_results": {str(run["seed"]): _seed_result(run) for _, run in runs.iterrows()},
         "hardware": hardware(runs),

@@ -39,7 +39,7 @@ def readme(out: str, runs: pd.DataFrame, submission: dict[str, Any], notes: list
         "## Diagnostics", "", _seed_table(rows, DIAGNOSTIC_COLUMNS), "",
         "The gain of test-time training is two effects: a longer context (the same path with learning rate 0 against "
         "plain evaluation) and adaptation (learning rate on against 0).", "",
-        "## Delta", "", *_delta(out, against), "",
+        "## Delta", "", *_delta(out, runs, submission["name"], against), "",
         "## Compliance", "", *_compliance(submission["compliance"]), "",
         "## Requirements and command", "",
         f"`pip install -r requirements.txt`; measured on {submission['hardware']}, "
@@ -67,7 +67,23 @@ def _headline(runs: pd.DataFrame, submission: dict[str, Any]) -> list[str]:
     return [
         f"**val_bpb {submission['val_bpb']:.5f}** ({spread}); {submission['val_loss']:.5f} nats per token; "
         f"largest artifact {submission['bytes_total']:,} bytes "
-        f"(code {fixed(submission['bytes_code'], 0)}, counted as: {submission['bytes_code_convention'] or 'unknown'})."
+        f"(code {fixed(submission['bytes_code'], 0)}, counted as: {submission['bytes_code_convention'] or 'unknown'}).",
+        *_shared(runs),
+    ]
+
+
+def _shared(runs: pd.DataFrame) -> list[str]:
+    """Return which stages another run of the sweep computed, nothing where each run computed its own."""
+    taken = [
+        f"{', '.join(run['reused_stages'].split(','))} of seed {run['seed']}"
+        for _, run in runs.iterrows()
+        if isinstance(run["reused_stages"], str)
+    ]
+    if not taken:
+        return []
+    return [
+        "",
+        f"Computed once in the sweep, under the same settings, and taken over with its times: {'; '.join(taken)}.",
     ]
 
 
@@ -90,16 +106,17 @@ def _cell(value: float | None, decimals: int | None) -> str:
     return signed(float(value), 8) if decimals is None else fixed(float(value), decimals)
 
 
-def _delta(out: str, against: str | None) -> list[str]:
-    """Return the comparison with another side, or why there is none."""
+def _delta(out: str, runs: pd.DataFrame, name: str, against: str | None) -> list[str]:
+    """Return the comparison with another side, or why there is none; our side has the submission's name."""
     if against is None:
         return ["No comparison was asked for (`seedsweep export --against pr:N`)."]
     from results.compare.comparison import compare
-    from results.compare.sides import open_side
+    from results.compare.sides import open_side, side_of_runs
     from results.compare.text import render
 
     try:
-        return [render(compare(open_side(out), open_side(against)), "markdown")]
+        ours = side_of_runs(out, variant=str(runs["variant"].iloc[0]))._replace(name=name)
+        return [render(compare(ours, open_side(against)), "markdown")]
     except ValueError as error:
         return [f"Against {against}: {error}."]
 

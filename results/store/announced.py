@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from results.schema import BASE
 from results.store.location import open_location
@@ -39,18 +39,23 @@ def order_variants(found: Iterable[str], announced: list[str]) -> list[str]:
 
 
 def rows_of_variant(rows: Rows, out: object, wanted: str | None, *, fix: str) -> Rows:
-    """Return the rows of the one variant that is meant: the wanted one, or the only one.
+    """Return the rows of the one variant that is meant. Raises as choose_variant does."""
+    names = order_variants(rows.frame["variant"], announced_variants(out))
+    chosen = choose_variant(names, wanted, shown=str(out), fix=fix)
+    return rows._replace(frame=rows.frame[rows.frame["variant"] == chosen].reset_index(drop=True))
+
+
+def choose_variant(names: Sequence[str], wanted: str | None, *, shown: str, fix: str) -> str:
+    """Return the variant that is meant: the wanted one, or the only one.
 
     fix: how to name one, in words that a variant's name completes. Raises ValueError when there is no such variant,
     naming the nearest, or when there are several and none is wanted, naming them.
     """
-    names = order_variants(rows.frame["variant"], announced_variants(out))
     listed = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
     if wanted is None and len(names) > 1:
-        raise ValueError(f"{out} holds {len(names)} variants ({listed}); {fix}{names[0]}")
+        raise ValueError(f"{shown} holds {len(names)} variants ({listed}); {fix}{names[0]}")
     if wanted is not None and wanted not in names:
         nearest = difflib.get_close_matches(wanted, names, n=1)
         hint = f"nearest: {nearest[0]}" if nearest else f"there are {listed}"
-        raise ValueError(f"{out} has no variant {wanted!r}; {hint}")
-    chosen = rows.frame[rows.frame["variant"] == (names[0] if wanted is None else wanted)]
-    return rows._replace(frame=chosen.reset_index(drop=True))
+        raise ValueError(f"{shown} has no variant {wanted!r}; {hint}")
+    return names[0] if wanted is None else wanted

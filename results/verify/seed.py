@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results.export.evidence import EVIDENCE, PROGRAMS, seed_folder
+from results.export.evidence import EVIDENCE, PROGRAMS
 from results.schema import column_names
 from results.store.guard import file_sha256
+from results.store.names import name_of_row
 from results.verify.checks import AGREES, DIFFERS, UNCHECKED, Check, Formulas, compare, read_arrays, read_json
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ Records = dict[str, dict[str, Any]]
 def check_seed(folder: Path, row: Mapping[str, Any], formulas: Formulas) -> Iterator[Check]:
     """Check everything that one seed's evidence says."""
     seed = f"seed={row['seed']}"
-    workdir = folder / EVIDENCE / seed_folder(row["seed"], row["repeat"])
+    workdir = folder / EVIDENCE / name_of_row(row)
     if not (workdir / "run.json").is_file():
         yield Check(seed, UNCHECKED, "its run directory is not in the folder: only its rows are")
         return
