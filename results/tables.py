@@ -27,7 +27,7 @@ MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemption
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
 TABLE_COLUMNS = (
     *SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "sliding_bpb", "error", "order0_bpb", "code_bytes_convention",
-    "reused_stages",
+    "variant", "reused_stages",
 )  # fmt: skip
 
 # heading, key, decimals (None: a difference of two keys, with sign)
@@ -52,6 +52,11 @@ class SeedTable(NamedTuple):
     problems: list[str]
     notes: list[str]
     schema_version: int
+
+    @property
+    def variants(self) -> list[str]:
+        """The variants that its rows are of."""
+        return list(dict.fromkeys(row["variant"] for row in self.seeds))
 
     @property
     def has_failures(self) -> bool:

@@ -141,8 +141,8 @@ def _shown_p(p: float | None) -> str:
     return MISSING if p is None else f"{p:.4g}"
 
 
-def _foot(ablation: Ablation) -> list[str]:
-    """Return the lines under the differences: what was tested and how, conventions, failures, notes."""
+def explain(ablation: Ablation) -> list[str]:
+    """Return what the columns of the differences mean, and what a marked time is."""
     tables = ablation.tables
     tested = sum(effect.p_better is not None for effect in ablation.effects)
     lines = [
@@ -155,6 +155,12 @@ def _foot(ablation: Ablation) -> list[str]:
     ]
     if any(row["reused_stages"] for table in tables.values() for row in table.seeds):
         lines.append("* another run computed this stage: the time is that run's and was spent once")
+    return lines
+
+
+def _foot(ablation: Ablation) -> list[str]:
+    """Return the lines under the differences: conventions, what was tested and how, failures, notes."""
+    tables = ablation.tables
     common = foot(next(iter(tables.values())))[:2]
     named = [
         f"variant={name} seed={row['seed']} {row['state']}: {row['error']}"
@@ -162,4 +168,4 @@ def _foot(ablation: Ablation) -> list[str]:
         for row in table.seeds
         if row["error"]
     ]
-    return [*common, *lines, *named, *(f"note: {note}" for note in ablation.notes)]
+    return [*common, *explain(ablation), *named, *(f"note: {note}" for note in ablation.notes)]

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from results.schema import BASE
+from results.store.names import parse_run_name
+
 MARKS = {"pass": "ok", "fail": "mark"}
 
 
-def audit_section(out: str) -> list[str]:
-    """Return the section's lines of HTML, none where no run of out was audited. Only local folders are looked at."""
+def audit_section(out: str, variants: Collection[str]) -> list[str]:
+    """Return the section's lines of HTML, none where no run was audited. Only local folders are looked at.
+
+    variants: whose runs are shown, `base` for those of a sweep that names none.
+    """
     if "://" in out:
         return []
-    paths = sorted(Path(out).glob("seeds/*/audit.json"))
+    every = sorted(Path(out).glob("seeds/*/audit.json"))
+    paths = [path for path in every if ((parse_run_name(path.parent.name) or [""])[0] or BASE) in variants]
     audits = {path.parent.name: _read(path) for path in paths}
     if not audits:
         return []

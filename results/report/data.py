@@ -14,7 +14,8 @@ import pandas as pd
 from results.findings.review import Finding
 from results.schema import FINISHED
 from results.stats import bits_per_byte, paired_documents
-from results.store.reader import Rows, latest_attempts, read_attempt, read_runs
+from results.store.announced import rows_of_variant
+from results.store.reader import latest_attempts, read_attempt, read_runs
 from results.tables import SeedTable, table_of_rows
 
 if TYPE_CHECKING:
@@ -47,25 +48,32 @@ class System(NamedTuple):
     disagreements: list[str]
 
 
-def read_system(out: str) -> System:
-    """Read everything a report needs of one run directory.
+def read_system(out: str, variant: str | None = None) -> System:
+    """Read everything a report needs of one run directory, or of one variant of it.
 
     Raises FileNotFoundError or ValueError as the seed table does.
     """
     rows = latest_attempts(read_runs(out))
+    if not rows.frame.empty:
+        rows = rows_of_variant(rows, out, variant, fix=f"name one, such as {out}#")
     table = table_of_rows(rows, shown=out)
     finished = rows.frame[rows.frame["state"] == FINISHED].sort_values(["seed", "repeat"]).drop_duplicates("seed")
     steps = _read_steps(out, finished)
     documents, problems = _read_documents(out, finished)
     contradictions = [line for _, run in finished.iterrows() for line in contradictions_of(run, documents)]
     return System(
-        name=str(table.identity["sweep"] or Path(out).name),
+        name=str(table.identity["sweep"] or Path(out).name) + (f" {variant}" if variant is not None else ""),
         out=out,
         table=table,
         runs=finished.reset_index(drop=True),
         steps=steps,
         bins=length_bins(documents),
-        disagreements=[*_mixtures(rows), *contradictions, *problems, *_imported(out)],
+        disagreements=[
+            *find_mixtures(rows.frame[rows.frame["state"] == FINISHED]),
+            *contradictions,
+            *problems,
+            *_imported(out),
+        ],
     )
 
 
@@ -135,9 +143,8 @@ def _read_documents(out: str, runs: pd.DataFrame) -> tuple[dict[int, pd.DataFram
     return kept, problems
 
 
-def _mixtures(rows: Rows) -> list[str]:
-    """Return the hashes that differ between the finished seeds."""
-    done = rows.frame[rows.frame["state"] == FINISHED]
+def find_mixtures(done: pd.DataFrame) -> list[str]:
+    """Return the hashes that differ between finished seeds."""
     names = ("config_hash", "data_hash", "code_hash", "val_documents_hash", "git_commit")
     return [f"{name} differs between seeds: not one configuration" for name in names if done[name].nunique() > 1]
 

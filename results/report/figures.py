@@ -96,7 +96,7 @@ def loss_curves(system: System) -> Drawn | None:
     """Training loss of each seed, with the learning rate below and a mark where looping turned on."""
     if not system.steps:
         return None
-    figure, (top, bottom) = _new_figure(2, [3, 1])
+    figure, (top, bottom) = new_figure(2, [3, 1])
     for i, (seed, steps) in enumerate(system.steps.items()):
         shown = color(SERIES[i % len(SERIES)])
         top.plot(steps["step"], steps["loss"], color=shown, linewidth=1.2, label=f"seed {seed}")
@@ -113,7 +113,7 @@ def loss_curves(system: System) -> Drawn | None:
         top.legend(frameon=False, fontsize=10, labelcolor=color("ink"))
     last = summarize([float(steps["loss"].iloc[-1]) for steps in system.steps.values()])
     caption = f"Dotted: the step where the repeated layers turned on. Last step: mean loss {last.mean:.4f}."
-    return _drawn("loss", "Training loss and learning rate", caption, figure)
+    return drawn_of("loss", "Training loss and learning rate", caption, figure)
 
 
 def waterfall(system: System) -> Drawn | None:
@@ -121,7 +121,7 @@ def waterfall(system: System) -> Drawn | None:
     present = [(key, label) for key, label in WATERFALL if system.runs[key].notna().all()]
     if len(present) < 2:
         return None
-    figure, (axes,) = _new_figure(1)
+    figure, (axes,) = new_figure(1)
     means = [float(system.runs[key].mean()) for key, _ in present]
     spread = max(means) - min(means) or 1e-3
     for i, value in enumerate(means):
@@ -142,14 +142,14 @@ def waterfall(system: System) -> Drawn | None:
     steps = "; ".join(
         f"{label} {after - before:+.5f}" for (_, label), before, after in zip(present[1:], means, means[1:])
     )
-    return _drawn("waterfall", "What each stage costs or gains", f"Mean over seeds, bits per byte: {steps}.", figure)
+    return drawn_of("waterfall", "What each stage costs or gains", f"Mean over seeds, bits per byte: {steps}.", figure)
 
 
 def gain_by_length(system: System) -> Drawn | None:
     """Context effect and adaptation by document length, with intervals over documents."""
     if not system.bins:
         return None
-    figure, (axes,) = _new_figure(1)
+    figure, (axes,) = new_figure(1)
     for offset, name, label in ((-0.12, "context", "context (lr 0 - plain)"), (0.12, "adaptation", "adaptation")):
         entries = [getattr(entry, name) for entry in system.bins]
         places = np.arange(len(entries)) + offset
@@ -167,7 +167,7 @@ def gain_by_length(system: System) -> Drawn | None:
     axes.set_ylabel("change, bits per byte")
     axes.legend(frameon=False, fontsize=10, labelcolor=color("ink"))
     caption = "Negative is better. Bars: 95% intervals over documents, seeds pooled; bins with one document have none."
-    return _drawn("ttt_by_length", "TTT gain against document length", caption, figure)
+    return drawn_of("ttt_by_length", "TTT gain against document length", caption, figure)
 
 
 def intervals(system: System) -> Drawn | None:
@@ -181,7 +181,7 @@ def score_intervals(systems: list[System]) -> Drawn | None:
     rows = [row for row in rows if row[1]]
     if not rows:
         return None
-    figure, (axes,) = _new_figure(1, height=max(2.2, 0.7 + 0.9 * len(rows)))
+    figure, (axes,) = new_figure(1, height=max(2.2, 0.7 + 0.9 * len(rows)))
     said = []
     for place, (name, scores, system) in enumerate(rows):
         interval = t_interval(scores)
@@ -199,7 +199,7 @@ def score_intervals(systems: list[System]) -> Drawn | None:
     axes.set_ylim(len(rows) - 0.4, -0.7)
     axes.set_xlabel("post-TTT bits per byte")
     axes.locator_params(axis="x", nbins=5)
-    return _drawn("intervals", "Scores of the seeds", "; ".join(said) + ". Dots are seeds.", figure)
+    return drawn_of("intervals", "Scores of the seeds", "; ".join(said) + ". Dots are seeds.", figure)
 
 
 def timing(system: System) -> Drawn | None:
@@ -207,7 +207,7 @@ def timing(system: System) -> Drawn | None:
     runs = system.runs
     if runs["train_s"].isna().all():
         return None
-    figure, (axes,) = _new_figure(1, height=max(2.6, 0.9 + 0.62 * 2 * min(len(runs), 6)))
+    figure, (axes,) = new_figure(1, height=max(2.6, 0.9 + 0.62 * 2 * min(len(runs), 6)))
     groups = (("train_s", "hessian_s"), ("evaluate_s", "ttt_s"))
     labels: list[str] = []
     shades = {"train_s": "s1", "hessian_s": "s4", "evaluate_s": "s3", "ttt_s": "s2"}
@@ -229,7 +229,7 @@ def timing(system: System) -> Drawn | None:
     axes.legend(
         frameon=False, fontsize=9, labelcolor=color("ink"), ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0)
     )
-    return _drawn("timing", "Time against 600 s + 600 s", _timing_caption(runs), figure)
+    return drawn_of("timing", "Time against 600 s + 600 s", _timing_caption(runs), figure)
 
 
 def artifact(system: System) -> Drawn | None:
@@ -238,7 +238,7 @@ def artifact(system: System) -> Drawn | None:
     if runs.empty:
         return None
     limit = float(runs["size_limit_bytes"].dropna().iloc[0]) if runs["size_limit_bytes"].notna().any() else 16e6
-    figure, (axes,) = _new_figure(1, height=max(2.2, 0.9 + 0.4 * len(runs)))
+    figure, (axes,) = new_figure(1, height=max(2.2, 0.9 + 0.4 * len(runs)))
     model = runs["model_bytes"].fillna(runs["artifact_bytes"]) / 1e6
     places = np.arange(len(runs))
     axes.barh(places, model, 0.6, color=color("s1"), label="model")
@@ -255,7 +255,7 @@ def artifact(system: System) -> Drawn | None:
     caption = (
         f"Largest artifact: {largest:,} bytes, {abs(room):,.0f} bytes {'below' if room >= 0 else 'OVER'} the limit."
     )
-    return _drawn("artifact", "Artifact size", caption, figure)
+    return drawn_of("artifact", "Artifact size", caption, figure)
 
 
 def inline_svg(drawn: Drawn, prefix: str) -> str:
@@ -285,12 +285,14 @@ def save_files(drawn: Drawn, folder: Path, stem: str) -> list[Path]:
     return paths
 
 
-def _new_figure(num_rows: int, ratios: list[int] | None = None, height: float = HEIGHT_IN) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    num_rows: int, ratios: list[int] | None = None, height: float = HEIGHT_IN, width: float = WIDTH_IN
+) -> tuple[Figure, list[Axes]]:
     """Return a figure with axes below each other, sharing x, in the placeholder colors."""
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(OWN_STYLE)
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     made = figure.subplots(num_rows, 1, sharex=True, squeeze=False, height_ratios=ratios)
     for axes in made[:, 0]:
         axes.set_facecolor("none")
@@ -305,7 +307,7 @@ def _new_figure(num_rows: int, ratios: list[int] | None = None, height: float = 
     return figure, list(made[:, 0])
 
 
-def _drawn(name: str, title: str, caption: str, figure: Figure) -> Drawn:
+def drawn_of(name: str, title: str, caption: str, figure: Figure) -> Drawn:
     """Return the finished figure; its layout is settled here, once, because that is most of the drawing time."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -10,18 +10,21 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from results.compare.published_text import published_block
 from results.compare.sides import text_of_runs
 from results.published.records import Record
 from results.render import fixed, signed
 from results.report.audit import audit_section
-from results.report.data import System, read_system
-from results.report.figures import Drawn, draw_all, inline_svg, own_style, save_files, score_intervals
+from results.report.data import System
+from results.report.figures import Drawn, draw_all, own_style, save_files, score_intervals
+from results.report.html import as_list, draw_inline, make_cards, seed_rows, show_value
+from results.report.variant_figures import draw_variants
+from results.report.variants import Variants, read_view
+from results.report.variants_page import variants_section
 from results.schema import FINISHED, SCHEMA_VERSION
-from results.stats import Summary, t_interval
-from results.tables import shown_columns
+from results.stats import t_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,21 +44,27 @@ def write_report(outs: list[str], path: Path, *, records: list[Record] | None = 
     Raises FileNotFoundError or ValueError when a directory has no row to show.
     """
     with own_style():
-        return _write_report([read_system(out) for out in outs], path, records or [])
+        return _write_report([read_view(out) for out in outs], path, records or [])
 
 
-def _write_report(systems: list[System], path: Path, records: list[Record]) -> list[Path]:
+def _write_report(systems: list[System | Variants], path: Path, records: list[Record]) -> list[Path]:
     folder = path.with_name(f"{path.stem}_figures")
     written: list[Path] = []
     parts = [_header(systems)]
     if len(systems) > 1:
-        overview = score_intervals(systems)
+        overview = score_intervals([system for system in systems if isinstance(system, System)])
         if overview is not None:
-            parts += ["<h2>Side by side</h2>", '<div class="figures">', _figure(overview, "all"), "</div>"]
+            parts += ["<h2>Side by side</h2>", '<div class="figures">', draw_inline(overview, "all"), "</div>"]
             written += save_files(overview, folder, "all_intervals")
     for number, system in enumerate(systems):
-        drawn = draw_all(system)
-        parts += _section(system, drawn, f"f{number}", has_heading=len(systems) > 1)
+        if len(systems) > 1:
+            parts.append(f"<h2>{escape(system.name)} <span class='sub'>{escape(system.out)}</span></h2>")
+        if isinstance(system, System):
+            drawn = draw_all(system)
+            parts += _section(system, drawn, f"f{number}")
+        else:
+            drawn = draw_variants(system)
+            parts += variants_section(system, drawn, f"f{number}")
         prefix = f"{number}_" if len(systems) > 1 else ""
         for entry in drawn:
             written += save_files(entry, folder, f"{prefix}{entry.name}")
@@ -74,29 +83,32 @@ def _asset(name: str) -> str:
     return resources.files("results.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _header(systems: list[System]) -> str:
+def _header(systems: list[System | Variants]) -> str:
     names = ", ".join(dict.fromkeys(escape(system.name) for system in systems))
-    runs = sum(len(system.table.seeds) for system in systems)
-    done = sum(row["state"] == FINISHED for system in systems for row in system.table.seeds)
+    tables = [
+        table
+        for system in systems
+        for table in ([system.table] if isinstance(system, System) else system.ablation.tables.values())
+    ]
+    runs = sum(len(table.seeds) for table in tables)
+    done = sum(row["state"] == FINISHED for table in tables for row in table.seeds)
     return f'<h1>{names}</h1>\n<p class="sub">{done} of {runs} runs finished. Lower bits per byte is better.</p>'
 
 
-def _section(system: System, drawn: list[Drawn], prefix: str, *, has_heading: bool) -> list[str]:
+def _section(system: System, drawn: list[Drawn], prefix: str) -> list[str]:
     """Return one system's cards, table, figures, provenance and disagreements."""
-    heading = [f"<h2>{escape(system.name)} <span class='sub'>{escape(system.out)}</span></h2>"] if has_heading else []
     return [
-        *heading,
         _cards(system),
         "<h3>Seeds</h3>",
-        _seed_table(system),
+        seed_rows(system.table),
         *(f'<p class="note">{escape(line)}</p>' for line in _remarks(system)),
         "<h3>Figures</h3>",
         '<div class="figures">',
-        *(_figure(entry, f"{prefix}-{entry.name}") for entry in drawn),
+        *(draw_inline(entry, f"{prefix}-{entry.name}") for entry in drawn),
         "</div>",
         "<h3>Disagreements</h3>",
-        _list(system.disagreements, "None found: rows, their sums over documents and their hashes agree."),
-        *audit_section(system.out),
+        as_list(system.disagreements, "None found: rows, their sums over documents and their hashes agree."),
+        *audit_section(system.out, set(system.table.variants)),
         "<h3>Provenance</h3>",
         _provenance(system.runs),
     ]
@@ -122,48 +134,7 @@ def _cards(system: System) -> str:
         (f"{minutes:.1f} min", "a seed, all stages"),
         (fixed(system.table.order0_bpb, 5), "order-0 token distribution, for scale"),
     ]
-    body = "\n".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>' for value, text in cards
-    )
-    return f'<div class="cards">\n{body}\n</div>'
-
-
-def _seed_table(system: System) -> str:
-    """Return the seed table; every number carries its full-precision value in data-value."""
-    shown = shown_columns(system.table)
-    header = "".join(f"<th>{escape(heading)}</th>" for heading in ("seed", *(h for h, _, _ in shown), "marks"))
-    rows = []
-    for row in system.table.seeds:
-        name = str(row["seed"]) + (f" / {row['repeat']}" if row["repeat"] else "")
-        cells = "".join(_cell(row[key], places, f'data-seed="{name}" data-column="{key}"') for _, key, places in shown)
-        marks = escape(", ".join(row["marks"]))
-        rows.append(f'<tr><td>{name}</td>{cells}<td class="mark">{marks}</td></tr>')
-    for label, index in (("mean", 1), ("std (ddof=1)", 2), ("n", 0)):
-        cells = "".join(
-            _summary_cell(system.table.summary[key], index, places, f'data-summary="{label}" data-column="{key}"')
-            for _, key, places in shown
-        )
-        rows.append(f'<tr class="summary"><td>{label}</td>{cells}<td></td></tr>')
-    table = f"<thead><tr>{header}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="scroll"><table class="seeds">{table}</table></div>'
-
-
-def _cell(value: float | None, places: int | None, data: str) -> str:
-    text = signed(value) if places is None else fixed(value, places)
-    full = "" if value is None else repr(value)
-    return f'<td {data} data-value="{full}">{escape(text)}</td>'
-
-
-def _summary_cell(entry: Summary, index: int, places: int | None, data: str) -> str:
-    if index == 0:
-        return _cell(entry.n, 0, data)
-    if index == 2 and entry.n == 1:
-        return f'<td {data} data-value="">no spread</td>'
-    value = entry[index]
-    shown = places if places is None or index == 1 else max(places, 1)
-    if places is None and index == 2:
-        shown = 5
-    return _cell(value, shown, data)
+    return make_cards(cards)
 
 
 def _remarks(system: System) -> list[str]:
@@ -176,18 +147,11 @@ def _remarks(system: System) -> list[str]:
     return [*lines, *table.notes, *table.problems]
 
 
-def _figure(drawn: Drawn, prefix: str) -> str:
-    return (
-        f"<figure><h3>{escape(drawn.title)}</h3>\n{inline_svg(drawn, prefix)}\n"
-        f"<figcaption>{escape(drawn.caption)}</figcaption></figure>"
-    )
-
-
 def _provenance(runs: pd.DataFrame) -> str:
     """Return one row a fact: its one value, or every seed's where they differ."""
     rows = []
     for name in PROVENANCE:
-        values = {seed: _shown(value) for seed, value in zip(runs["seed"], runs[name])}
+        values = {seed: show_value(value) for seed, value in zip(runs["seed"], runs[name])}
         distinct = sorted(set(values.values()) - {"-"})
         if not distinct:
             continue
@@ -196,23 +160,9 @@ def _provenance(runs: pd.DataFrame) -> str:
     return f'<div class="scroll"><table class="facts"><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _shown(value: Any) -> str:
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, float) and value.is_integer():
-        return f"{value:.0f}"
-    return str(value)
-
-
-def _published(records: list[Record], system: System) -> list[str]:
+def _published(records: list[Record], system: System | Variants) -> list[str]:
     if not records:
         return []
     ours = text_of_runs(system.out)
     blocks = [f"<pre class='scroll'>{escape(published_block(record, ours))}</pre>" for record in records]
     return ["<h2>Published by others</h2>", *blocks]
-
-
-def _list(lines: list[str], otherwise: str) -> str:
-    if not lines:
-        return f'<p class="ok">{escape(otherwise)}</p>'
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
