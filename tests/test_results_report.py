@@ -12,12 +12,13 @@ import pytest
 
 import results
 from jobs.cli import main
+from results.compare.variants import Ablation, read_table
 from results.report.data import read_system
 from results.report.figures import PALETTE, draw_all, inline_svg
 from results.report.page import write_report
 from results.tables import seed_table, shown_columns
 from tests.browser import Page, find_chromium, with_page
-from tests.fake_runs import commit_failed, commit_fake, fake_sweep
+from tests.fake_runs import FakeVariant, commit_failed, commit_fake, fake_ablation, fake_sweep
 from tests.submissions import write_submission
 
 FIGURES = ("loss", "waterfall", "ttt_by_length", "intervals", "timing", "artifact")
@@ -201,3 +202,65 @@ def test_a_real_browser_shows_the_page_without_errors(sweep: Path, report: Path)
         assert page.problems == []
 
     with_page(work)
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of 40 variants with long names, half of which took their training from the baseline."""
+    made = [FakeVariant("base", dict.fromkeys((1, 2, 3), 0.0))]
+    for place in range(1, 40):
+        gains = {seed: 0.0005 * (place - 20) + 0.0001 * seed for seed in (1, 2, 3)}
+        name = f"learning_rate={place}+lora_rank={place}+num_layers={place}"
+        made.append(FakeVariant(name, gains, ("train",) if place % 2 else ()))
+    return fake_ablation(tmp_path_factory.mktemp("ablation"), made)
+
+
+@pytest.fixture(scope="module")
+def ablation_page(ablation: Path) -> str:
+    """Its report."""
+    path = ablation / "out" / "report.html"
+    assert main(["report", str(ablation), "-o", str(path)]) == 0
+    assert {entry.stem for entry in (ablation / "out" / "report_figures").iterdir()} == {
+        "forest", "waterfalls", "sharing",
+    }  # fmt: skip
+    return path.read_text()
+
+
+def test_every_variant_has_its_difference_the_best_first(ablation: Path, ablation_page: str) -> None:
+    table = read_table(ablation)
+    assert isinstance(table, Ablation)
+    expected = {effect.variant: effect.difference.mean for effect in table.effects if effect.difference}
+    shown = re.findall(r'data-variant="([^"]+)" data-value="([^"]+)"', ablation_page)
+    assert {name: float(value) for name, value in shown} == expected
+    values = [float(value) for _, value in shown]
+    assert values == sorted(values)
+    assert len(values) == 39
+
+
+def test_the_page_of_variants_says_what_sharing_saved(ablation_page: str) -> None:
+    # 60 runs took a training of 588.1 s on 8 GPUs: 78.41 hours
+    computed = 120 * (588.1 + 80 + 16 + 251) * 8 / 3600 - 60 * 588.1 * 8 / 3600
+    assert f"{computed:.2f} GPU-hours computed by finished runs" in ablation_page
+    assert "so 78.41 (" in ablation_page
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", ablation_page)
+
+
+def test_rows_of_many_seeds_are_folded_away_and_of_few_are_not(tmp_path: Path, ablation_page: str) -> None:
+    assert ablation_page.count("<details><summary>") == 40
+    few = fake_ablation(tmp_path, [FakeVariant("base", {1: 0.0, 2: 0.0}), FakeVariant("x", {1: 0.1, 2: 0.2})])
+    write_report([str(few)], tmp_path / "few.html")
+    assert (tmp_path / "few.html").read_text().count("<details open>") == 2
+
+
+def test_one_variant_has_the_whole_report(ablation: Path, tmp_path: Path) -> None:
+    system = read_system(str(ablation), "base")
+    assert [drawn.name for drawn in draw_all(system)] == list(FIGURES)
+    assert system.name == "fake base"
+    assert main(["report", f"{ablation}#nothing", "-o", str(tmp_path / "page.html")]) == 2
+
+
+def test_rows_of_a_variant_that_contradict_are_named(tmp_path: Path) -> None:
+    out = fake_ablation(tmp_path, [FakeVariant("base", {1: 0.0}), FakeVariant("x", {1: 0.1})])
+    commit_fake(out, 1, variant="x", artifact_bytes=5)
+    write_report([str(out)], tmp_path / "page.html")
+    assert "x, seed 1: artifact_bytes 5, but model + code is" in (tmp_path / "page.html").read_text()
