@@ -10,10 +10,12 @@ import tempfile
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 import results
-from results.stats import paired_documents, t_interval, welch
-from tests.fake_runs import fake_sweep
+from results.compare.variants import read_table
+from results.stats import holm, paired_documents, t_interval, welch
+from tests.fake_runs import FakeVariant, fake_ablation, fake_sweep
 
 folder = tempfile.TemporaryDirectory()
 out = fake_sweep(f"{folder.name}/baseline", seeds=(42, 0, 1337))
@@ -82,6 +84,48 @@ a, b = results.documents(other), results.documents(out)
 one = [frame[frame["seed"] == 42].sort_values("index") for frame in (a, b)]
 pairs = paired_documents(one[0]["nats_ttt"], one[1]["nats_ttt"], one[1]["bytes"] * np.log(2))
 print(f"seed 42, over {len(one[0])} documents: {pairs.mean:+.5f} bpb, standard error {pairs.standard_error:.5f}")
+
+# %% [markdown]
+# ## Ablations
+#
+# A sweep of variants has a row for each variant, seed and repeat; `variant` tells them apart. Train every variant on
+# the same seeds and take differences seed by seed: what a seed does to all of them drops out. `seedsweep table` prints
+# the same differences, with p corrected for the number of variants; `seedsweep compare DIR#gate DIR#base` takes one.
+
+# %%
+ablation = fake_ablation(
+    f"{folder.name}/ablation",
+    [
+        FakeVariant("base", {42: 0.0, 0: 0.0, 1337: 0.0}),
+        FakeVariant("gate", {42: -0.0041, 0: -0.0040, 1337: -0.0042}),
+        FakeVariant("bits=5", {42: 0.0012, 0: -0.0003, 1337: 0.0008}, reused=("train",)),
+    ],
+)
+scores = results.load(ablation).pivot(index="seed", columns="variant", values="post_ttt_bpb")
+gaps = scores.drop(columns="base").sub(scores["base"], axis=0)
+error = gaps.std(ddof=1) / np.sqrt(len(gaps))
+reach = stats.t.ppf(0.975, len(gaps) - 1) * error
+p = stats.t.cdf(gaps.mean() / error, len(gaps) - 1)
+by_hand = pd.DataFrame({"difference": gaps.mean(), "low": gaps.mean() - reach, "high": gaps.mean() + reach, "p": p})
+by_hand["p_holm"] = holm(by_hand["p"].tolist())
+print(by_hand.round(5).to_string())
+
+# %%
+table = read_table(ablation)
+for effect in table.effects:
+    assert np.isclose(effect.difference.mean, by_hand.loc[effect.variant, "difference"])
+    assert np.isclose(effect.difference.interval.low, by_hand.loc[effect.variant, "low"])
+    assert np.isclose(effect.p_better_holm, by_hand.loc[effect.variant, "p_holm"])
+    print(f"{effect.variant}: {effect.words}")
+
+# %% [markdown]
+# A stage that two runs have in common was computed once. The times of the run that took it are those of the run that
+# computed it: leave them out of sums.
+
+# %%
+parts = results.stages(ablation)
+parts["spent"] = parts["seconds"].where(parts["reused_from"].isna(), 0.0)
+print(parts.groupby("variant")[["seconds", "spent"]].sum().to_string())
 
 # %% [markdown]
 # ## Steps

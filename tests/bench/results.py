@@ -18,6 +18,7 @@ from jobs.bench.process import Bench
 
 MEMORY_WANTED = "below 1,000"
 NUM_REPORTED = 10  # runs of the report
+NUM_VARIANTS, NUM_SEEDS = 50, 20  # of the ablation
 LIBRARIES = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "scipy.stats")
 DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
 BYTES_PER_TOKEN = 3.7266
@@ -30,11 +31,14 @@ def bench_results(bench: Bench, *, num_runs: int, num_documents: int) -> None:
     a, b, ten = (bench.folder / name for name in ("a", "b", "ten"))
     for out, count in ((a, num_runs), (b, max(2, num_runs // 10)), (ten, NUM_REPORTED)):
         bench.measure("tests.bench.results:write_store", out=str(out), num_runs=count, num_documents=num_documents)
+    ablation = bench.folder / "ablation"
+    bench.measure("tests.bench.results:write_ablation", out=str(ablation))
     size = sum(path.stat().st_size for path in bench.folder.rglob("*.parquet"))
     bench.report.add("Parquet written", "MB", [size / 1e6])
     page = str(bench.folder / "report.html")
     commands: dict[str, tuple[list[str], str]] = {
         "seed table": (["table", str(a)], "below 1"),
+        f"table of {NUM_VARIANTS} variants, {NUM_SEEDS} seeds": (["table", str(ablation)], "below 2"),
         "paired documents, two runs": (
             ["compare", str(a), str(b), "--paired", "documents", "--seeds", "1"], "below 2",
         ),
@@ -92,6 +96,21 @@ def write_store(request: dict[str, Any], probe: Probe) -> None:
         commit_attempt(out, run=made_up_run(seed, scaled), stages=made_up_stages(), steps=steps, documents=scaled)
         probe.report(f"writing {out.name}", seed + 1, num_runs, {})
     probe.add(f"writing {out.name}: {num_runs} runs", "s", [time.perf_counter() - started])
+
+
+def write_ablation(request: dict[str, Any], probe: Probe) -> None:
+    """Commit made-up finished runs of many variants, without rows of documents and steps."""
+    from results.store.writer import commit_attempt
+
+    documents = made_up_documents(1000)
+    started = time.perf_counter()
+    for seed in range(NUM_SEEDS):
+        row, noise = made_up_run(seed, documents), 1e-3 * math.sin(seed)
+        for place in range(NUM_VARIANTS):
+            bpb = LEVELS["post_ttt"] + noise + 1e-4 * (place % 9 - 4) + 2e-4 * math.sin(seed + 3 * place)
+            run = {**row, "variant": f"v{place:02d}", "config_hash": f"{place:064x}", "post_ttt_bpb": bpb}
+            commit_attempt(request["out"], run=run, stages=made_up_stages())
+    probe.add(f"writing an ablation: {NUM_SEEDS * NUM_VARIANTS} runs", "s", [time.perf_counter() - started])
 
 
 def made_up_documents(count: int) -> dict[str, Any]:
