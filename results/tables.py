@@ -11,7 +11,7 @@ from results.stats import Summary, population_std, summarize
 from results.store.reader import Rows, latest_attempts, read_runs
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 INTEGERS = ("seed", "repeat", "attempts", "steps", "artifact_bytes")
 SUMMARIZED = (
@@ -77,20 +77,21 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     if rows.frame.empty:
         reason = f": {rows.problems[0]}" if rows.problems else " (no committed attempt in results/runs)"
         raise ValueError(f"{shown}: nothing to show{reason}")
-    seeds = [_seed_row(row) for row in rows.frame.to_dict("records")]
-    identity, notes = _identity(rows.frame)
+    columns = (rows.frame[name].tolist() for name in TABLE_COLUMNS)
+    seeds = [_seed_row(dict(zip(TABLE_COLUMNS, values))) for values in zip(*columns)]
+    identity, notes = _identity(seeds)
     notes = [*rows.notes, *notes, *_unmeasured(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
     _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
-    columns = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
-    means = {column: list(seed_means(finished, column).values()) for column in columns}
+    summarized = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
+    means = {column: list(seed_means(finished, column).values()) for column in summarized}
     return SeedTable(
         identity=identity,
         seeds=seeds,
         summary={column: summarize(values) for column, values in means.items()},
         std_ddof0={column: population_std(values) for column, values in means.items()},
-        same_seed={column: _same_seed_spread(finished, column) for column in columns},
+        same_seed={column: _same_seed_spread(finished, column) for column in summarized},
         order0_bpb=order0[0] if order0 else None,
         problems=rows.problems,
         notes=notes,
@@ -157,12 +158,12 @@ def _mark_other_steps(finished: list[dict[str, Any]]) -> None:
             row["marks"].append(f"steps {100 * (row['steps'] / middle - 1):+.1f} % off the median")
 
 
-def _identity(frame: pd.DataFrame) -> tuple[dict[str, str | None], list[str]]:
+def _identity(seeds: list[dict[str, Any]]) -> tuple[dict[str, str | None], list[str]]:
     """Return what all rows have in common, None where they differ, and a note for every difference."""
     identity: dict[str, str | None] = {}
     notes = []
     for column in IDENTITY_COLUMNS:
-        values = sorted(frame[column].dropna().unique())
+        values = sorted({row[column] for row in seeds if row[column] is not None})
         identity[column] = values[0] if len(values) == 1 else None
         if len(values) > 1:
             listed = ", ".join(value[:12] for value in values)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import results
 from jobs.cli import main
 
 ARCHIVE = Path(__file__).parent / "data" / "sweep_v1.tar.xz"
@@ -42,3 +43,18 @@ def test_its_submission_folder_still_verifies(old: Path, capsys: pytest.CaptureF
     assert main(["verify", str(old / "exported")]) == 0
     shown = capsys.readouterr().out.splitlines()[-1]
     assert "0 differ" in shown
+
+
+def test_its_rows_are_of_the_variant_base(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for load in (results.load, results.stages, results.steps, results.documents):
+        frame = load(old / "out")
+        assert set(frame["variant"]) == {"base"}
+        assert set(frame["schema_version"]) == {1}
+    assert main(["table", str(old / "out"), "--format", "json"]) == 0
+    table = json.loads(capsys.readouterr().out)
+    assert list(table) == ["schema_version", "sweep", "data_hash", "seeds", "summary"]
+    assert table["schema_version"] == 1  # to the byte what was printed then
+    assert main(["compare", f"{old / 'out'}#base", str(old / "out")]) == 0
+    assert "+0.00000" in capsys.readouterr().out
+    assert main(["compare", f"{old / 'out'}#gate", str(old / "out")]) == 2
+    assert "has no variant 'gate'; there are base" in capsys.readouterr().err
