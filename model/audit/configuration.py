@@ -45,7 +45,8 @@ def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
             for field in ("config_hash", "data_hash")
             if announced.get(field) and run.get(field) != announced[field]
         ]
-    faults += find_unannounced(sweep, set(present), list_failed_runs(out / "state.json"), first_events(out / "events.jsonl"))
+    failed, started = list_failed_runs(out / "state.json"), first_events(out / "events.jsonl")
+    faults += find_unannounced(sweep, set(present), failed, started)
     return _judge(faults, described)
 
 
