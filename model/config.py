@@ -337,6 +337,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig, "runtime": RuntimeConfig,
 }  # fmt: skip
 HASHED_SECTIONS = ("model", "train", "quant", "ttt", "evaluation")
+RECIPE_SECTIONS = ("model", "train", "quant")  # of an artifact
 
 
 def config_hash(config: RunConfig, *, world_size: int) -> str:
@@ -344,9 +345,21 @@ def config_hash(config: RunConfig, *, world_size: int) -> str:
 
     Seed, data paths and runtime settings do not enter.
     """
-    scored: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in HASHED_SECTIONS}
-    scored["world_size"] = world_size
-    return hashlib.sha256(canonical_json(scored).encode()).hexdigest()
+    return _hash_sections(config, HASHED_SECTIONS, world_size)
+
+
+def recipe_hash(config: RunConfig, *, world_size: int) -> str:
+    """Return the sha256 (hex) of everything in config that decides an artifact's weights, and the number of ranks.
+
+    How it is scored, plainly and by test-time training, does not enter.
+    """
+    return _hash_sections(config, RECIPE_SECTIONS, world_size)
+
+
+def _hash_sections(config: RunConfig, sections: tuple[str, ...], world_size: int) -> str:
+    plain: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
+    plain["world_size"] = world_size
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 
 
 def canonical_json(value: object) -> str:

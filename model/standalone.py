@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from model.config import RunConfig, config_from_plain, config_hash
+from model.config import RunConfig, config_from_plain, recipe_hash
 from model.data.loader import SpanLoader
 from model.data.shards import find_documents, list_shards
 from model.data.tokenizer import ByteTable, load_tokenizer
@@ -115,7 +115,7 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
         path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
             "seed": config.seed, "world_size": dist.world_size, "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__, "config_hash": config_hash(config, world_size=dist.world_size),
+            "torch": torch.__version__, "recipe_hash": recipe_hash(config, world_size=dist.world_size),
         }  # fmt: skip
         metrics |= save_rounded(path, trained.ema, hessians, config, meta=meta, code_bytes=code_bytes)
     dist.barrier()
@@ -197,12 +197,12 @@ def score_model(
 
 def check_recipe(config: RunConfig, meta: dict[str, Any], path: Path) -> None:
     """Raise ValueError if the artifact says that it was made under other settings."""
-    made_by, world_size = meta.get("config_hash"), meta.get("world_size")
+    made_by, world_size = meta.get("recipe_hash"), meta.get("world_size")
     if isinstance(made_by, str) and isinstance(world_size, int):
-        ours = config_hash(config, world_size=world_size)
+        ours = recipe_hash(config, world_size=world_size)
         if ours != made_by:
             raise ValueError(
-                f"artifact {path} was made under other settings (config_hash {made_by[:12]}, these are {ours[:12]}); "
+                f"artifact {path} was made under other settings (recipe_hash {made_by[:12]}, these are {ours[:12]}); "
                 "use its own train_gpt.py"
             )
 

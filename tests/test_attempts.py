@@ -26,10 +26,12 @@ from model.distributed import Dist
 from model.files.ledger import Ledger
 from model.pipeline import inputs, stage_train
 from model.pipeline import seed as pipeline
+from model.pipeline.attempts import changes_since
 from model.pipeline.memory import RESIDENT, RESIDENT_EVER
-from model.pipeline.records import changes_since
+from model.pipeline.records import read_records
 from model.pipeline.run import Run
-from model.pipeline.seed import STAGES, RunMismatch, SeedResult, read_records, run_seed
+from model.pipeline.seed import RunMismatch, SeedResult, run_seed
+from model.report import STAGES
 from model.score.bpb import order0_bpb
 from tests.micro_model import ignore
 
@@ -158,7 +160,7 @@ def test_run_json_keeps_the_first_attempt_and_stages_say_what_they_ran_on(
     run(config, tmp_path, allow_code_change=True)
     assert run_json(tmp_path)["versions"] == before
     assert [attempt["versions"]["numpy"] for attempt in run_json(tmp_path)["later_attempts"]] == ["9.0"]
-    versions = {stage: record["surroundings"]["versions"] for stage, record in read_records(tmp_path).items()}
+    versions = {stage: record.surroundings["versions"] for stage, record in read_records(tmp_path).items()}
     assert versions["train"] == versions["quantize"] == before
     assert versions["evaluate"]["numpy"] == versions["ttt"]["numpy"] == "9.0"
 
@@ -198,25 +200,25 @@ def test_a_damaged_list_of_attempts_is_refused(config: RunConfig, copy: Path, da
 def test_a_kernel_chosen_by_a_stopwatch_stays_with_the_run(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_train, "choose_attention", lambda *_: Choice("sdpa", {"sdpa": 1.0}, {}, {}))
+    monkeypatch.setattr(stage_train, "choose_attention", lambda _config, _dist: Choice("sdpa", {"sdpa": 1.0}, {}, {}))
     with pytest.raises(Killed):
         run(config, tmp_path, on_write=killed_at("step-0000002.json"))
     assert run_json(tmp_path)["attention"] == "sdpa"
     record = json.loads((tmp_path / "checkpoints" / "step-0000002.json").read_text())
     assert record["meta"]["attention"] == "sdpa"
 
-    def fail(_run: Run) -> Choice:
+    def fail(_config: RunConfig, _dist: Dist) -> Choice:
         raise AssertionError("the kernel was timed again")
 
     monkeypatch.setattr(stage_train, "choose_attention", fail)
     with pytest.raises(Killed):
         run(config, tmp_path, on_write=killed_at("stages/train.json"))
-    assert read_records(tmp_path)["train"]["surroundings"]["attention"] == "sdpa"
+    assert read_records(tmp_path)["train"].surroundings["attention"] == "sdpa"
 
 
 def test_every_stage_names_its_own_kernel(resumed: SeedResult) -> None:
     records = read_records(resumed.workdir)
-    assert {record["surroundings"]["attention"] for record in records.values()} == {"sdpa"}
+    assert {record.surroundings["attention"] for record in records.values()} == {"sdpa"}
     assert {f"{stage}_attention_backend" for stage in STAGES[1:]} <= set(resumed.metrics)
 
 
@@ -272,7 +274,7 @@ def test_peak_memory_is_each_stage_s_own_and_the_run_s_the_largest(
 
     monkeypatch.setitem(pipeline.RUN_STAGE, "train", train)
     result = run(config, tmp_path)
-    metrics = {stage: record["metrics"] for stage, record in read_records(tmp_path).items()}
+    metrics = {stage: record.metrics for stage, record in read_records(tmp_path).items()}
     peaks = {stage: values["peak_memory_bytes"] for stage, values in metrics.items()}
     assert result.metrics["peak_memory_bytes"] == max(peaks.values()) == peaks["train"] > size
     counted = {values["peak_memory_of"] for values in metrics.values()}

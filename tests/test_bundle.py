@@ -22,6 +22,7 @@ from model.bundle.program import (
     read_modules,
     tool_versions,
 )
+from model.pipeline.stage_quantize import write_program
 from model.presets import published, tiny
 from model.quant.artifact import load_artifact
 from model.quant.quantized import dequantize
@@ -128,7 +129,7 @@ def test_a_traceback_names_module_and_line(tmp_path: Path) -> None:
             standalone="from model.other import divide\n\n\ndef main(argv, settings, code_bytes):\n    divide(1)\n",
         ),
     )
-    program.write(tmp_path)
+    write_program(program, tmp_path)
     for name, line in ((READABLE_NAME, 3), (PACKED_NAME, 1)):
         done = subprocess.run([sys.executable, str(tmp_path / name)], capture_output=True, text=True, check=False)
         assert done.returncode == 1
@@ -142,7 +143,7 @@ def test_a_package_of_the_same_name_in_the_current_folder_changes_nothing(tmp_pa
     program = code_program(
         tiny(), root=make_package(tmp_path, standalone="def main(argv, settings, code_bytes):\n    print('ours')\n")
     )
-    program.write(here)
+    write_program(program, here)
     done = subprocess.run([sys.executable, READABLE_NAME], cwd=here, capture_output=True, text=True, check=True)
     assert done.stdout == "ours\n"
 
@@ -241,7 +242,7 @@ def test_settings_of_another_recipe_are_refused(
 
     monkeypatch.chdir(bundle)
     settings = json.loads(settings_text(bundle))
-    settings["ttt"]["lr"] = 0.5
+    settings["quant"]["damping_frac"] = 0.5
     arguments = ["--eval", "model.ssq", "--val", validation_glob(small_sweep()), "--tokenizer", str(TOKENIZER)]
     assert program(arguments, json.dumps(settings), 0) == 2
     assert "other settings" in capsys.readouterr().err

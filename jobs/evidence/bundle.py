@@ -6,7 +6,10 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.pipeline.records import StageRecord
 
 ARTIFACT, SCORES = "model.ssq", "scores.json"
 SCORED = ("pre_ttt", "ttt_lr0", "post_ttt")
@@ -86,7 +89,7 @@ def write_bundle(workdir: Path, folder: Path) -> dict[str, Any]:
     Raises ValueError when folder is not empty, or a file is not what the run left.
     """
     from model.bundle.program import PACKED_NAME, READABLE_NAME
-    from model.pipeline.seed import read_records
+    from model.pipeline.records import read_records
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder={folder} is not empty; name a new one")
@@ -97,7 +100,7 @@ def write_bundle(workdir: Path, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (READABLE_NAME, PACKED_NAME, ARTIFACT):
         shutil.copyfile(workdir / name, folder / name)
-    metrics = {name: value for found in records.values() for name, value in found["metrics"].items()}
+    metrics = {name: value for found in records.values() for name, value in found.metrics.items()}
     run = json.loads((workdir / "run.json").read_text())
     scores = {
         f"{stage}_{name}": metrics.get(f"{stage}_{name}") for stage in SCORED for name in ("bpb", "nats", "tokens")
@@ -105,16 +108,16 @@ def write_bundle(workdir: Path, folder: Path) -> dict[str, Any]:
     known = {name: value for name, value in scores.items() if value is not None}
     facts = {name: run.get(name) for name in ("seed", "num_threads", "device", "versions", "data_hash")}
     (folder / SCORES).write_text(json.dumps({**facts, "scores": known}, indent=1, sort_keys=True) + "\n")
-    return dict(record["metrics"])
+    return dict(record.metrics)
 
 
-def check_output(workdir: Path, record: dict[str, Any], name: str) -> None:
+def check_output(workdir: Path, record: StageRecord, name: str) -> None:
     """Raise ValueError unless a file is what the stage left."""
     from model.files.atomic import file_sha256
 
     path = workdir / name
-    facts = record["outputs"].get(name)
+    facts = record.outputs.get(name)
     if facts is None or not path.is_file():
         raise ValueError(f"{workdir} has no {name}: it was made by an older version; run its quantize stage again")
-    if file_sha256(path) != facts["sha256"]:
+    if file_sha256(path) != facts.sha256:
         raise ValueError(f"{path} is not what the quantize stage left (sha256 differs); run that stage again")

@@ -77,7 +77,8 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def require_finished(workdir: Path) -> None:
     """Raise ValueError unless every stage of a run directory has its record."""
-    from model.pipeline.seed import STAGES, read_records
+    from model.pipeline.records import read_records
+    from model.report import STAGES
 
     missing = [stage for stage in STAGES if stage not in read_records(workdir)]
     if missing:

@@ -119,8 +119,8 @@ def _wanted(seed: int | None, variant: str | None) -> list[str]:
 
 
 def is_finished(workdir: Path) -> bool:
-    """Return whether a run has come through its last stage."""
-    return (workdir / "stages" / f"{STAGES[-1]}.json").is_file()
+    """Return whether a run has come through all its stages."""
+    return all((workdir / "stages" / f"{stage}.json").is_file() for stage in STAGES)
 
 
 def read_parts(path: Path, **parts: type) -> dict[str, Any]:

@@ -152,7 +152,9 @@ def kind_of(read: Mapping[str, Any], files: RunFiles, validation: set[str]) -> s
     if found == data["tokenizer"]:
         return TOKENIZER
     folders = Path(read["path"]).parts
-    is_own = files.workdir.name in folders or "site-packages" in folders or "dist-packages" in folders
+    # a stage that was taken over from another run of the sweep tells of that one's folder
+    own = {files.workdir.name, *(record.get("reused_from") for record in files.records.values())}
+    is_own = any(name in own for name in folders) or "site-packages" in folders or "dist-packages" in folders
     return OWN if is_own else FOREIGN
 
 

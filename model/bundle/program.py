@@ -66,12 +66,6 @@ class Program(NamedTuple):
         """Code bytes as committed: the readable file."""
         return len(self.readable.encode())
 
-    def write(self, folder: Path) -> list[str]:
-        """Write both files and return their names."""
-        (folder / READABLE_NAME).write_bytes(self.readable.encode())
-        (folder / PACKED_NAME).write_bytes(self.packed)
-        return [READABLE_NAME, PACKED_NAME]
-
 
 def code_program(config: RunConfig, *, root: Path = ROOT) -> Program:
     """Return the program of config from the sources in root (the folder that holds the model package).

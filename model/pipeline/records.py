@@ -1,89 +1,96 @@
-"""What run.json says of a run: its first attempt, the later ones, and which difference between two counts.
-
-Whatever moves the last bits of a score is named here beside the code: the kind of device, versions of libraries,
-threads and instruction set of a CPU, the attention kernel. Another node of the same kind makes no difference.
-"""
+"""The record that makes a stage finished: what it left, out of what, and where. Read and written here alone."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
-from model.config import ATTENTION_BACKENDS
-from model.files.checkpoint import write_json
-from model.pipeline.run import Run
+from model.report import STAGES
 
-RUN_FILE = "run.json"
-LATER = "later_attempts"
+FORMAT = 1  # of run.json and of stage records
+HASHES = ("config_hash", "data_hash", "code_hash")
 
 
-def latest_attempt(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return code and surroundings of the newest attempt that run.json lists.
+class Output(NamedTuple):
+    """A file that a stage left."""
 
-    Raises ValueError where they cannot be read.
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRecord:
+    """What one finished stage left, out of what, and where; its file, stages/<stage>.json, makes the stage finished.
+
+    identity: what decides the outputs (see identity.py); None where code or surroundings changed on the way, and in
+    records of version 0.1, which also lack inputs, surroundings and reused_from. inputs: sha256, by name, of the
+    outputs of other stages that it read. reused_from: the run that computed it, None where that was this one.
     """
-    later = content.get(LATER, [])
-    if not isinstance(later, list) or not all(isinstance(attempt, dict) for attempt in later):
-        raise ValueError(f"{LATER} is no list of attempts")
-    newest = {**content, **(later[-1] if later else {})}
-    if not isinstance(newest.get("versions", {}), dict):
-        raise ValueError("versions is no table")
-    if newest.get("attention") not in (None, *ATTENTION_BACKENDS):
-        raise ValueError(f"attention={newest['attention']!r} is no attention kernel")
-    return newest
+
+    stage: str
+    seconds: float
+    metrics: Mapping[str, Any]
+    outputs: Mapping[str, Output]  # by name in the run directory
+    config_hash: str
+    data_hash: str
+    code_hash: str
+    surroundings: Mapping[str, Any] = field(default_factory=dict)
+    identity: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    reused_from: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {
+            "format": FORMAT,
+            **{name: getattr(self, name) for name in self.__slots__},
+            "outputs": {name: output._asdict() for name, output in self.outputs.items()},
+        }
 
 
-def changes_since(before: Mapping[str, Any], run: Run) -> list[str]:
-    """Return in words what moves bits and is not as in the newest attempt before; what that did not note is as now."""
-    now: dict[str, Any] = {**run.surroundings, "code_hash": run.hashes["code_hash"]}
-    if run.config.runtime.attention != "auto":
-        now["attention"] = run.config.runtime.attention
-    changed = [
-        name
-        for name in ("code_hash", "device", "attention", "num_threads", "cpu_capability")
-        if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]
-    ]
-    if now["device"] != "cpu":  # nothing that a GPU's run computes is shared out among threads of the CPU
-        changed = [name for name in changed if name not in ("num_threads", "cpu_capability")]
-    words = {
-        "code_hash": "other code (code_hash {}, now {})",
-        "device": "another device ({}, now {})",
-        "attention": "another attention kernel ({}, now {})",
-        "num_threads": "another number of threads ({}, now {})",
-        "cpu_capability": "another instruction set ({}, now {})",
-    }
-    shown = {name: (str(before[name]), str(now[name])) for name in changed}
-    if "code_hash" in shown:
-        shown["code_hash"] = (before["code_hash"][:12], now["code_hash"][:12])
-    lines = [words[name].format(*values) for name, values in shown.items()]
-    versions: Mapping[str, str] = before.get("versions", {})
-    return lines + [
-        f"another {name} ({versions[name] or 'missing'}, now {version or 'missing'})"
-        for name, version in now["versions"].items()
-        if name in versions and versions[name] != version
-    ]
+def record_path(workdir: Path, stage: str) -> Path:
+    """Return where the record of a stage lies."""
+    return workdir / "stages" / f"{stage}.json"
 
 
-def list_attempt(run: Run) -> None:
-    """Add this attempt to the later ones in run.json, once."""
-    if not run.is_listed:
-        run.is_listed = True
-        attempt = {"started_at": time.time(), "code_hash": run.hashes["code_hash"], **run.surroundings}
-        content = json.loads((run.workdir / RUN_FILE).read_text())
-        write_run(run, {**content, LATER: [*content.get(LATER, []), attempt]})
+def read_record(path: Path) -> StageRecord:
+    """Return the stage record at path. Raises FileNotFoundError, or ValueError naming path if it is damaged."""
+    return parse_record(path.read_bytes(), shown=str(path))
 
 
-def note_attention(run: Run, name: str) -> None:
-    """Write into run.json with which kernel this run trains, so that a later attempt goes on with it."""
-    content = json.loads((run.workdir / RUN_FILE).read_text())
-    if content.get("attention") != name:
-        write_run(run, {**content, "attention": name})
+def parse_record(content: bytes, *, shown: str) -> StageRecord:
+    """Return the stage record in content. Raises ValueError naming shown, its place, if it is damaged."""
+    try:
+        plain = json.loads(content)
+        outputs = {name: Output(**facts) for name, facts in plain["outputs"].items()}
+        known = {name: plain[name] for name in StageRecord.__slots__ if name in plain}
+        record = StageRecord(**{**known, "outputs": outputs})
+        check_record(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"stage record {shown} is damaged ({error}); remove it to redo the stage") from error
+    return record
 
 
-def write_run(run: Run, content: Mapping[str, Any]) -> None:
-    """Replace run.json."""
-    path = run.workdir / RUN_FILE
-    write_json(path, content)
-    run.on_write(path)
+def check_record(record: StageRecord) -> None:
+    """Raise ValueError unless the parts of a record are of their kinds and its outputs lie in the run directory."""
+    for name in ("metrics", "surroundings", "inputs"):
+        if not isinstance(getattr(record, name), dict):
+            raise ValueError(f"{name} is no table")
+    for name in ("stage", *HASHES):
+        if not isinstance(getattr(record, name), str):
+            raise ValueError(f"{name} is no text")
+    for name, output in record.outputs.items():
+        place = PurePosixPath(name)
+        if place.is_absolute() or ".." in place.parts or not isinstance(output.sha256, str):
+            raise ValueError(f"output {name!r} is none of this run's")
+
+
+def read_records(workdir: Path) -> dict[str, StageRecord]:
+    """Return the stage records of a run directory by stage, in order; a stage that is not finished is left out.
+
+    Raises ValueError naming a record that is damaged.
+    """
+    return {stage: read_record(path) for stage in STAGES if (path := record_path(workdir, stage)).is_file()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,39 @@ from model.config import RunConfig
 from model.distributed import Dist
 from model.files.atomic import replace_file
 from model.kernels.pace import LONG_CALL_S, ticking
+from model.pipeline.records import StageRecord
 from model.report import Report
+
+
+class Donor(NamedTuple):
+    """A run whose finished stage may be taken over.
+
+    read(name) returns the bytes of a file of its run directory. folder is that directory, None where it lies on an
+    object store.
+    """
+
+    name: str
+    read: Callable[[str], bytes]
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Orders:
+    """What a driver adds when it sends a gang to a seed.
+
+    repeat: which of several runs of the seed this is. hashes: config_hash, data_hash and code_hash as the driver has
+    them, as far as it does; every rank must agree. donors: by stage, a run that may have finished the same computation.
+    attach(stage) is called on rank 0 at a stage's end, and returns the names of further files of the run directory that
+    become outputs of the stage.
+    """
+
+    repeat: int = 0
+    hashes: Mapping[str, str | None] = field(default_factory=dict)
+    donors: Mapping[str, Donor] = field(default_factory=dict)
+    attach: Callable[[str], Sequence[str]] = lambda _stage: ()
+
+
+NO_ORDERS = Orders()
 
 
 @dataclass(slots=True)
@@ -22,7 +54,8 @@ class Run:
     """One seed at work: what every stage needs. What is known of the run directory is so on rank 0, which alone writes.
 
     attention: the kernel that an earlier attempt trained with. is_changed: code or surroundings are not those of the
-    attempt before, and that was allowed. is_listed: run.json names this attempt.
+    attempt before, and that was allowed; is_mixed: that was so once. is_listed: run.json names this attempt.
+    records: the stages that are finished.
     """
 
     config: RunConfig
@@ -33,11 +66,14 @@ class Run:
     on_write: Callable[[Path], None] = lambda _path: None
     uses_checkpoints: bool = True
     tick: Callable[[], None] = lambda: None  # hears that this rank got further, with nothing to show
+    orders: Orders = NO_ORDERS
     hashes: dict[str, str] = field(default_factory=dict)
     surroundings: dict[str, Any] = field(default_factory=dict)
     attention: str | None = None
     is_changed: bool = False
+    is_mixed: bool = False
     is_listed: bool = False
+    records: dict[str, StageRecord] = field(default_factory=dict)
     file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
 
     @property

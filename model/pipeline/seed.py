@@ -1,6 +1,6 @@
 """One seed from data to scores: train, quantize, evaluate, ttt, each stage leaving a record with checksums.
 
-A run directory is the unit of resume. Called again on it, run_seed continues after the last finished stage, and inside
+A run directory is the unit of resume. Called again on it, run_seed computes what is not finished, and goes on inside
 training from the newest checkpoint. Works without Ray; with several ranks, rank 0 decides and writes.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +23,17 @@ from model.config import RunConfig, config_hash
 from model.data.manifest import hash_data
 from model.data.text_check import check_text
 from model.distributed import Dist
-from model.files.atomic import file_sha256, remove_file
 from model.files.checkpoint import CheckpointStore, write_json
 from model.files.ledger import Ledger, join_ledgers
 from model.pipeline import inputs, stage_evaluate, stage_quantize, stage_train, stage_ttt
+from model.pipeline.attempts import RUN_FILE, changes_since, latest_attempt, list_attempt, write_run
 from model.pipeline.compile_clock import COMPILE, noting_compilation
 from model.pipeline.differences import DATA_LIMITS, data_words, settings_words
+from model.pipeline.finished import find_finished, forget_finished, take_stage, write_record
 from model.pipeline.memory import peak_memory_bytes, reset_peak_memory
-from model.pipeline.records import RUN_FILE, changes_since, latest_attempt, list_attempt, write_run
-from model.pipeline.run import Run
-from model.report import Report
+from model.pipeline.records import FORMAT, StageRecord
+from model.pipeline.run import NO_ORDERS, Orders, Run
+from model.report import STAGES, Report
 
 RUN_STAGE = {
     "train": stage_train.run_train,
@@ -40,13 +41,19 @@ RUN_STAGE = {
     "evaluate": stage_evaluate.run_evaluate,
     "ttt": stage_ttt.run_ttt,
 }
-STAGES = tuple(RUN_STAGE)
-FORMAT = 1
+assert tuple(RUN_STAGE) == STAGES
 PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "triton", "flash-attn")
+
+
+HASHED = {"config_hash": "another configuration", "data_hash": "other data", "code_hash": "other code"}
 
 
 class RunMismatch(ValueError):
     """A run directory was made for another seed, or under another configuration, other data or other code."""
+
+
+class OtherHashes(RunMismatch):
+    """A rank has another configuration, other data or other code than the driver that sent it."""
 
 
 class SeedResult(NamedTuple):
@@ -67,6 +74,7 @@ def run_seed(
     restart: str = "checkpoint",
     allow_code_change: bool = False,
     tick: Callable[[], None] = lambda: None,
+    orders: Orders = NO_ORDERS,
 ) -> SeedResult:
     """Run every stage of one seed that workdir does not hold yet, and return all metrics.
 
@@ -74,43 +82,36 @@ def run_seed(
     whoever watches over the rank needs both, whoever shows progress takes rank 0's. should_stop is asked between
     training steps; when it says yes a checkpoint is written and Interrupted raised. on_write(path) hears of
     each finished file, a stage's record last. restart "scratch" neither writes nor reads checkpoints inside training.
+    orders: what a driver adds; a stage that another run has finished is taken over from it where it is the same.
     Raises RunMismatch if workdir was made for another seed, configuration or data (or by other code, unless
-    allow_code_change), ValueError or FileNotFoundError for data that cannot be used.
+    allow_code_change), OtherHashes if this rank's are not the driver's, ValueError or FileNotFoundError for data that
+    cannot be used.
     """
-    run = Run(config, dist, workdir, report, should_stop, on_write, restart == "checkpoint", tick)
+    run = Run(config, dist, workdir, report, should_stop, on_write, restart == "checkpoint", tick, orders)
     _claim_directory(run, allow_code_change=allow_code_change)
     for stage in STAGES:
-        is_done = dist.is_main and _finished(run, stage) is not None
+        is_done = dist.is_main and (find_finished(run, stage) or take_stage(run, stage))
         if not dist.broadcast_floats([float(is_done)])[0]:
             _run_stage(run, stage)
     dist.barrier()
-    return SeedResult(workdir, join_metrics(read_records(workdir)) if dist.is_main else {})
+    return SeedResult(workdir, join_metrics(run.records) if dist.is_main else {})
 
 
-def read_records(workdir: Path) -> dict[str, dict[str, Any]]:
-    """Return the stage records of a run directory by stage, in order; a stage that is not finished is left out."""
-    records = {}
-    for stage in STAGES:
-        path = workdir / "stages" / f"{stage}.json"
-        if not path.is_file():
-            break
-        try:
-            records[stage] = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"stage record {path} is damaged ({error}); remove it to redo the stage") from error
-    return records
-
-
-def join_metrics(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def join_metrics(records: Mapping[str, StageRecord]) -> dict[str, Any]:
     """Return the metrics of all stages by name; the peak of memory is the largest of any stage."""
-    metrics = {name: value for record in records.values() for name, value in record["metrics"].items()}
-    peaks = [record["metrics"].get("peak_memory_bytes", 0) for record in records.values()]
+    metrics = {name: value for record in records.values() for name, value in record.metrics.items()}
+    peaks = [record.metrics.get("peak_memory_bytes", 0) for record in records.values()]
     return metrics | {"peak_memory_bytes": max(peaks, default=0)}
 
 
 def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
     """Write run.json, or check that the one there was made under the same hashes."""
     run.report("prepare", 0, None, {})
+    run.hashes = {
+        "config_hash": config_hash(run.config, world_size=run.dist.world_size),
+        "code_hash": code_hash(),
+    }
+    _check_hashes(run)
     if run.dist.is_main:
         ledger = Ledger("prepare")
         with ledger.listening(), ledger.span("hash"), run.long_call():
@@ -118,11 +119,8 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
             check_text(run.config.data, data, vocab_size=run.config.model.vocab_size)
         named = {**data.train, **data.val, run.config.data.tokenizer: data.tokenizer}
         run.file_hashes = {os.path.abspath(path): sha256 for path, sha256 in named.items()}
-        run.hashes = {
-            "config_hash": config_hash(run.config, world_size=run.dist.world_size),
-            "data_hash": data.data_hash,
-            "code_hash": code_hash(),
-        }
+        run.hashes["data_hash"] = data.data_hash
+        _check_hashes(run)
         run.surroundings = surroundings(run.dist.device)
         path = run.workdir / RUN_FILE
         before = _check_same(path, run, allow_code_change=allow_code_change) if path.is_file() else None
@@ -135,10 +133,11 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
                 **run.surroundings,
                 "code_changed": False,
             }
+        run.is_mixed = before.get("code_changed", False) or run.is_changed
         content = {
             **before,
             "config": dataclasses.asdict(run.config),  # settings that are not hashed, and places of data, may move
-            "code_changed": before.get("code_changed", False) or run.is_changed,
+            "code_changed": run.is_mixed,
             "world_size": run.dist.world_size,
             "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
         }
@@ -149,6 +148,17 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
             list_attempt(run)
         _write_ledger(run, ledger.as_json())
     run.dist.barrier()
+
+
+def _check_hashes(run: Run) -> None:
+    """Raise OtherHashes, naming what differs, unless this rank's hashes are those that the driver computed."""
+    for name, ours in run.hashes.items():
+        theirs = run.orders.hashes.get(name)
+        if theirs is not None and theirs != ours:
+            raise OtherHashes(
+                f"rank {run.dist.rank} has {HASHED[name]} ({name} {ours[:12]}, the driver's is {theirs[:12]}); "
+                "driver and nodes need the same installation and the same shards"
+            )
 
 
 def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> dict[str, Any]:
@@ -199,31 +209,10 @@ def _name_differences(hash_name: str, before: Mapping[str, Any], run: Run) -> st
     )
 
 
-def _finished(run: Run, stage: str) -> dict[str, Any] | None:
-    """Return a stage's record if its outputs are what it left, else None: the stage is done (again)."""
-    path = run.workdir / "stages" / f"{stage}.json"
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text())
-        for name, facts in record["outputs"].items():
-            output = run.workdir / name
-            if output.stat().st_size != facts["bytes"] or file_sha256(output) != facts["sha256"]:
-                raise ValueError(f"{output} does not match its record")
-        if any(record[name] != run.hashes[name] for name in ("config_hash", "data_hash")):
-            raise ValueError(f"{path} was made under other hashes")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        run.report("prepare", 0, None, {"note": f"stage {stage} is done again: {error}"})
-        return None
-    return dict(record)
-
-
 def _run_stage(run: Run, stage: str) -> None:
     """Run one stage on all ranks, then write its record on rank 0."""
     if run.dist.is_main:  # what comes after is stale from now on
-        list_attempt(run)
-        for later in STAGES[STAGES.index(stage) :]:
-            remove_file(run.workdir / "stages" / f"{later}.json")
+        forget_finished(run, stage)
     run.report(stage, 0, None, {})
     ledger = Ledger(stage, run.dist.rank)
     counted = reset_peak_memory(run.dist.device)
@@ -236,7 +225,8 @@ def _run_stage(run: Run, stage: str) -> None:
     if run.dist.is_main:
         _write_ledger(run, *parts)
         with run.long_call():  # it may go to an object store
-            write_record(run, stage, ledger.seconds(stage), metrics, [*outputs, f"ledger/{stage}.json"])
+            outputs += [f"ledger/{stage}.json", *run.orders.attach(stage)]
+            write_record(run, stage, ledger.seconds(stage), metrics, outputs)
         if stage == "train":
             CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
     run.dist.barrier()
@@ -245,9 +235,8 @@ def _run_stage(run: Run, stage: str) -> None:
 def _write_ledger(run: Run, *parts: dict[str, Any]) -> None:
     """Write one ledger from those of all ranks, with the hashes of the data and of earlier stages' outputs."""
     known, stage = dict(run.file_hashes), parts[0]["stage"]
-    records = read_records(run.workdir) if stage in STAGES else {}  # before the stages they are not checked yet
-    for record in records.values():
-        known |= {os.path.abspath(run.workdir / name): facts["sha256"] for name, facts in record["outputs"].items()}
+    for record in run.records.values():
+        known |= {os.path.abspath(run.workdir / name): output.sha256 for name, output in record.outputs.items()}
     write_json(run.workdir / "ledger" / f"{stage}.json", join_ledgers(list(parts), known))
 
 
@@ -264,28 +253,6 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     """Return "cpu", or the model of a GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def write_record(run: Run, stage: str, seconds: float, metrics: dict[str, Any], outputs: Iterable[str]) -> None:
-    """Write the record that makes a stage finished."""
-    described = {}
-    for name in outputs:
-        path = run.workdir / name
-        described[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        run.on_write(path)
-    kernel = metrics.get("attention_backend") or metrics.get(f"{stage}_attention_backend")
-    record = {
-        "format": FORMAT,
-        "stage": stage,
-        "seconds": seconds,
-        "metrics": metrics,
-        "outputs": described,
-        **run.hashes,
-        "surroundings": {**run.surroundings, "attention": kernel},
-    }
-    path = run.workdir / "stages" / f"{stage}.json"
-    write_json(path, record)
-    run.on_write(path)
 
 
 def library_versions() -> dict[str, str]:

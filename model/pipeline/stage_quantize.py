@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.bundle.program import CONVENTION, PACKED_NAME, READABLE_NAME, code_program
+from model.bundle.program import CONVENTION, PACKED_NAME, READABLE_NAME, Program, code_program
+from model.config import recipe_hash
+from model.files.atomic import replace_file
 from model.files.ledger import Ledger
 from model.pipeline.inputs import (
     ARTIFACT,
@@ -63,7 +66,7 @@ def _round_and_save(
     """Write the artifact and the program that scores it, and return the size metrics (rank 0)."""
     with ledger.span("program"):
         program = code_program(run.config)
-        program.write(run.workdir)
+        write_program(program, run.workdir)
 
     @contextmanager
     def span(name: str) -> Iterator[None]:
@@ -77,12 +80,25 @@ def _round_and_save(
     return {**metrics, "code_bytes_readable": program.readable_bytes, "code_bytes_convention": CONVENTION}
 
 
+def write_program(program: Program, folder: Path) -> list[str]:
+    """Write both files of a program, each whole or not at all, and return their names."""
+    for name, content in ((READABLE_NAME, program.readable.encode()), (PACKED_NAME, program.packed)):
+        with replace_file(folder / name) as file:
+            file.write(content)
+    return [READABLE_NAME, PACKED_NAME]
+
+
 def artifact_meta(run: Run) -> dict[str, Any]:
-    """Return what an artifact holds besides its model: where it comes from, and all that scoring it again needs."""
+    """Return what an artifact holds besides its model: where it comes from, and all that scoring it again needs.
+
+    How it is scored is not in it, so that runs that differ in that alone have the same artifact.
+    """
     return {
         "seed": run.config.seed,
         "world_size": run.dist.world_size,
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **run.hashes,
+        "recipe_hash": recipe_hash(run.config, world_size=run.dist.world_size),
+        "data_hash": run.hashes["data_hash"],
+        "code_hash": run.hashes["code_hash"],
     }

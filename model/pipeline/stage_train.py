@@ -13,8 +13,8 @@ from model.files.checkpoint import CheckpointStore
 from model.files.ledger import Ledger
 from model.files.tensors import save_tensors
 from model.gpt import GPT, build_model
+from model.pipeline.attempts import note_attention
 from model.pipeline.inputs import STEPS, WEIGHTS, Outcome, attention_backend_name, open_training
-from model.pipeline.records import note_attention
 from model.pipeline.rehearsal import compile_kernels
 from model.pipeline.run import Run
 from model.pipeline.warm_up import choose_attention, warm_up

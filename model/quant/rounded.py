@@ -45,22 +45,29 @@ def save_rounded(
         else:
             state = quantize_state(dict(weights), dict(hessians), config.quant)
             sigmas = config.quant.matrix_clip_sigmas
-        total = write(state)
+        write(state)
     with span("reload"):
         check_reload(path, state)
-    limit = config.quant.size_limit_bytes
+    return {**weigh(config, model_bytes=path.stat().st_size, code_bytes=code_bytes), "matrix_clip_sigmas": sigmas}
+
+
+def weigh(config: RunConfig, *, model_bytes: int, code_bytes: int) -> dict[str, Any]:
+    """Return the size metrics of an artifact and its code.
+
+    Raises ValueError if they are over the limit where quant.on_oversize is "fail".
+    """
+    total, limit = model_bytes + code_bytes, config.quant.size_limit_bytes
     if total > limit and config.quant.on_oversize == "fail":
         raise ValueError(
             f"artifact of seed {config.seed} has {total} bytes with code, over quant.size_limit_bytes={limit}; "
             "set quant.on_oversize to 'fit' or 'mark', or raise quant.matrix_clip_sigmas"
         )
     return {
-        "model_bytes": path.stat().st_size,
+        "model_bytes": model_bytes,
         "code_bytes": code_bytes,
         "artifact_bytes": total,
         "size_limit_bytes": limit,
         "within_limit": total <= limit,
-        "matrix_clip_sigmas": sigmas,
     }
 
 

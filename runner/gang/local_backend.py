@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from runner.gang.rank import Interrupted, Rank
+from model.report import Interrupted
+from runner.gang.rank import Rank
 from runner.life import states
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.report import Interrupted
 from runner.errors import Failure, Kind, NoRoomError, OutNotShared, PreflightError, first_line, is_full
 from runner.folder.fence import fenced
 from runner.folder.mirror import Mirror, open_mirror
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 LOG_TAIL_BYTES = 8192  # what a crash leaves at the end, and some lines before it
 LOG_EVERY_S = 10.0  # progress in a rank's own log
-STOPPED = "Interrupted"  # the name of the exception with which work obeys should_stop, ours and model.train.trainer's
 
 
 class Rank:
@@ -93,9 +93,9 @@ class Rank:
         try:
             self.check_out()
             self.work()
+        except Interrupted:
+            return Outcome(kind="interrupted", at=time.time())
         except (Exception, SystemExit) as error:
-            if type(error).__name__ == STOPPED:
-                return Outcome(kind="interrupted", at=time.time())
             if isinstance(error, ValueError):  # a person's mistake: one line, the traceback is in the events
                 logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
             else:
@@ -158,10 +158,6 @@ class Rank:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
             return file.read().decode(errors="replace")
-
-
-class Interrupted(Exception):
-    """The work was asked to end early, and did."""
 
 
 def load_target(dotted: str) -> Callable[[Rank], object]:

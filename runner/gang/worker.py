@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,12 +26,16 @@ from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
 from model.kernels.pace import ticking
+from model.report import Interrupted
 from runner.errors import NoRoomError, PreflightError
-from runner.folder.storage import LocalStorage
-from runner.gang.rank import Interrupted, Rank
+from runner.folder.storage import LocalStorage, open_storage
+from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.gpus import GpuWatch, query_gpus
 from runner.provenance import different_versions, machine, package_versions, settings
+
+if TYPE_CHECKING:
+    from model.pipeline.run import Donor
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +44,15 @@ RENDEZVOUS_S = 120.0
 WATCH_END_S = 20.0  # for the watch of the GPUs to take its last sample
 MIN_FREE_BYTES = 1 << 30
 ROOM_EVERY_S = 5.0  # between looks at a full disk
+GPU_SAMPLES = "gpu.npz"
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
 
 
 def run_pipeline(rank: Rank) -> None:
     """Run every stage of the seed that is not finished yet. Raises what the stages raise."""
-    from model.pipeline.seed import run_seed
+    from model.pipeline.records import HASHES
+    from model.pipeline.run import Orders
+    from model.pipeline.seed import OtherHashes, run_seed
 
     job = rank.job
     torch.set_num_threads(job.threads)
@@ -64,40 +71,82 @@ def run_pipeline(rank: Rank) -> None:
         note_attempt(job, facts)
         on_write(Path(job.workdir) / "attempt.json")
     dist.barrier()
-    with watched_gpus(rank, on_write):
-        run_seed(
-            job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
-            allow_code_change=job.allow_code_change, on_write=on_write, tick=rank.tick,
-        )  # fmt: skip
+    with watched_gpus(rank, on_write) as attach:
+        try:
+            run_seed(
+                job.config, dist, Path(job.workdir), rank.report, should_stop=rank.should_stop, restart=job.restart,
+                allow_code_change=job.allow_code_change, on_write=on_write, tick=rank.tick,
+                orders=Orders(
+                    repeat=job.key.repeat, hashes={name: job.record.get(name) for name in HASHES},
+                    donors=open_donors(job), attach=attach,
+                ),
+            )  # fmt: skip
+        except OtherHashes as error:
+            raise PreflightError(f"node {socket.gethostname()}: {error}") from None
     dist.barrier()
     # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
     # The gang's processes are ended then anyway.
     dist.close()
 
 
+def open_donors(job: Job) -> dict[str, Donor]:
+    """Return by stage the run of the same sweep from which it may be taken over."""
+    from model.pipeline.run import Donor
+
+    storage = open_storage(job.out)
+    root = storage.root if isinstance(storage, LocalStorage) else None  # where files need not be read to be had
+    return {
+        stage: Donor(
+            name=name,
+            read=lambda file, folder=f"seeds/{name}": storage.read(f"{folder}/{file}"),  # type: ignore[misc]
+            folder=root / "seeds" / name if root is not None else None,
+        )
+        for stage, name in job.donors.items()
+    }
+
+
 @contextmanager
-def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[None]:
-    """Sample clocks, power and throttle reasons of the gang's GPUs during training; rank 0 leaves them in gpu.npz."""
+def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[Callable[[str], list[str]]]:
+    """Sample clocks, power and throttle reasons of the gang's GPUs during training; rank 0 leaves them in gpu.npz.
+
+    Yields what makes the file an output of training at its end. Where training is stopped, or fails, what was seen so
+    far is kept for the next attempt.
+    """
     if rank.rank != 0 or not rank.job.uses_gpus or not torch.cuda.is_available():
-        yield
+        yield lambda _stage: []
         return
     watch = GpuWatch(gpu_ids(rank.job), lambda: rank.newest.step if rank.newest.phase == "train" else None)
     watch.thread.start()
+    path = Path(rank.job.workdir) / GPU_SAMPLES
+
+    def attach(stage: str) -> list[str]:
+        if stage != "train":
+            return []
+        save_samples(watch, path)
+        return [path.name] if path.exists() else []
+
     try:
-        yield
+        yield attach
     finally:
-        watch.is_over.set()
-        watch.thread.join(WATCH_END_S)  # a sick driver may never answer
-        path = Path(rank.job.workdir) / "gpu.npz"
-        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
-        if path.exists():  # what earlier attempts saw stays, up to where this one began
-            with np.load(path, allow_pickle=False) as before:
-                is_kept = before["step"] < (arrays["step"].min() if len(arrays["step"]) else np.inf)
-                arrays = {name: np.concatenate([before[name][is_kept], values]) for name, values in arrays.items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        LocalStorage(path.parent).write(path.name, buffer.getvalue())
-        on_write(path)
+        if not watch.is_over.is_set() and save_samples(watch, path):
+            on_write(path)
+
+
+def save_samples(watch: GpuWatch, path: Path) -> bool:
+    """End the watch and add what it saw to that of earlier attempts; return whether it saw anything."""
+    watch.is_over.set()
+    watch.thread.join(WATCH_END_S)  # a sick driver may never answer
+    arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
+    if not len(arrays["step"]):
+        return False
+    if path.exists():  # what earlier attempts saw stays, up to where this one began
+        with np.load(path, allow_pickle=False) as before:
+            is_kept = before["step"] < arrays["step"].min()
+            arrays = {name: np.concatenate([before[name][is_kept], values]) for name, values in arrays.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    LocalStorage(path.parent).write(path.name, buffer.getvalue())
+    return True
 
 
 def join_gang(rank: Rank) -> Dist:
