@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import socket
+import threading
+import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from model.distributed import Dist
-from runner.errors import PreflightError
+from model.report import Interrupted
+from runner.errors import Kind, PreflightError
 from runner.gang import rank as rank_module
 from runner.gang import worker
 from runner.gang.rank import Rank
-from runner.gang.worker import all_reduce_bytes_per_s, check_node_data, open_store, preflight
+from runner.gang.worker import all_reduce_bytes_per_s, check_node_data, open_donors, open_store, preflight
 from runner.life.job import Job
+from runner.machine import gpus
 from runner.provenance import package_versions
 from runner.spec import RunKey
 from tests.fake_hub import FakeHub
@@ -118,6 +126,74 @@ def test_the_rank_that_fails_leaves_its_log_on_the_object_store(
     job = make_rank(tmp_path, **({"target": target} if target else {})).job
     outcome = Rank(job, number).run()
     assert (outcome.kind, mirror.count) == ("failed" if target else "finished", puts)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_donors_of_a_folder_are_linked_from(tmp_path: Path, scheme: str) -> None:
+    (tmp_path / "seeds" / "base" / "stages").mkdir(parents=True)
+    (tmp_path / "seeds" / "base" / "stages" / "train.json").write_text("{}")
+    job = make_rank(tmp_path, out=f"{scheme}{tmp_path}", donors={"train": "base", "ttt": "other"}).job
+    found = open_donors(job)
+    assert {stage: donor.name for stage, donor in found.items()} == {"train": "base", "ttt": "other"}
+    assert found["train"].folder == tmp_path / "seeds" / "base"
+    assert found["train"].read("stages/train.json") == b"{}"
+    with pytest.raises(FileNotFoundError):
+        found["ttt"].read("stages/train.json")
+
+
+def test_the_pipeline_is_told_what_the_driver_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(worker, "join_gang", lambda _rank: Dist.single())
+    monkeypatch.setattr(worker, "check_node_data", lambda _rank: None)
+    monkeypatch.setattr("model.pipeline.seed.run_seed", lambda *_a, **options: told.append(options["orders"]))
+    record = {"config_hash": "a", "code_hash": "b", "data_hash": None}
+    rank = make_rank(tmp_path, key=RunKey(seed=1, repeat=3), record=record, donors={"train": "base"})
+    assert rank.run().kind == "finished"
+    assert (told[0].repeat, told[0].hashes, list(told[0].donors)) == (3, record, ["train"])
+
+
+def test_a_node_of_other_code_is_unfit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "join_gang", lambda _rank: Dist.single())
+    monkeypatch.setattr(worker, "check_node_data", lambda _rank: None)
+    outcome = make_rank(tmp_path, record={"code_hash": "e" * 64}).run()
+    assert outcome.failure is not None
+    assert outcome.failure.kind is Kind.PREFLIGHT
+    assert f"node {socket.gethostname()}: rank 0 has other code (code_hash " in outcome.failure.message
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_samples_of_the_gpus_become_an_output_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stopped: bool
+) -> None:
+    is_sampled = threading.Event()
+
+    def sample(_ids: object) -> gpus.Sample:
+        is_sampled.set()
+        return gpus.Sample(1980.0, 700.0, 0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(worker, "gpu_ids", lambda _job: ["GPU-0"])
+    monkeypatch.setattr(gpus, "sample_gpus", sample)
+    monkeypatch.setattr(worker, "GpuWatch", functools.partial(gpus.GpuWatch, every_s=0.01))
+    told: list[Path] = []
+    rank, path = make_rank(tmp_path, uses_gpus=True), tmp_path / "run" / "gpu.npz"
+    with suppress(Interrupted), worker.watched_gpus(rank, told.append) as attach:
+        rank.report("train", 5, 10, {})
+        assert is_sampled.wait(20)
+        time.sleep(0.05)  # until the sample is noted
+        assert attach("evaluate") == []
+        if is_stopped:
+            raise Interrupted
+        assert attach("train") == ["gpu.npz"]
+        content = path.read_bytes()
+        rank.report("quantize", 1, 10, {})
+    assert told == ([path] if is_stopped else [])  # an output is told of with its stage
+    assert is_stopped or path.read_bytes() == content
+    with np.load(path) as arrays:
+        assert set(arrays["step"]) == {5}
+    with worker.watched_gpus(rank, told.append):  # of a run whose training is done
+        rank.report("ttt", 1, 10, {})
+    assert len(told) == is_stopped
 
 
 @pytest.fixture
