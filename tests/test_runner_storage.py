@@ -10,14 +10,24 @@ from typing import Any
 
 import pytest
 
+from model.controls.self_test import make_corpus, micro_config
+from model.distributed import Dist
+from model.pipeline import seed as pipeline
+from model.pipeline.run import Orders
+from model.pipeline.seed import run_seed
+from model.report import STAGES
+from runner import sweep as sweep_module
 from runner import work as work_module
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import Mirror
 from runner.folder.storage import ObjectStorage, local_root, open_storage
+from runner.gang.worker import open_donors
+from runner.life.job import Job
 from runner.spec import RunKey
 from runner.sweep import run_sweep
 from runner.view.status import look
 from runner.work import Options
+from tests.micro_model import ignore
 from tests.sweep_tools import make_spec, no_data, scores_of
 
 pytestmark = pytest.mark.usefixtures("no_data")
@@ -87,6 +97,33 @@ def test_a_run_goes_on_from_what_the_store_has(uri: str, tmp_path: Path) -> None
     other.fetch_all()
     left = {path.name: path.read_text() for path in (tmp_path / "there").rglob("*") if path.is_file()}
     assert left == {f"step-{step}.{suffix}": str(step) for step in (2, 3) for suffix in ("safetensors", "json")}
+
+
+def test_stages_are_taken_over_by_way_of_the_store(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_word(stage: str) -> Any:
+        def run_stage(run: Any, _ledger: Any) -> tuple[dict[str, Any], list[str]]:
+            computed.append((run.workdir.name, stage))
+            (run.workdir / f"{stage}.word").write_text(stage)
+            return {}, [f"{stage}.word"]
+
+        return run_stage
+
+    for stage in STAGES:
+        monkeypatch.setitem(pipeline.RUN_STAGE, stage, write_word(stage))
+    computed: list[tuple[str, str]] = []
+    config, storage = micro_config(make_corpus(tmp_path / "corpus")), open_storage(uri)
+    other = sweep_module.replace(config, ttt=sweep_module.replace(config.ttt, lr=0.5))
+    job = Job(
+        key=RunKey(seed=config.seed), attempt=1, config=other, world_size=1, threads=1, uses_gpus=False,
+        workdir=str(tmp_path / "other"), out=uri, donors={"train": "base", "evaluate": "gone"},
+    )  # fmt: skip
+    for name, settings, orders in (("base", config, Orders()), ("other", other, Orders(donors=open_donors(job)))):
+        mirror = Mirror(storage, f"seeds/{name}", tmp_path / name)
+        run_seed(settings, Dist.single(), tmp_path / name, ignore, on_write=mirror.put, orders=orders)
+    assert [stage for name, stage in computed if name == "other"] == ["quantize", "evaluate", "ttt"]
+    assert storage.read("seeds/other/train.word") == b"train"
+    assert json.loads(storage.read("seeds/other/stages/train.json"))["reused_from"] == "base"
+    assert json.loads(storage.read("seeds/other/stages/evaluate.json"))["reused_from"] is None
 
 
 def test_a_lease_on_an_object_store_keeps_a_second_driver_out(uri: str) -> None:
