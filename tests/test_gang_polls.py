@@ -142,6 +142,24 @@ def test_a_driver_that_slept_takes_nobody_for_stalled(pair: RayGang, monkeypatch
     assert event.silent_s < 10
 
 
+def test_a_driver_that_slept_lets_answers_come_in_first(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.actors[1].answers = False
+    poll(pair)
+    (late, _), awake, wait = pair.beats[1], time.monotonic, FakeRay.wait
+
+    def wait_long(ray: FakeRay, refs: list[Ref], *, timeout: float, num_returns: int = 1) -> Any:
+        if timeout and late in refs:
+            late.arrive(Beat(serial=3, phase="train", step=3))
+        return wait(ray, refs, timeout=timeout, num_returns=num_returns)
+
+    monkeypatch.setattr(FakeRay, "wait", wait_long)
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: awake() + 5000.0)
+    pair.next_beat = awake() + 9000.0
+    (event,) = pair.poll()
+    assert isinstance(event, states.Progress)
+    assert event.silent_s < 10
+
+
 def test_a_rank_that_does_not_answer_is_the_heartbeats_affair(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:
     pair.actors[1].answers = False
     poll(pair)

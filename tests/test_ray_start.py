@@ -25,9 +25,9 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def child(code: str) -> subprocess.Popen[bytes]:
+def child(code: str, cwd: Path | None = None) -> subprocess.Popen[bytes]:
     """Start Python with pipes, as a child that speaks for Ray has them."""
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd)
 
 
 def test_a_port_where_nobody_listens_is_refused_at_once() -> None:
@@ -186,10 +186,14 @@ def test_a_user_without_a_home_or_token_gets_one_for_this_cluster(
 
 def test_the_holder_notices_its_drivers_end() -> None:
     code = (
-        "import threading, time; from runner import ray_head; ray_head.ORPHAN_S = 0.1; "
-        "threading.Thread(target=ray_head.wait_for_driver_end, args=(threading.Event(),)).start(); time.sleep(600)"
+        "import threading, time; from runner.gang import ray_head; ray_head.ORPHAN_S = 0.1; "
+        "threading.Thread(target=ray_head.wait_for_driver_end, args=(threading.Event(),)).start(); "
+        "print('waits', flush=True); time.sleep(600)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    process = child(code, cwd=Path(__file__).parent.parent)
     assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"waits\n"
     process.stdin.close()
     assert process.wait(60) == 1
+    process.stdout.close()

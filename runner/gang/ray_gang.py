@@ -33,6 +33,8 @@ from runner.spec import Gang, RunKey
 
 BEAT_EVERY_S = 1.0
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
+ASLEEP_S = 5.0  # between two looks: this process was stopped, and answers from meanwhile are still on their way
+WAKE_S = 2.0  # for those to come in
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 NODE_ID_LABEL = "ray.io/node-id"
@@ -81,6 +83,7 @@ class RayGang:
         self.outcomes: dict[int, Outcome] = {}
         self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
         self.next_beat = 0.0
+        self.looked_at = math.inf  # for beats
         self.next_told = 0.0
         self.seen: dict[int, Beat] = {}  # the newest of each rank
         self.ended_at = -math.inf  # when a rank last ended
@@ -265,7 +268,10 @@ class RayGang:
 
     def poll_beats(self) -> list[states.Event]:
         """Fetch the newest progress of the gang, and see who has not answered for how long."""
+        if time.monotonic() - self.looked_at > ASLEEP_S and self.beats:
+            ray.wait([ref for ref, _ in self.beats.values()], num_returns=len(self.beats), timeout=WAKE_S)
         now, is_new = time.monotonic(), False
+        self.looked_at = now
         for rank, (ref, _) in list(self.beats.items()):
             if ray.wait([ref], timeout=0)[0]:
                 del self.beats[rank]
