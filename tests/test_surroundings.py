@@ -162,6 +162,14 @@ def test_a_missing_package_is_named_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_package_whose_library_cannot_be_loaded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brotli.py").write_text("raise OSError('libbrotli.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "brotli", raising=False)
+    missing = packages.missing_packages(RunConfig(), uses_gpus=False)
+    assert "brotli (libbrotli.so.1: cannot open shared object file)" in missing
+
+
 def test_packages_are_asked_for_by_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 

@@ -37,7 +37,7 @@ def why_unusable(name: str) -> str:
     """Return why a small package cannot be imported, in one line, or an empty string."""
     try:
         importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: its shared library cannot be loaded
         return str(error).splitlines()[0] if str(error) else "not found"
     return ""
 
