@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
+import subprocess
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -257,6 +260,30 @@ def test_a_killed_drivers_folder_is_taken_once_its_heartbeat_stands_still(tmp_pa
     assert directory.owner is not None
     directory.write_json(LEASE, dataclasses.asdict(replace(directory.owner, pid=2**22 + 1)))
     assert not SweepDirectory(LocalStorage(tmp_path)).acquire()  # a killed driver's gangs end with it
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_driver_that_is_suspended_here_is_replaced_once_its_lease_is_over(tmp_path: Path) -> None:
+    directory, process = acquired(tmp_path), subprocess.Popen(["sleep", "600"])
+    assert directory.owner is not None
+    owner = replace(directory.owner, pid=process.pid, started=process_start(process.pid) or 0)
+
+    def acquire(*, silent_s: float) -> bool:
+        directory.write_json(LEASE, dataclasses.asdict(owner))
+        directory.write_json("heartbeat.json", {"token": owner.token, "beat": time.time() - silent_s})
+        return SweepDirectory(LocalStorage(tmp_path)).acquire()
+
+    try:
+        with pytest.raises(DirectoryInUse):
+            acquire(silent_s=LEASE_TTL_S + 9)  # it is awake, and may be unable to write
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        with pytest.raises(DirectoryInUse):
+            acquire(silent_s=LEASE_TTL_S - 9)
+        assert acquire(silent_s=LEASE_TTL_S + 9)  # its ranks may be at work
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_late_rank_cannot_replace_or_remove_what_the_next_gang_writes(tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ class Owner:
             return None
         return process_start(self.pid) == self.started
 
+    def is_stopped(self) -> bool:
+        """Return whether the process is seen to be there, and suspended."""
+        return bool(self.process_lives()) and (process_state(self.pid) or "?")[0] in "Tt"
+
     def is_fresh(self, now: float) -> bool:
         """Return whether the last sign of life is younger than the lease's time."""
         return abs(now - self.beat) < LEASE_TTL_S
@@ -181,6 +185,8 @@ class Lease:
         """Return once another driver is known to be dead. Raises DirectoryInUse if it lives."""
         now = self.wall()
         is_fresh, lives = other.is_heard and other.is_fresh(now), self.lives(other)
+        if lives and not is_fresh and other.is_stopped():
+            lives = None  # nobody knows whether it will ever be woken; it has had its lease's time, as anywhere else
         if lives or (lives is None and (is_fresh or other.is_fresh(now))):
             raise self.in_use(other)
         if (lives is None or is_fresh) and other.is_heard:
@@ -281,8 +287,13 @@ def namespaces() -> str:
 
 def process_start(pid: int) -> int | None:
     """Return when a process of this host was started, in clock ticks since boot; None if there is none, or a zombie."""
+    state, *fields = process_state(pid) or ["X"]
+    return None if state in ("Z", "X") else int(fields[18])
+
+
+def process_state(pid: int) -> list[str] | None:
+    """Return what the system says of a process behind its name, its state first; None if there is none."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
-    return None if state in ("Z", "X") else int(fields[18])
