@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,33 +103,42 @@ def test_a_failing_rank_costs_an_attempt_and_changes_no_figure(
 
 
 def test_a_seed_on_a_removed_node_goes_on_elsewhere_and_is_counted_once(cluster: Any, tmp_path: Path) -> None:
-    node = cluster.add_node(**NODE, resources={"extra": 1})
+    cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 600})
-    driver = start_driver(tmp_path, cluster.address, gang={"gpus": 1, "cpus": 8}, limits={"stall_s": 600.0})
-    try:
-        wait_until(lambda: at_step(tmp_path, 42) >= 6, 60, "seed 42 never trained")
-        place = next(run for run in states(tmp_path) if run["seed"] == 42)
-        wait_until(lambda: state_of(tmp_path)[1337] == "DONE", 60, "the others did not go on")
-        lost = node_with_id(cluster, place["node_id"]) or node
-        cluster.remove_node(lost)
-        assert driver.wait(timeout=90) == 0
-    finally:
-        driver.kill()
-        driver.wait()
-        if len(cluster.list_all_nodes()) < 4:
-            cluster.add_node(**NODE)
+    with occupied_head(cluster):
+        driver = start_driver(tmp_path, cluster.address, gang={"gpus": 1, "cpus": 8}, limits={"stall_s": 600.0})
+        try:
+            wait_until(lambda: at_step(tmp_path, 42) >= 6, 60, "seed 42 never trained")
+            place = next(run for run in states(tmp_path) if run["seed"] == 42)
+            wait_until(lambda: state_of(tmp_path)[1337] == "DONE", 60, "the others did not go on")
+            (lost,) = (node for node in cluster.list_all_nodes() if node.node_id == place["node_id"])
+            cluster.remove_node(lost)
+            assert driver.wait(timeout=90) == 0
+        finally:
+            driver.kill()
+            driver.wait()
     run = next(run for run in states(tmp_path) if run["seed"] == 42)
     assert (run["state"], run["preemptions"], run["failures"]) == ("DONE", 1, 0)
     assert run["node_id"] != place["node_id"]
     assert set(scores_of(tmp_path)) == {42, 0, 1337}
 
 
-def node_with_id(cluster: Any, node_id: str) -> Any:
-    """Return the cluster's handle of a node; the head cannot be removed."""
-    return next(
-        (node for node in cluster.list_all_nodes() if node.node_id == node_id and node is not cluster.head_node), None
-    )
+@contextmanager
+def occupied_head(cluster: Any) -> Iterator[None]:
+    """Hold everything on the head, which cannot be removed, so that gangs go to the other nodes."""
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
+    try:
+        head = cluster.head_node.node_id
+        group = placement_group([{"CPU": NODE["num_cpus"]}], strategy="STRICT_PACK", _soft_target_node_id=head)
+        assert group.wait(30)
+        assert list(placement_group_table(group)["bundles_to_node_id"].values()) == [head]
+        yield
+    finally:
+        ray.shutdown()
 
 
 def states(out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -46,24 +45,35 @@ def watched(process: subprocess.Popen[bytes], note: Path) -> subprocess.Popen[by
     return watch
 
 
+LIVES = """
+import os, signal, time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+print(flush=True)
+time.sleep(600)
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGABRT, "killed by SIGABRT"), (0, "exited with")],
+    [
+        (signal.SIGKILL, "killed by SIGKILL"),
+        (signal.SIGABRT, "killed by SIGABRT"),
+        (signal.SIGTERM, "exited with code 3"),  # as LIVES does then
+    ],
 )
 def test_a_watch_notes_how_a_process_ended(number: int, words: str, tmp_path: Path) -> None:
     rank = make_rank(tmp_path)
     rank.job.log_path(0).parent.mkdir(parents=True)
     rank.job.log_path(0).write_text("the last words\n")
-    with child("import time; print(flush=True); time.sleep(600)" if number else "input()") as process:
-        watch = watched(process, rank.job.end_path(0)) if number else None
-        if watch is None:  # a process that leaves by itself
-            rank.job.end_path(0).write_text(json.dumps({"status": 3 << 8, "num_oom_kills": 0}))
-        else:
-            process.send_signal(number)
-            process.wait()
-            watch.communicate(timeout=20)
+    with child(LIVES) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        watch = watched(process, rank.job.end_path(0))
+        process.send_signal(number)
+        process.wait()
+        watch.communicate(timeout=20)
     end = learn_ends(rank.job, [0])[0]
-    assert words in end.words
+    assert end.words == words
     assert end.advice
     assert end.log_tail == "the last words\n"
 
