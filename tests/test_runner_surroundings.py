@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from runner.gang.ray_start import family_of
+from tests.ray_tools import ROOT, wait_until
+from tests.sweep_tools import state_of, write_faults
+
 pytestmark = pytest.mark.slow
 
 
@@ -43,24 +47,32 @@ def test_ranks_work_from_an_environment_whose_path_a_shell_would_split(tmp_path:
     assert start(tmp_path / "out", python=str(prefix / "bin" / "python")).wait(240) == 0
 
 
-def test_a_killed_driver_leaves_neither_processes_nor_a_session(tmp_path: Path) -> None:
-    base = Path("/tmp") / f"s{os.getpid()}"
+@pytest.mark.parametrize("stage", ["starting", "working"])
+def test_a_killed_driver_leaves_neither_processes_nor_a_session(stage: str, tmp_path: Path) -> None:
+    out, base = tmp_path / "out", Path("/tmp") / f"s{os.getpid()}"  # sockets need a short path
     base.mkdir()
-    driver = start(tmp_path / "out", RAY_TMPDIR=str(base))
+    write_faults(out, {"stage": "train", "step": 2, "do": "wait", "seconds": 600})
+    driver = start(out, RAY_TMPDIR=str(base))
     try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "out" / "state.json").exists():
-            assert time.monotonic() < deadline, "the sweep did not start"
-            time.sleep(0.1)
-        family = psutil.Process(driver.pid).children(recursive=True)
+        wait_until(lambda: "gcs_server" in words_of(family_of(driver.pid)), 200, "Ray was not started")
+        if stage == "working":
+            wait_until(lambda: "TRAIN" in state_of(out).values(), 200, "nothing trained")
+            assert "RankActor" in words_of(family_of(driver.pid))
+        family = family_of(driver.pid)
         driver.send_signal(signal.SIGKILL)
         driver.wait(30)
-        _, left = psutil.wait_procs(family, timeout=60)
-        assert left == []
-        deadline = time.monotonic() + 30
-        while list(base.iterdir()):
-            assert time.monotonic() < deadline, "a session is left"
-            time.sleep(0.1)
+        assert psutil.wait_procs(family, timeout=90)[1] == []
+        wait_until(lambda: not list(base.iterdir()), 90, "a session is left")
     finally:
         driver.kill()
-        base.rmdir()
+        driver.wait(30)
+        shutil.rmtree(base)
+
+
+def words_of(processes: list[psutil.Process]) -> str:
+    """Return the names and command lines of processes."""
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found += [process.name(), *process.cmdline()]
+    return " ".join(found)
