@@ -162,12 +162,16 @@ def mirrored_work(rank: Rank) -> None:
 
 
 def patient_gang_work(rank: Rank) -> None:
-    """Work in a real process group: OUT/patience.json seconds together, and as long again on rank 0 alone."""
+    """Work in a real process group: OUT/patience.json seconds together, and as long again on rank 0 alone.
+
+    A second attempt takes one second each.
+    """
     from runner.gang.worker import join_gang
 
     rank.report("start", 0, None, {})
     dist = join_gang(rank)
-    seconds, begun, step = json.loads((Path(rank.job.out) / "patience.json").read_text()), time.monotonic(), 0
+    patience = json.loads((Path(rank.job.out) / "patience.json").read_text())
+    seconds, begun, step = patience if rank.job.attempt == 1 else 1.0, time.monotonic(), 0
     while dist.broadcast_floats([time.monotonic() - begun])[0] < seconds:
         misbehave(rank, "train", step)
         time.sleep(0.1)

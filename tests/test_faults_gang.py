@@ -34,7 +34,15 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTS = {"kill": "died", "raise": "raised", "hang": "stalled"}  # what a rank does, what it is called
 STAGES = {"train": 6, "quantize": 1, "ttt": 2}  # where, at which step
-CASES = [(fault, stage) for fault in FAULTS for stage in STAGES]  # one seed each, by its place in this list
+# one seed each, by its place in this list
+CASES = [
+    ("kill", "train"),
+    ("kill", "quantize"),
+    ("raise", "train"),
+    ("raise", "ttt"),
+    ("hang", "train"),
+    ("hang", "ttt"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_moments_have_the_types_of_the_record() -> None:
     assert state["adamw/1/exp_avg"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_messages_that_fly_beside_the_work_change_no_bit(world_size: int, tmp_path: Path) -> None:
     ranks = run_gang(world_size, tmp_path, "optimizer")
     for dtype in ("float32", "bfloat16"):
