@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,7 +139,7 @@ def occupied_head(cluster: Any) -> Iterator[None]:
     import ray
     from ray.util.placement_group import placement_group, placement_group_table
 
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="CRITICAL")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.CRITICAL)
     try:
         head = cluster.head_node.node_id
         group = placement_group([{"CPU": NODE["num_cpus"]}], strategy="STRICT_PACK", _soft_target_node_id=head)
