@@ -197,3 +197,27 @@ def test_the_holder_notices_its_drivers_end() -> None:
     process.stdin.close()
     assert process.wait(60) == 1
     process.stdout.close()
+
+
+def test_a_session_whose_driver_is_killed_while_ray_starts_is_removed(tmp_path: Path) -> None:
+    code = f"""
+import os, select, sys, types
+from pathlib import Path
+from runner.gang import ray_head
+sys.modules["ray"] = types.SimpleNamespace(shutdown=lambda: None)
+def start_slowly(**_options):
+    is_unread = select.poll()
+    is_unread.register(1, 0)  # the driver's end closes
+    is_unread.poll()
+    return {{"address": "127.0.0.1:1"}}
+ray_head.connected = start_slowly
+ray_head.hold(Path({str(tmp_path / "session")!r}), 1, os.fdopen(1, "w"))
+"""
+    (tmp_path / "session").mkdir()
+    process = child(code, cwd=Path(__file__).parent.parent)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    process.wait(60)
+    assert list(tmp_path.iterdir()) == []

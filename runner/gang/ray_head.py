@@ -7,6 +7,7 @@ its end of the pipe closes, and the holder shuts Ray down and removes the sessio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -54,7 +55,8 @@ def hold(folder: Path, num_cpus: int, answers: IO[str]) -> None:
             address="local", _node_ip_address=LOOPBACK, include_dashboard=False, num_cpus=num_cpus,
             _temp_dir=str(folder),
         )  # fmt: skip
-        tell(answers, answer)
+        with contextlib.suppress(BrokenPipeError):  # the driver was killed meanwhile: all this ends below
+            tell(answers, answer)
         if "error" in answer:
             return
         is_alone.wait()
