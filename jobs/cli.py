@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("sweeps.plan", "show what a sweep would do, and whether it can, without starting anything"),
     "status": ("sweeps.status", "show where every seed stands, from the run directory alone"),
     "logs": ("sweeps.logs", "print what a rank printed"),
-    "cancel": ("sweeps.cancel", "let a running sweep, or one seed, end with a checkpoint"),
+    "cancel": ("sweeps.cancel", "let a running sweep, one seed or one variant end with a checkpoint"),
     "rerun": ("sweeps.rerun", "run the failed seeds of a sweep again"),
     "submit": ("sweeps.submit", "run a sweep on a cluster as a Ray job"),
     "data": ("sweeps.data", "make or fetch token shards"),

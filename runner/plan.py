@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from model.config import TIME_LIMIT_S
+from model.report import STAGES
 from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
 from runner.machine.packages import missing_packages
 from runner.provenance import code_hash, data_hash, data_problems
-from runner.spec import RunKey, SweepSpec
+from runner.spec.sweep import RunKey, SweepSpec
 from runner.sweep import finished_attempts
+from runner.work import identities
 
 
 class Left(StrEnum):
@@ -21,6 +23,17 @@ class Left(StrEnum):
     DONE = "done"
     RESUMABLE = "resumable"
     NEW = "new"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One stage of an ablation: how often it is needed, how often computed, by which variants it is shared."""
+
+    stage: str
+    num_wanted: int  # runs that are left
+    num_computed: int  # of them with the rest taken from others, finished runs included
+    shared_by: tuple[tuple[str, ...], ...]  # groups of two and more variants
+    seconds: float | None  # of one computation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,39 +48,65 @@ class Plan:
     problems: tuple[str, ...]  # the gang's first, then the data's
     seed_s: float | None  # estimated time of one run
     seed_source: str  # where that comes from
+    stages: tuple[StagePlan, ...] = ()  # of an ablation
 
     @property
     def sweep_s(self) -> float | None:
         """Estimated time until all runs are done."""
+        if self.stages:
+            seconds = self.stage_s(is_shared=True)
+            return None if seconds is None or not self.slots else seconds / self.slots
         left = sum(state is not Left.DONE for state in self.runs.values())
         return None if self.seed_s is None or not self.slots else -(-left // self.slots) * self.seed_s
 
     @property
     def gpu_hours(self) -> float | None:
         """Estimated GPU-hours of the runs that are left."""
+        if self.stages:
+            return self.hours(is_shared=True)
         left = sum(state is not Left.DONE for state in self.runs.values())
         return None if self.seed_s is None else left * self.seed_s * self.spec.gang.gpus / 3600
+
+    def hours(self, *, is_shared: bool) -> float | None:
+        """Return the GPU-hours of an ablation's runs that are left, with or without sharing their stages."""
+        seconds = self.stage_s(is_shared=is_shared)
+        return None if seconds is None else seconds * self.spec.gang.gpus / 3600
+
+    def stage_s(self, *, is_shared: bool) -> float | None:
+        """Return the seconds of all stages that are left, one after the other; None where one is unknown."""
+        total = 0.0
+        for stage in self.stages:
+            if stage.seconds is None:
+                return None
+            total += stage.seconds * (stage.num_computed if is_shared else stage.num_wanted)
+        return total
 
 
 def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     """Return the plan of spec on nodes, reading the run directory and the data but changing nothing."""
     is_here = [node.node_id for node in nodes] == [HERE]
-    packages = missing_packages(spec.config, uses_gpus=spec.gang.gpus > 0) if is_here else ""
-    problems = [line for line in (why_infeasible(nodes, spec.gang), packages) if line]
+    uses_gpus = spec.gang.gpus > 0
+    packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in spec.variants] if is_here else []
+    problems = [line for line in (why_infeasible(nodes, spec.gang), *dict.fromkeys(packages)) if line]
     missing = data_problems(spec.config.data)
     hashes = {"config_hash": spec.config_hash, "code_hash": code_hash()}
     if not missing:
         hashes["data_hash"] = data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
+    runs = what_is_left(spec)
     seed_s, source = estimate_s(spec)
+    stages: tuple[StagePlan, ...] = ()
+    if spec.ablation:
+        seconds, source = estimate_stages_s(spec)
+        stages = plan_stages(spec, runs, hashes, seconds)
     return Plan(
-        spec=spec, nodes=tuple(nodes), slots=count_slots(nodes, spec.gang), runs=what_is_left(spec), hashes=hashes,
-        problems=(*problems, *missing), seed_s=seed_s, seed_source=source,
+        spec=spec, nodes=tuple(nodes), slots=count_slots(nodes, spec.gang), runs=runs, hashes=hashes,
+        problems=(*problems, *missing), seed_s=seed_s, seed_source=source, stages=stages,
     )  # fmt: skip
 
 
 def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:
     """Return for every run whether it is done, can go on from what it left, or is new."""
-    finished = finished_attempts(spec.out)
+    finished = finished_attempts(spec)
     storage = open_storage(spec.out)
     return {key: Left.DONE if key in finished else resumable(storage, key) for key in spec.keys}
 
@@ -95,6 +134,52 @@ def estimate_s(spec: SweepSpec) -> tuple[float | None, str]:
     if budget_s is None:
         return None, "unknown: no finished run here, and training counts steps, not seconds"
     return budget_s + TIME_LIMIT_S, f"train.budget_s={budget_s:g} and as much as {TIME_LIMIT_S:g} s of evaluation"
+
+
+def plan_stages(
+    spec: SweepSpec, runs: Mapping[RunKey, Left], hashes: Mapping[str, str], seconds: Mapping[str, float]
+) -> tuple[StagePlan, ...]:
+    """Return how often each stage is computed for the runs that are left; finished runs give theirs."""
+    named = identities(spec, hashes.get("data_hash"), hashes["code_hash"])
+    left = [key for key, state in runs.items() if state is not Left.DONE]
+    found = []
+    for stage in STAGES:
+        there = {named[key][stage] for key in runs if runs[key] is Left.DONE}
+        groups: dict[str, list[str]] = {}
+        for key in spec.keys:
+            if (key.seed, key.repeat) == (spec.seeds[0], 0):  # every seed is shared alike
+                groups.setdefault(named[key][stage], []).append(key.variant)
+        found.append(
+            StagePlan(
+                stage=stage, num_wanted=len(left), num_computed=len({named[key][stage] for key in left} - there),
+                shared_by=tuple(tuple(names) for names in groups.values() if len(names) > 1),
+                seconds=seconds.get(stage),
+            )
+        )  # fmt: skip
+    return tuple(found)
+
+
+def estimate_stages_s(spec: SweepSpec) -> tuple[dict[str, float], str]:
+    """Return the estimated seconds of each stage and where they are from: stages computed here, or the budgets."""
+    from results.store.reader import load_table
+
+    try:
+        frame = load_table(spec.out, "stages", columns=["stage", "seconds", "reused_from"])
+    except FileNotFoundError:
+        frame = None
+    if frame is not None:
+        computed = frame[frame["reused_from"].isna()]
+        means = {str(stage): float(value) for stage, value in computed.groupby("stage")["seconds"].mean().items()}
+        if set(means) >= set(STAGES):
+            return means, f"mean of {len(computed)} stages computed here"
+    train = spec.config.train
+    if train.budget_s is None:
+        return {}, "unknown: no finished run here, and training counts steps, not seconds"
+    budgets = (train.budget_s - train.reserve_s, train.reserve_s, 0.0, TIME_LIMIT_S)
+    return dict(zip(STAGES, budgets, strict=True)), (
+        f"train.budget_s={train.budget_s:g} with train.reserve_s={train.reserve_s:g} of it for the artifact, and "
+        f"{TIME_LIMIT_S:g} s of ttt with evaluation in them"
+    )
 
 
 def slots_per_node(plan: Plan) -> list[str]:

@@ -8,16 +8,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
+from model.report import STAGES
 from runner.errors import Failure, Kind, Superseded, first_line, is_full
 from runner.folder.directory import SweepDirectory, utc
 from runner.life.capacity import Node, count_slots, why_infeasible
-from runner.life.decisions import Command, Commit, Give, Release, Situation, Start, Stop, Submit, decide, issued
+from runner.life.decisions import (
+    Command,
+    Commit,
+    Give,
+    Release,
+    Situation,
+    Start,
+    Stop,
+    Submit,
+    Wait,
+    apply_command,
+    decide,
+)
 from runner.life.job import Job
-from runner.life.states import FINAL, Committed, Event, Failed, Run, State, after
-from runner.spec import Limits, RunKey, SweepSpec
+from runner.life.sharing import STAGE_STATES, Sharing
+from runner.life.states import FINAL, Committed, Event, Failed, Run, State, apply_event
+from runner.spec.gang import Limits
+from runner.spec.sweep import RunKey, SweepSpec
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +83,14 @@ class Scheduler:
     def __init__(
         self, spec: SweepSpec, runs: Iterable[Run], backend: Backend, directory: SweepDirectory, view: View, *,
         make_job: Callable[[Run], Job], commit: Callable[[Run], None], limits: Limits | None = None,
+        sharing: Sharing | None = None, recorded_stages: Callable[[RunKey], Collection[str]] = lambda _key: STAGES,
         grace_s: float = 30.0, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.spec, self.backend, self.directory, self.view = spec, backend, directory, view
         self.runs = {run.key: run for run in runs}
         self.make_job, self.commit = make_job, commit
+        self.sharing, self.recorded_stages = sharing or Sharing(), recorded_stages
+        self.sharing_seen = -1  # version of what is shared when decisions were last made
         self.limits, self.grace_s, self.clock, self.wall = limits or spec.limits, grace_s, clock, wall
         self.offset = wall() - clock()
         self.cancelled: frozenset[RunKey] = frozenset()
@@ -109,12 +128,13 @@ class Scheduler:
         self.changed = []
 
     def give_all(self) -> int:
-        """Decide, hand every command to the backend, and return how many there were."""
+        """Decide, hand every command to the backend, and return how many asked for more than another note."""
         situation = self.situation()
         commands = decide(self.runs, situation)
+        self.sharing_seen = self.sharing.version
         for command in commands:
             self.give(command, situation)
-        return len(commands)
+        return sum(not isinstance(command, Wait) for command in commands)
 
     def situation(self) -> Situation:
         """Return what decisions depend on besides the runs."""
@@ -134,37 +154,42 @@ class Scheduler:
             now=now, gang=self.spec.gang, limits=self.limits, slots=slots, nodes=self.nodes, grace_s=self.grace_s,
             has_repeats=self.spec.repeats > 1, infeasible=why_infeasible(self.nodes, self.spec.gang) if is_over else "",
             cancelled=frozenset(self.runs) if self.is_interrupted else self.cancelled,
+            sharing=self.sharing, has_news=self.sharing.version != self.sharing_seen,
         )  # fmt: skip
 
     def read_requests(self) -> None:
         """Take in what `seedsweep cancel` asked for."""
-        for seed in self.directory.cancel_requests():
-            if seed is None:
+        for request in self.directory.cancel_requests():
+            if request.is_all:
                 self.interrupt()
             else:
-                self.cancelled |= {key for key in self.runs if key.seed == seed}
+                self.cancelled |= {key for key in self.runs if request.means(key)}
 
     def apply(self, event: Event) -> None:
         """Let one event change its run."""
         before = self.runs[event.key]
-        self.note(before, after(before, event, self.clock(), self.limits))
+        after = apply_event(before, event, self.clock(), self.limits)
+        if self.sharing and is_news_of_stages(before, after):
+            self.sharing.follow(before, after, self.recorded_stages(event.key))
+        self.note(before, after)
 
     def give(self, command: Command, situation: Situation) -> None:
         """Hand one command to the backend and note that it was given."""
         run = self.runs[command.key]
-        self.note(run, issued(run, command, situation), why=situation.infeasible)
+        donors = self.sharing.donors(command.key) if isinstance(command, Start) else {}
+        self.note(run, apply_command(run, command, situation), why=situation.infeasible, donors=donors)
         match command:
             case Submit():
                 self.backend.submit(command)
             case Start():
-                self.backend.start(command, self.make_job(self.runs[command.key]))
+                self.backend.start(command, replace(self.make_job(self.runs[command.key]), donors=donors))
             case Stop():
                 self.backend.stop(command)
             case Release():
                 self.backend.release(command)
             case Commit():
                 self.apply(self.commit_now(run))
-            case Give():
+            case Give() | Wait():
                 pass
 
     def commit_now(self, run: Run) -> Event:
@@ -183,13 +208,13 @@ class Scheduler:
             return Failed(key=run.key, group=run.group, failure=failure)
         return Committed(key=run.key, group=run.group)
 
-    def note(self, before: Run, run: Run, *, why: str = "") -> None:
+    def note(self, before: Run, run: Run, *, why: str = "", donors: Mapping[str, str] | None = None) -> None:
         """Store run; a new state becomes a line of events.jsonl, and a failed attempt a row of the results."""
         self.runs[run.key] = run
         if run.state is before.state:
             return
         self.changed.append(run)
-        line = transition(before, run, self.wall(), why)
+        line = transition(before, run, self.wall(), why) | ({"donors": dict(donors)} if donors else {})
         self.unsaved.append(line)
         logger.info("%s %s -> %s%s", run.key.name, before.state, run.state, f": {line['why']}" if line["why"] else "")
         is_attempt_over = run.state in (State.RETRY_WAIT, State.FAILED, State.CANCELLED)
@@ -242,6 +267,12 @@ class Scheduler:
         self.is_disk_failing = False
 
 
+def is_news_of_stages(before: Run, run: Run) -> bool:
+    """Return whether a run has come so far that stages of it may be finished, or begun again."""
+    is_further = run.state is not before.state and run.state in (*STAGE_STATES, State.COMMITTING)
+    return is_further or (before.has_group and not run.has_group)  # whatever it wrote, it writes no more
+
+
 def transition(before: Run, run: Run, wall: float, why: str) -> dict[str, Any]:
     """Return the line of events.jsonl for a new state."""
     reason = why if run.state is State.INFEASIBLE else ""
@@ -249,6 +280,7 @@ def transition(before: Run, run: Run, wall: float, why: str) -> dict[str, Any]:
         reason = run.failure.one_line
     return {
         "time": utc(wall),
+        "variant": run.key.variant_name,
         "seed": run.key.seed,
         "repeat": run.key.repeat,
         "attempt": run.attempt,

@@ -26,7 +26,9 @@ from runner.machine.packages import missing_packages
 from runner.machine.signals import raise_interrupt, signals_end
 from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
-from runner.spec import Gang, RunKey, SweepSpec, absolute_path
+from runner.spec.gang import Gang
+from runner.spec.places import absolute_path
+from runner.spec.sweep import BASE, RunKey, SweepSpec
 from runner.view.progress import open_view
 from runner.work import Options, SweepWork
 
@@ -65,9 +67,9 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
 
 def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
     """Raise SweepError if this machine lacks packages, Infeasible, with missing data named too, if it holds no gang."""
-    missing = missing_packages(spec.config, uses_gpus=spec.gang.gpus > 0)
-    if missing:
-        raise SweepError(missing)
+    for variant in spec.variants:
+        if missing := missing_packages(variant.config, uses_gpus=spec.gang.gpus > 0):
+            raise SweepError(missing)
     problem = why_infeasible([this_machine()], spec.gang) if needs_gang else ""
     if problem and not spec.limits.wait_s:
         raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
@@ -83,6 +85,7 @@ def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "format": FORMAT,
         "sweep": spec.name,
         "config_hash": spec.config_hash,
+        **({"variants": spec.variant_hashes} if spec.ablation else {}),
         "data_hash": known_data_hash(spec, options),
         "code_hash": code_hash(),
         "git_commit": git.commit,
@@ -102,13 +105,18 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
     Raises Refused if the directory was made by another config, data set or code.
     """
     record, earlier = make_record(spec, directory, options), directory.read_json("sweep.json") or {}
-    announced = {"time": utc(time.time()), "seeds": list(spec.seeds), "repeats": spec.repeats}
+    announced: dict[str, Any] = {"time": utc(time.time()), "seeds": list(spec.seeds), "repeats": spec.repeats}
+    if spec.ablation:
+        announced["variants"] = [variant.name for variant in spec.ablation]
     announcements = list(earlier.get("announcements", []))
     if not announcements or {**announcements[-1], "time": ""} != {**announced, "time": ""}:
         announcements.append(announced)
     files = data_files(spec.config.data, vocab_size=spec.config.model.vocab_size) if record["data_hash"] else {}
+    is_ablation = bool(spec.ablation) or "variants" in earlier
+    known = {**spec.variant_hashes, **recorded_variants(earlier)} if is_ablation else {}  # the baseline first
     whole = {
         **record,
+        **({"variants": known} if known else {}),
         "machine": machine(),
         "spec": spec.to_json(),
         "data": files or earlier.get("data", {}),
@@ -131,11 +139,18 @@ def known_data_hash(spec: SweepSpec, options: Options) -> str | None:
 
 def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec, shown: str, options: Options) -> None:
     """Raise Refused, naming what differs, unless the directory is new or was made by this config, data and code."""
-    for name, words in (("config_hash", "configuration"), ("data_hash", "data set")):
-        before, now = earlier.get(name), record[name]
-        if before and now and before != now:
-            why = name_differences(name, earlier, spec) or f"{before[:12]}, now {now[:12]}"
-            raise Refused(f"{shown} was made by another {words} ({why}); choose another --out")
+    recorded = recorded_variants(earlier)
+    for variant, now in spec.variant_hashes.items():
+        if recorded.get(variant, now) != now:
+            words = f"configuration of variant {variant}" if spec.ablation else "configuration"
+            why = variant_differences(variant, earlier, spec) or f"{recorded[variant][:12]}, now {now[:12]}"
+            fix = "choose another --out" + ", or another name for it" * bool(spec.ablation)
+            raise Refused(f"{shown} was made by another {words} ({why}); {fix}")
+    before, now = earlier.get("data_hash"), record["data_hash"]
+    if before and now and before != now:
+        files = data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
+        why = data_words(earlier.get("data") or {}, files) or f"{before[:12]}, now {now[:12]}"
+        raise Refused(f"{shown} was made by another data set ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:
         raise Refused(
@@ -144,14 +159,25 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
         )
 
 
-def name_differences(hash_name: str, earlier: dict[str, Any], spec: SweepSpec) -> str:
-    """Return in words why a hash is not that of sweep.json, or nothing where too little was recorded."""
-    if hash_name == "data_hash":
-        return data_words(
-            earlier.get("data") or {}, data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
-        )
-    before = {**(earlier.get("spec") or {}).get("config", {}), "world_size": earlier.get("world_size")}
-    return settings_words(before, {**dataclasses.asdict(spec.config), "world_size": spec.gang.world_size})
+def recorded_variants(earlier: dict[str, Any]) -> dict[str, str]:
+    """Return the hash of every variant that a run directory was ever driven with, by its name."""
+    plain = {BASE: earlier["config_hash"]} if earlier.get("config_hash") else {}
+    return dict(earlier.get("variants") or plain)
+
+
+def variant_differences(variant: str, earlier: dict[str, Any], spec: SweepSpec) -> str:
+    """Return in words how a variant differs from the one of that name in sweep.json, "" where that is not recorded."""
+    recorded = earlier.get("spec") or {}
+    configs = {item["name"]: item["config"] for item in recorded.get("ablation") or ()} or {
+        BASE: recorded.get("config", {})
+    }
+    if variant not in configs:
+        return ""
+    (now,) = (item.config for item in spec.variants if item.name == variant)
+    return settings_words(
+        {**configs[variant], "world_size": earlier.get("world_size")},
+        {**dataclasses.asdict(now), "world_size": spec.gang.world_size},
+    )
 
 
 def announced_spec(out: str) -> SweepSpec:
@@ -165,16 +191,16 @@ def announced_spec(out: str) -> SweepSpec:
 
 def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey] | None) -> list[Run]:
     """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
-    finished = finished_attempts(spec.out)
+    finished = finished_attempts(spec)
     earlier: dict[RunKey, Run] = {}
     for plain in directory.read_state().get("runs", []):
         run = run_from_json(plain)
         earlier[run.key] = run
-    return [taken_over(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
+    return [take_over_run(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
             for key in spec.keys]  # fmt: skip
 
 
-def taken_over(key: RunKey, earlier: Run | None, finished: int | None, *, is_wanted: bool) -> Run:
+def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_wanted: bool) -> Run:
     """Return one run for a new driver: its counts are kept, whatever lived in the old driver is not."""
     run = Run(key=key)
     if earlier is not None:
@@ -187,22 +213,24 @@ def taken_over(key: RunKey, earlier: Run | None, finished: int | None, *, is_wan
     return replace(run, state=state, failure=earlier.failure if earlier is not None else None)
 
 
-def finished_attempts(out: str) -> dict[RunKey, int]:
+def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
     """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
     from results.schema import FINISHED
     from results.store.reader import read_runs
 
     try:
-        rows = read_runs(out, columns=["attempt"])
+        rows = read_runs(spec.out, columns=["attempt"])
     except FileNotFoundError:
         return {}
     for problem in rows.problems:
         logger.warning("%s (counts as not done)", problem)
     frame = rows.frame[rows.frame["state"] == FINISHED]
+    keys = {(key.variant_name, key.seed, key.repeat): key for key in spec.keys}
     found: dict[RunKey, int] = {}
-    for seed, repeat, attempt in zip(frame["seed"], frame["repeat"], frame["attempt"]):
-        key = RunKey(seed=int(seed), repeat=int(repeat))
-        found[key] = max(found.get(key, 0), int(attempt))
+    for *name, attempt in zip(frame["variant"], frame["seed"], frame["repeat"], frame["attempt"]):
+        key = keys.get((str(name[0]), int(name[1]), int(name[2])))
+        if key is not None:
+            found[key] = max(found.get(key, 0), int(attempt))
     return found
 
 
@@ -218,6 +246,7 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
         scheduler = Scheduler(
             spec, runs, backend, directory, view, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
+            sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
         sweep.leave_probe()

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import secrets
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from model.pipeline.identity import planning_identity
+from model.report import STAGES
 from runner.folder.commit import commit_run, read_json
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import open_mirror
 from runner.folder.storage import local_root, open_storage
 from runner.life.job import PIPELINE, Job
+from runner.life.sharing import Sharing
 from runner.life.states import Run, State
 from runner.provenance import Git
-from runner.spec import RunKey, SweepSpec
+from runner.spec.sweep import RunKey, SweepSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,11 +70,14 @@ class SweepWork:
 
     def record_of(self, run: Run) -> dict[str, Any]:
         """Return what attempt.json says of a run before its node is known."""
+        config = self.spec.config_for(run.key)
         return {
             **self.record,
+            "config_hash": self.spec.hash_of(config),
+            "variant": run.key.variant_name,
             "seed": run.key.seed,
             "repeat": run.key.repeat,
-            "config": dataclasses.asdict(self.spec.config_for(run.key)),
+            "config": dataclasses.asdict(config),
             "started_at": time.time() - time.monotonic() + run.placed_at,
         }
 
@@ -94,6 +102,38 @@ class SweepWork:
             epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
         )
 
+    def share_stages(self, runs: Iterable[Run]) -> Sharing:
+        """Return which stages runs have in common, and which of these earlier drivers' gangs have finished."""
+        found = list(runs)
+        if not self.spec.ablation:
+            return Sharing()  # seeds and repeats never share
+        sharing = Sharing(identities(self.spec, self.record["data_hash"], self.record["code_hash"]))
+        for run in found:
+            if run.attempt:
+                sharing.finish(run.key, self.recorded_stages(run.key))
+        return sharing
+
+    def recorded_stages(self, key: RunKey) -> list[str]:
+        """Return the stages of which a run's directory has a record that was made by the code of this sweep."""
+        storage = open_storage(self.spec.out)
+        folder = f"seeds/{key.name}/stages"
+        names = set(storage.names(folder))
+        return [
+            stage
+            for stage in STAGES
+            if f"{stage}.json" in names and self.is_ours(storage.read(f"{folder}/{stage}.json"))
+        ]
+
+    def is_ours(self, content: bytes) -> bool:
+        """Return whether a stage's record is whole and of this sweep's code, and so for others to take."""
+        try:
+            record = json.loads(content)
+        except ValueError:
+            return False
+        if not isinstance(record, dict) or record.get("code_hash") != self.record["code_hash"]:
+            return False
+        return record.get("identity", "") is not None  # of a run whose code changed on the way nobody takes anything
+
     def commit(self, run: Run) -> None:
         """Write the results of an attempt that ended. Raises OSError or ValueError if that fails."""
         if run.node_id not in self.nodes:
@@ -108,6 +148,27 @@ class SweepWork:
         )  # fmt: skip
         if run.state is State.COMMITTING and self.record["data_hash"] is None:
             self.record["data_hash"] = stage_data_hash(self.workdir(run.key))  # later seeds must agree
+
+
+def identities(spec: SweepSpec, data_hash: str | None, code_hash: str) -> dict[RunKey, dict[str, str]]:
+    """Return what names each stage of every run before work starts: equal names, equal outputs.
+
+    Seed and repeat are put beside a variant's identity instead of into it: a sweep has many of them.
+    """
+    named = {
+        variant.name: {
+            stage: planning_identity(
+                stage, variant.config, seed=0, repeat=0, world_size=spec.gang.world_size, data_hash=data_hash,
+                code_hash=code_hash,
+            )
+            for stage in STAGES
+        }
+        for variant in spec.variants
+    }  # fmt: skip
+    return {
+        key: {stage: f"{name}-{key.seed}-{key.repeat}" for stage, name in named[key.variant_name].items()}
+        for key in spec.keys
+    }
 
 
 def stage_data_hash(workdir: Path) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runner import sweep, work
 from runner.gang.ray_start import LOOPBACK_VARIABLE
-from runner.spec import Gang
+from runner.spec.gang import Gang
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec
 
@@ -22,8 +22,13 @@ def main() -> int:
     sweep.data_hash = lambda _data, **_more: "d" * 64
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))
-    spec = make_spec(Path(given["out"]), gang=Gang(**given.get("gang", {"gpus": 1, "cpus": 8})), limits=limits)
-    options = work.Options(address=given.get("address"), target=given.get("target", TARGET), progress="plain")
+    is_local = given.get("is_local", False)
+    shape = Gang(**given.get("gang", {"cpus": 1} if is_local else {"gpus": 1, "cpus": 8}))
+    changes = {name: given[name] for name in ("seeds", "variants") if name in given}
+    spec = make_spec(Path(given["out"]), gang=shape, limits=limits, **changes)
+    options = work.Options(
+        is_local=is_local, address=given.get("address"), target=given.get("target", TARGET), progress="plain"
+    )
     return sweep.run_sweep(spec, options)
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from jobs.cli import main as command_line
-from runner.spec import SweepSpec, parse_spec
+from runner.spec.read import parse_spec
+from runner.spec.sweep import SweepSpec
 from runner.sweep import run_sweep
 from runner.work import Options
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from runner.gang.ray_start import LOOPBACK_VARIABLE
-from runner.spec import Gang
+from runner.spec.gang import Gang
 from runner.sweep import run_sweep
 from runner.work import Options
 from tests.stub_work import GANG_TARGET, TARGET

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +21,12 @@ from runner.life import states
 from runner.life.capacity import Node, gangs_on
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
+from runner.life.sharing import Sharing
 from runner.life.states import Run
 from runner.scheduler import Scheduler
-from runner.spec import Gang, Limits, RunKey, SweepSpec
+from runner.spec.gang import Gang, Limits
+from runner.spec.sweep import RunKey, SweepSpec, Variant
+from runner.work import Options, SweepWork
 
 PLACE_S = 0.01  # from free room to a placed group
 GONE_S = 0.04  # from a kill to free GPUs, as seen on H200s
@@ -68,7 +72,9 @@ class SimulatedCluster:
     calendar: list[tuple[float, int, states.Event]] = field(default_factory=list)
     gangs: dict[tuple[RunKey, int], SimulatedGang] = field(default_factory=dict)
     free: dict[str, int] = field(default_factory=dict)
-    busy_s: float = 0.0  # of all slots together
+    busy: list[tuple[float, int]] = field(default_factory=list)  # when a slot was taken (1) or given back (-1)
+    records: dict[RunKey, dict[str, float]] = field(default_factory=dict)  # stage -> when its record is there
+    computed: Counter[str] = field(default_factory=Counter)  # stages begun, by name
     most_groups: int = 0
     counter: int = 0
 
@@ -104,20 +110,30 @@ class SimulatedCluster:
                 gang.node = gang.prefer if gang.prefer in able else able[0]
                 gang.placed_at = self.clock.now
                 self.free[gang.node] -= 1
+                self.busy.append((self.clock.now, 1))
                 self.after(PLACE_S, states.Placed(key=gang.key, group=gang.group, node=gang.node, node_id=gang.node))
 
     def start(self, command: Start, job: Job) -> None:
-        """Write the whole attempt into the calendar."""
+        """Write the whole attempt into the calendar; stages that it, or a donor, has finished take no time."""
         self.after(self.start_s, states.Started(key=command.key, group=command.group, facts={"ranks": []}))
         whole, begun = self.seconds(command.key, command.attempt), self.start_s
-        for stage, share in STAGES:
-            self.after(begun, states.Progress(key=command.key, group=command.group, phase=stage, step=0, total=1))
-            begun += whole * share
         fate = self.fate(command.key, command.attempt)
+        records = self.records.setdefault(command.key, {})
+        for stage, share in STAGES:
+            if stage not in records and stage not in job.donors and (fate is None or begun <= fate[0]):
+                self.computed[stage] += 1
+                self.after(begun, states.Progress(key=command.key, group=command.group, phase=stage, step=0, total=1))
+                begun += whole * share
+            if fate is None or begun < fate[0]:
+                records.setdefault(stage, self.clock.now + begun)
         if fate is None:
             self.after(begun, states.Finished(key=command.key, group=command.group))
         else:
             self.after(fate[0], states.Failed(key=command.key, group=command.group, failure=fate[1]))
+
+    def recorded_stages(self, key: RunKey) -> list[str]:
+        """Return the stages that a run has finished by now."""
+        return [stage for stage, at in self.records.get(key, {}).items() if at <= self.clock.now + 1e-6]
 
     def stop(self, command: Stop) -> None:
         """Let the ranks stop at once, if they listen."""
@@ -130,8 +146,10 @@ class SimulatedCluster:
         if gang.is_gone:
             return
         gang.is_gone = True
+        finished = self.recorded_stages(gang.key)  # what it would have finished later it never will
+        self.records[gang.key] = {stage: self.records[gang.key][stage] for stage in finished}
         if gang.node:
-            self.busy_s += self.clock.now - gang.placed_at
+            self.busy.append((self.clock.now, -1))
             if gang.node in self.free:
                 self.free[gang.node] += 1
         self.after(GONE_S, states.Gone(key=command.key, group=command.group))
@@ -191,25 +209,34 @@ class DecisionFigures(NamedTuple):
     decision_ms: float  # mean time of the loop for each of them, events applied and all runs looked at
     peak_bytes: int  # memory allocated by loop and simulated cluster
     makespan_s: float  # simulated
-    idle_frac: float  # of the slots' time, beyond what the last wave makes unavoidable
+    idle_frac: float  # of the slots' time, before the last run has its place
+    trainings: int  # begun
 
 
-def measure_decisions(
-    spec: SweepSpec, folder: Path, *, num_seeds: int = 1000, num_nodes: int = 64, seed_s: float = 600.0
-) -> DecisionFigures:
-    """Run num_seeds of spec on simulated nodes that hold one gang each, twice: for time, and for memory."""
-    spec = replace(spec, seeds=tuple(range(num_seeds)), repeats=1, limits=Limits())
+def measure_decisions(spec: SweepSpec, folder: Path, *, num_nodes: int = 64, seed_s: float = 600.0) -> DecisionFigures:
+    """Run spec on simulated nodes that hold one gang each, twice: for time, and for memory."""
+    spec = replace(spec, limits=Limits())
     cluster, spent_s, decisions = simulate(spec, folder, num_nodes=num_nodes, seed_s=seed_s)
     tracemalloc.start()
     simulate(spec, folder, num_nodes=num_nodes, seed_s=seed_s)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    attempt_s, makespan_s = seed_s + cluster.start_s, cluster.clock.now
-    waves = -(-num_seeds // num_nodes)
-    idle_s = (makespan_s - waves * attempt_s) * num_nodes
+    makespan_s = cluster.clock.now
     return DecisionFigures(
-        num_seeds, num_nodes, decisions, 1000 * spent_s / decisions, peak, makespan_s, idle_s / (makespan_s * num_nodes)
-    )
+        len(spec.keys), num_nodes, decisions, 1000 * spent_s / decisions, peak, makespan_s,
+        idle_s(cluster.busy, num_nodes) / (makespan_s * num_nodes), cluster.computed["train"],
+    )  # fmt: skip
+
+
+def idle_s(busy: list[tuple[float, int]], num_slots: int) -> float:
+    """Return the seconds that slots stood idle, added up, before the last run got its place."""
+    last, idle, taken, since = max(at for at, change in busy if change > 0), 0.0, 0, 0.0
+    for at, change in busy:
+        if at > last:
+            break
+        idle += (num_slots - taken) * (at - since)
+        taken, since = taken + change, at
+    return idle
 
 
 def simulate(spec: SweepSpec, folder: Path, *, num_nodes: int, seed_s: float) -> tuple[SimulatedCluster, float, int]:
@@ -220,15 +247,38 @@ def simulate(spec: SweepSpec, folder: Path, *, num_nodes: int, seed_s: float) ->
     scheduler = Scheduler(
         spec, [Run(key=key) for key in spec.keys], cluster, SweepDirectory(LocalStorage(folder)), NoView(),
         make_job=lambda run: simulated_job(spec, run), commit=lambda run: None, clock=clock,
+        sharing=simulated_sharing(spec), recorded_stages=cluster.recorded_stages,
     )  # fmt: skip
     while not all(run.is_final for run in scheduler.runs.values()):
         events = cluster.poll(0.0)
-        begun = time.perf_counter()
+        begun = time.process_time()  # the machine may have other work to do
         for event in events:
             scheduler.apply(event)
         decisions += scheduler.give_all()
-        spent_s += time.perf_counter() - begun
+        spent_s += time.process_time() - begun
     return cluster, spent_s, decisions
+
+
+def simulated_sharing(spec: SweepSpec) -> Sharing:
+    """Return what the runs of spec share, as a driver plans it."""
+    record = {"data_hash": "d", "code_hash": "c"}
+    work = SweepWork(spec, record, Options(), SweepDirectory(LocalStorage(Path(spec.out))))
+    return work.share_stages(Run(key=key) for key in spec.keys)
+
+
+def ablate(spec: SweepSpec, num_variants: int) -> SweepSpec:
+    """Return spec with that many variants: of five, one changes training, two the artifact and two the adaptation."""
+    base, variants = spec.config, [Variant(name="base", config=spec.config)]
+    for number in range(1, num_variants):
+        match number % 5:
+            case 1:
+                changed = replace(base, train=replace(base.train, matrix_lr=0.02 + number / 1e4))
+            case 2 | 3:
+                changed = replace(base, quant=replace(base.quant, damping_frac=0.01 + number / 1e4))
+            case _:
+                changed = replace(base, ttt=replace(base.ttt, lr=1e-3 + number / 1e5))
+        variants.append(Variant(name=f"v{number}", config=changed))
+    return replace(spec, ablation=tuple(variants))
 
 
 def fill_directory(spec: SweepSpec, folder: Path) -> None:

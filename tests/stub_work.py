@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from model.config import RunConfig
 from model.report import Interrupted
 from runner.folder.storage import LocalStorage
 from runner.gang.rank import Rank
 
 STAGES = ("train", "quantize", "evaluate", "ttt")
+ARRAYS = {"train": "steps", "evaluate": "evaluate", "ttt": "ttt"}  # what a stage leaves besides its record
 NUM_STEPS = {"train": 12, "quantize": 2, "evaluate": 2, "ttt": 4}
 STEP_S = 0.02
 TARGET = "tests.stub_work:work"
@@ -29,9 +31,22 @@ GANG_TARGET = "tests.stub_work:gang_work"
 
 def work(rank: Rank) -> None:
     """Run the stages that are not finished; every rank computes the same, rank 0 writes."""
+    take_stages(rank)
     for stage in STAGES:
         if not (Path(rank.job.workdir) / "stages" / f"{stage}.json").exists():
             run_stage(rank, stage)
+
+
+def take_stages(rank: Rank) -> None:
+    """Copy the stages that other runs have finished for this one, as the pipeline does."""
+    workdir = Path(rank.job.workdir)
+    for stage, name in rank.job.donors.items():
+        donor, record = workdir.parent / name, workdir / "stages" / f"{stage}.json"
+        if not record.exists() and (donor / "stages" / record.name).exists():
+            for path in donor.glob(f"{ARRAYS.get(stage, '-')}.npz"):
+                LocalStorage(workdir).write(path.name, path.read_bytes())
+            taken = {**json.loads((donor / "stages" / record.name).read_text()), "reused_from": name}
+            LocalStorage(workdir).write(f"stages/{record.name}", json.dumps(taken).encode())
 
 
 def gang_work(rank: Rank) -> None:
@@ -41,6 +56,8 @@ def gang_work(rank: Rank) -> None:
     rank.report("start", 0, None, {})
     dist = join_gang(rank)
     rank.report("start", 1, None, {})
+    if rank.rank == 0:
+        take_stages(rank)
     try:
         for stage in STAGES:
             dist.barrier()
@@ -53,7 +70,7 @@ def gang_work(rank: Rank) -> None:
 def run_stage(rank: Rank, stage: str, barrier: Any = lambda: None) -> None:
     """Take the steps of one stage, resuming training from its checkpoint, and leave its record."""
     storage = LocalStorage(Path(rank.job.workdir))
-    step, value, resumed = 0, float(rank.job.config.seed), []
+    step, value, resumed = 0, rank.job.config.seed + decided_by(rank.job.config, stage), []
     checkpoint = Path(rank.job.workdir) / "checkpoints" / "step.json"
     if stage == "train" and rank.job.restart == "checkpoint" and checkpoint.exists():
         step, value = json.loads(checkpoint.read_text())
@@ -73,6 +90,13 @@ def run_stage(rank: Rank, stage: str, barrier: Any = lambda: None) -> None:
     barrier()
     if rank.rank == 0:
         leave_record(rank, stage, value, resumed, storage)
+
+
+def decided_by(config: RunConfig, stage: str) -> float:
+    """Return a number of the settings that decide a stage, so that variants differ where they should."""
+    trained = 100 * config.train.matrix_lr
+    quantized = trained + config.quant.matrix_bits
+    return {"train": trained, "ttt": quantized + config.ttt.lr}.get(stage, quantized)
 
 
 def leave_record(rank: Rank, stage: str, value: float, resumed: list[int], storage: LocalStorage) -> None:
@@ -118,6 +142,7 @@ def misbehave(rank: Rank, stage: str, step: int) -> None:
         return
     for fault in json.loads(path.read_text()):
         wanted = {
+            "variant": rank.job.key.variant_name,
             "seed": rank.job.key.seed,
             "attempt": rank.job.attempt,
             "rank": rank.rank,

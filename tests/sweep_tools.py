@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from runner import sweep
-from runner.spec import Gang, Limits, SweepSpec, parse_spec
+from runner.spec.gang import Gang, Limits
+from runner.spec.read import parse_spec
+from runner.spec.sweep import SweepSpec
 
 QUICK = Limits(backoff_s=0.05, backoff_max_s=0.1, attempts=3, start_s=120.0, stall_s=60.0, heartbeat_s=60.0)
 

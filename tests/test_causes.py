@@ -14,8 +14,9 @@ from runner.gang.rank import Rank
 from runner.life.causes import Seen, last_words, most_idle
 from runner.life.decisions import Release, Situation, decide_one
 from runner.life.job import Beat
-from runner.life.states import Failed, Idle, Progress, Run, State, after
-from runner.spec import Gang, Limits, RunKey
+from runner.life.states import Failed, Idle, Progress, Run, State, apply_event
+from runner.spec.gang import Gang, Limits
+from runner.spec.sweep import RunKey
 from tests.test_runner_worker import make_rank
 
 LIMITS = Limits(stall_s=10.0, start_s=300.0, heartbeat_s=100.0)
@@ -76,7 +77,7 @@ def stalled(run: Run, now: float) -> Failure | None:
 def test_a_gang_is_stalled_when_one_rank_is_though_rank_0_reports() -> None:
     run = Run(key=KEY, state=State.TTT, group=1, has_group=True, attempt=2, facts={"ranks": []})
     idle = Idle(rank=3, where="ttt step 7", since=89.0)
-    run = after(run, Progress(key=KEY, group=1, phase="ttt", step=50, idle=idle), 98.0, LIMITS)
+    run = apply_event(run, Progress(key=KEY, group=1, phase="ttt", step=50, idle=idle), 98.0, LIMITS)
     assert stalled(run, 98.5) is None
     failure = stalled(run, 99.5)
     assert failure is not None
@@ -85,7 +86,7 @@ def test_a_gang_is_stalled_when_one_rank_is_though_rank_0_reports() -> None:
 
 def test_before_the_first_work_the_limit_is_that_of_the_start() -> None:
     run = Run(key=KEY, state=State.STARTING, group=1, has_group=True, placed_at=1.0, progress_at=1.0, facts={"a": 1})
-    run = after(run, Progress(key=KEY, group=1, phase="start", step=0), 5.0, LIMITS)
+    run = apply_event(run, Progress(key=KEY, group=1, phase="start", step=0), 5.0, LIMITS)
     assert stalled(run, 200.0) is None
     assert (stalled(run, 302.0) or Failure(kind=Kind.USER, message="")).kind is Kind.START
 
@@ -153,7 +154,7 @@ def test_a_failure_is_one_line_with_rank_node_step_advice_and_file() -> None:
         kind=Kind.DIED, rank=1, node="10.0.0.4", message="process killed by SIGKILL", at="train step 120",
         advice="the node ran out of memory",
     )  # fmt: skip
-    failed = after(run, Failed(key=KEY, group=1, failure=failure), 5.0, LIMITS).failure
+    failed = apply_event(run, Failed(key=KEY, group=1, failure=failure), 5.0, LIMITS).failure
     assert failed is not None
     assert failed.one_line == (
         "rank 1 on 10.0.0.4: process killed by SIGKILL, at train step 120; the node ran out of memory; "

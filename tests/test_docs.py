@@ -17,7 +17,7 @@ from jobs.cli import COMMANDS, build_parser, main
 from model.config import HASHED_SECTIONS, RunConfig
 from model.presets import PRESETS, published
 from results.schema import TABLES
-from runner.spec import load_spec, parse_spec
+from runner.spec.read import load_spec, parse_spec
 from tests import doc_pages, docs
 from tests.doc_pages import PAGES, SPAN, Command, anchors, blocks, links, name_of, prose
 from tests.house import HOUSE, PACKAGES, ROOT, arrows, parse, sources

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from runner import sweep as sweep_module
-from runner.spec import Gang
+from runner.spec.gang import Gang
 from runner.sweep import run_sweep
 from runner.work import Options
 from tests.ray_tools import NODE, assert_nothing_is_left, cluster, start_driver, sweep, wait_until

@@ -28,7 +28,8 @@ from runner.gang import worker
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.life.states import Run, State, why_give_up
-from runner.spec import Limits, RunKey
+from runner.spec.gang import Limits
+from runner.spec.sweep import RunKey
 from runner.sweep import run_sweep
 from runner.view.status import look
 from runner.work import Options

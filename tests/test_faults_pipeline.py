@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runner.spec import Gang
+from runner.spec.gang import Gang
 from runner.sweep import run_sweep
 from runner.work import Options
 from tests.micro import FAULTY_PIPELINE, OVERRIDES, corpus, data_section

@@ -19,7 +19,8 @@ from runner.gang import ray_gang as gang_module
 from runner.gang.ray_gang import Phase, RayGang
 from runner.life import states
 from runner.life.job import Beat, Job, Outcome
-from runner.spec import Gang, RunKey
+from runner.spec.gang import Gang
+from runner.spec.sweep import RunKey
 from tests.ray_tools import wait_until
 from tests.test_runner_worker import make_rank
 

@@ -12,7 +12,7 @@ import pytest
 
 from results.store.reader import read_runs
 from runner import sweep as sweep_module
-from runner.spec import Gang, Limits
+from runner.spec.gang import Gang, Limits
 from runner.view.status import look
 from tests.ray_tools import cluster, sweep
 from tests.sweep_tools import QUICK, state_of, write_faults

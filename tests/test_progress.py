@@ -10,7 +10,7 @@ from rich.console import Console
 
 from runner.errors import Failure, Kind
 from runner.life.states import Run, State
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 from runner.view.progress import JsonView, Paces, PlainView, cells, duration, rich_table, row_of
 
 TRAINING = Run(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from runner.spec import load_spec, parse_spec
+from runner.spec.read import load_spec, parse_spec
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

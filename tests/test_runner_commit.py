@@ -19,7 +19,7 @@ from results.tables import seed_table
 from runner.folder.commit import commit_run, document_rows, read_json, step_rows
 from runner.life.states import Run, State
 from runner.machine import gpus, packages
-from runner.spec import RunKey, SweepSpec
+from runner.spec.sweep import RunKey, SweepSpec
 from tests.fake_runs import commit_attempt, fake_run
 
 

@@ -23,7 +23,7 @@ from runner.folder.mirror import Mirror
 from runner.folder.storage import ObjectStorage, local_root, open_storage
 from runner.gang.worker import open_donors
 from runner.life.job import Job
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 from runner.sweep import run_sweep
 from runner.view.status import look
 from runner.work import Options

@@ -25,7 +25,8 @@ from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.node import this_machine
 from runner.plan import Left, make_plan
-from runner.spec import Gang, RunKey, SweepSpec
+from runner.spec.gang import Gang
+from runner.spec.sweep import RunKey, SweepSpec
 from runner.sweep import announced_spec, run_sweep
 from runner.view.status import look
 from runner.work import Options

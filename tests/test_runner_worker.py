@@ -26,7 +26,7 @@ from runner.gang.worker import all_reduce_bytes_per_s, check_node_data, open_don
 from runner.life.job import Job
 from runner.machine import gpus
 from runner.provenance import package_versions
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 from tests.fake_hub import FakeHub
 from tests.sweep_tools import make_spec
 from tests.test_data_fineweb import hub, options

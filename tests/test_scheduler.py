@@ -17,8 +17,9 @@ from runner.folder.storage import LocalStorage
 from runner.life.capacity import Node, count_slots, why_infeasible
 from runner.life.states import Run, State
 from runner.scheduler import Scheduler, exit_code
-from runner.spec import Gang, Limits, RunKey, SweepSpec
-from tests.simulate import Clock, NoView, SimulatedCluster, make_nodes, measure_decisions, simulated_job
+from runner.spec.gang import Gang, Limits
+from runner.spec.sweep import RunKey, SweepSpec
+from tests.simulate import Clock, NoView, SimulatedCluster, ablate, make_nodes, measure_decisions, simulated_job
 from tests.sweep_tools import make_spec
 
 GANG = Gang(gpus=8, cpus=4)
@@ -214,6 +215,14 @@ def test_every_node_is_looked_at_on_its_own() -> None:
 
 
 def test_slots_stay_busy_and_memory_small(tmp_path: Path) -> None:
-    figures = measure_decisions(make_spec(tmp_path, gang=GANG), tmp_path, num_seeds=100, num_nodes=8)
+    spec = make_spec(tmp_path, gang=GANG, seeds=list(range(100)))
+    figures = measure_decisions(spec, tmp_path, num_nodes=8)
     assert figures.idle_frac < 0.02
     assert figures.peak_bytes < 100e6
+
+
+def test_slots_stay_busy_though_runs_wait_for_stages_of_others(tmp_path: Path) -> None:
+    spec = ablate(make_spec(tmp_path, gang=GANG, seeds=list(range(8))), 10)
+    figures = measure_decisions(spec, tmp_path, num_nodes=8)
+    assert (figures.runs, figures.trainings) == (80, 24)  # base and the two that change training, for each seed
+    assert figures.idle_frac < 0.03

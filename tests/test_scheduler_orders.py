@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from model.report import STAGES
 from runner.errors import Failure, Kind
 from runner.folder.directory import SweepDirectory
 from runner.folder.storage import LocalStorage
@@ -18,13 +20,16 @@ from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
 from runner.life.states import Run, State
 from runner.scheduler import Scheduler
-from runner.spec import Gang, Limits, RunKey
-from tests.simulate import Clock, NoView, make_nodes, simulated_job
+from runner.spec.gang import Gang, Limits
+from runner.spec.sweep import RunKey
+from runner.sweep import take_over_run
+from tests.simulate import Clock, NoView, make_nodes, simulated_job, simulated_sharing
 from tests.sweep_tools import make_spec
 
 GANG = Gang(gpus=8, cpus=4)
 LIMITS = Limits(attempts=2, preemptions=2, backoff_s=1.0, stall_s=500.0, start_s=300.0, heartbeat_s=100.0)
 PLACES = 2
+FOLDER = Path("/nonexistent/never-written")
 
 
 @dataclass
@@ -36,6 +41,7 @@ class HandDriven:
     started: list[tuple[RunKey, int]] = field(default_factory=list)
     dying: list[tuple[RunKey, int]] = field(default_factory=list)
     past: list[tuple[RunKey, int]] = field(default_factory=list)
+    jobs: dict[tuple[RunKey, int], Job] = field(default_factory=dict)
     news: list[states.Event] = field(default_factory=list)
 
     def nodes(self) -> tuple[Node, ...]:
@@ -51,6 +57,7 @@ class HandDriven:
         """Note the start."""
         assert (command.key, command.group) in self.placed
         self.started.append((command.key, command.group))
+        self.jobs[command.key, command.group] = job
 
     def stop(self, command: Stop) -> None:
         """Ranks may or may not listen."""
@@ -81,17 +88,27 @@ FAILURES = st.sampled_from([Kind.RAISED, Kind.USER, Kind.DIED, Kind.NODE_LOST, K
 class Orders(RuleBasedStateMachine):
     """One sweep of three seeds, two places, and whatever happens to them."""
 
+    spec_changes: ClassVar[dict[str, Any]] = {}
+
     @initialize()
     def begin(self) -> None:
         """Start a sweep."""
         self.clock, self.backend = Clock(), HandDriven()
         self.files: set[RunKey] = set()
+        self.records: dict[RunKey, set[str]] = {}
         self.disk_is_full = False
-        folder = Path("/nonexistent/never-written")
-        spec = make_spec(folder, gang=GANG, limits=LIMITS)
+        self.spec = make_spec(FOLDER, gang=GANG, limits=LIMITS, **self.spec_changes)
+        self.drive([Run(key=key) for key in self.spec.keys])
+
+    def drive(self, runs: list[Run]) -> None:
+        """Begin as the driver of runs that an earlier one may have left."""
+        sharing = simulated_sharing(self.spec)
+        for key, stages in self.records.items():
+            sharing.finish(key, stages)
         self.scheduler = Scheduler(
-            spec, [Run(key=key) for key in spec.keys], self.backend, SweepDirectory(LocalStorage(folder)),
-            NoView(), make_job=lambda run: simulated_job(spec, run), commit=self.commit, clock=self.clock, grace_s=5.0,
+            self.spec, runs, self.backend, SweepDirectory(LocalStorage(FOLDER)), NoView(),
+            make_job=lambda run: simulated_job(self.spec, run), commit=self.commit, clock=self.clock, grace_s=5.0,
+            sharing=sharing, recorded_stages=lambda key: self.records.get(key, set()),
         )  # fmt: skip
         self.scheduler.persist = lambda **_: None  # type: ignore[method-assign]  # disk is not what is tested here
         self.scheduler.tick()
@@ -120,6 +137,7 @@ class Orders(RuleBasedStateMachine):
     def a_gang_reports(self, data: st.DataObject, phase: str) -> None:
         """A started gang says how far it is."""
         if place := self.pick(data, self.backend.started):
+            self.records.setdefault(place[0], set()).update(STAGES[: STAGES.index(phase)])
             self.backend.news.append(states.Started(key=place[0], group=place[1], facts={"ranks": []}))
             self.backend.news.append(states.Progress(key=place[0], group=place[1], phase=phase, step=1))
 
@@ -127,6 +145,7 @@ class Orders(RuleBasedStateMachine):
     def a_gang_finishes(self, data: st.DataObject) -> None:
         """A started gang ends well."""
         if place := self.pick(data, self.backend.started):
+            self.records[place[0]] = set(STAGES)
             self.backend.news.append(states.Finished(key=place[0], group=place[1]))
 
     @rule(data=st.data(), kind=FAILURES, message=st.sampled_from(["a", "b"]))
@@ -168,7 +187,7 @@ class Orders(RuleBasedStateMachine):
     @rule(seed=st.sampled_from([42, 0, 1337]))
     def somebody_cancels(self, seed: int) -> None:
         """A person ends one seed."""
-        self.scheduler.cancelled |= {RunKey(seed=seed)}
+        self.scheduler.cancelled |= {key for key in self.spec.keys if key.seed == seed}
 
     @rule()
     def the_driver_looks(self) -> None:
@@ -193,7 +212,7 @@ class Orders(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         self.disk_is_full = False
-        for _ in range(400):
+        for _ in range(400 * len(self.spec.variants)):
             if all(run.is_final for run in self.scheduler.runs.values()) and not self.backend.alive:
                 break
             self.help_along()
@@ -206,6 +225,7 @@ class Orders(RuleBasedStateMachine):
             self.backend.bury(place)
         for key, group in self.backend.alive:
             if (key, group) in self.backend.started:
+                self.records[key] = set(STAGES)
                 self.backend.news.append(states.Finished(key=key, group=group))
             elif (key, group) not in self.backend.placed and len(self.backend.placed) < PLACES:
                 self.backend.placed.append((key, group))
@@ -214,5 +234,87 @@ class Orders(RuleBasedStateMachine):
         self.scheduler.tick()
 
 
+class SharedOrders(Orders):
+    """The same with three seeds of five variants, which share stages, and drivers that are killed."""
+
+    spec_changes: ClassVar[dict[str, Any]] = {
+        "variants": {
+            "base": {},
+            "wide": {"train": {"matrix_lr": 0.1}},
+            "coarse": {"quant": {"matrix_bits": 4}},
+            "fast": {"ttt": {"lr": 0.1}},
+            "faster": {"ttt": {"lr": 0.2}},
+        }
+    }
+
+    redone: set[int]  # stages that were there once, and had to be computed again
+
+    @rule(data=st.data(), num_done=st.integers(0, 2))
+    def a_gang_reports(self, data: st.DataObject, num_done: int) -> None:
+        """A started gang is at one of the stages that it can neither find nor take."""
+        place = self.pick(data, self.backend.started)
+        todo = self.left_to_compute(place) if place else []
+        if place and todo:
+            phase = todo[min(num_done, len(todo) - 1)]
+            self.computes(place[0], phase)
+            self.records.setdefault(place[0], set()).update(STAGES[: STAGES.index(phase)])
+            self.backend.news.append(states.Started(key=place[0], group=place[1], facts={"ranks": []}))
+            self.backend.news.append(states.Progress(key=place[0], group=place[1], phase=phase, step=1))
+
+    def left_to_compute(self, place: tuple[RunKey, int]) -> list[str]:
+        """Return the stages that a gang neither has nor can take from a donor."""
+        names = {key.name: stages for key, stages in self.records.items()}
+        donors = self.backend.jobs[place].donors
+        own = self.records.get(place[0], set())
+        return [stage for stage in STAGES if stage not in own and stage not in names.get(donors.get(stage, ""), ())]
+
+    def computes(self, key: RunKey, stage: str) -> None:
+        """Note it if everybody thinks that this stage is there already."""
+        number = self.scheduler.sharing.shared[key].get(stage)
+        if number in self.scheduler.sharing.made_by:
+            self.redone.add(number)
+
+    @rule(data=st.data())
+    def outputs_are_deleted(self, data: st.DataObject) -> None:
+        """Somebody removes what a run that is over has left."""
+        idle = sorted(set(self.records) - {key for key, _ in self.backend.alive})
+        if idle:
+            self.records.pop(data.draw(st.sampled_from(idle)))
+
+    @rule()
+    def the_driver_is_killed(self) -> None:
+        """Its gangs end with it; the next one takes up what is on disk."""
+        earlier, self.backend = self.scheduler.runs, HandDriven()
+        self.drive([
+            take_over_run(key, earlier[key], earlier[key].attempt if key in self.files else None, is_wanted=True)
+            for key in self.spec.keys
+        ])  # fmt: skip
+
+    def drive(self, runs: list[Run]) -> None:
+        """Begin as a driver; what earlier ones believed of stages is forgotten."""
+        self.redone = set()
+        super().drive(runs)
+
+    @rule()
+    def the_driver_looks(self) -> None:
+        """After one pass of the loop whoever waits for a stage waits for a gang that is not gone."""
+        self.scheduler.tick()
+        at_work = {run.key.words for run in self.scheduler.runs.values() if run.has_group}
+        for run in self.scheduler.runs.values():
+            if run.state is State.QUEUED and run.waits_for:
+                assert not run.has_group
+                assert run.waits_for.partition(" of ")[2] in at_work
+
+    @invariant()
+    def nobody_computes_what_another_computes(self) -> None:
+        """Each stage is at most one living gang's to compute, those apart that had to be computed again."""
+        if hasattr(self, "scheduler"):
+            missing = self.scheduler.sharing.missing
+            claimed = [number for key, _ in self.backend.alive for number in missing[key] if number not in self.redone]
+            assert len(claimed) == len(set(claimed))
+
+
 TestOrders = Orders.TestCase
 TestOrders.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSharedOrders = SharedOrders.TestCase
+TestSharedOrders.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

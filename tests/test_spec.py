@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from model.presets import published, tiny
-from runner.spec import SweepSpec, absolute_path, load_spec, parse_spec
+from runner.spec.places import absolute_path
+from runner.spec.read import load_spec, parse_spec
+from runner.spec.sweep import SweepSpec
 
 SPECS = Path(__file__).parent.parent / "jobs" / "specs"
 
@@ -103,6 +105,100 @@ def test_runs_are_in_the_order_of_the_spec_repeats_last() -> None:
     assert [(key.seed, key.repeat) for key in keys] == [(5, 0), (3, 0), (5, 1), (3, 1)]
 
 
+def test_all_variants_of_a_seed_come_before_the_next_seed() -> None:
+    keys = parse_spec(plain(seeds=[5, 3], variants={"base": {}, "gate": {"ttt": {"lr": 0.5}}})).keys
+    assert [key.name for key in keys] == [
+        f"variant={name}-seed={seed}-repeat=0" for seed in (5, 3) for name in ("base", "gate")
+    ]
+
+
+def test_a_variant_changes_the_overrides_and_the_first_is_the_baseline() -> None:
+    spec = parse_spec(
+        plain(
+            overrides={"ttt": {"lr": 0.25, "lora_rank": 4}},
+            variants={"control": None, "fast": {"ttt": {"lr": 0.5}, "train": {"max_steps": 7}}},
+        )
+    )
+    configs = {variant.name: variant.config for variant in spec.variants}
+    assert spec.config == configs["control"]
+    assert (configs["fast"].ttt.lr, configs["fast"].ttt.lora_rank, configs["fast"].train.max_steps) == (0.5, 4, 7)
+    key = next(key for key in spec.keys if key.variant == "fast")
+    assert (spec.config_for(key).ttt.lr, spec.config_for(key).seed) == (0.5, 42)
+    assert spec.variant_hashes["control"] == spec.config_hash != spec.variant_hashes["fast"]
+
+
+def test_a_grid_is_named_by_its_values_as_they_were_fitted() -> None:
+    grid = {"ttt.lr": [1, 0.001], "quant.matrix_bits": [5, 6], "ttt.adapter_kinds": [["q", "v"]]}
+    names = [variant.name for variant in parse_spec(plain(grid=grid)).variants]
+    assert names == [
+        f"lr={lr}+matrix_bits={bits}+adapter_kinds=q,v" for lr in ("1", "0.001") for bits in (5, 6)
+    ]  # fmt: skip
+    alike = parse_spec(plain(grid={"train.seq_len": [256], "evaluation.seq_len": [256, 512]})).variants
+    assert [variant.name for variant in alike] == [
+        f"train.seq_len=256+evaluation.seq_len={length}" for length in (256, 512)
+    ]
+
+
+def test_variants_stand_before_the_grid_and_are_not_multiplied_by_it() -> None:
+    spec = parse_spec(plain(variants={"base": {}}, grid={"ttt.lr": [0.5, 0.25]}))
+    assert [variant.name for variant in spec.variants] == ["base", "lr=0.5", "lr=0.25"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variant": {}}, "unknown key 'variant'; did you mean 'variants'"),
+        ({"variants": {}}, "variants is empty"),
+        ({"variants": ["base"]}, "variants must be a mapping of names to overrides, not a list"),
+        ({"variants": {"a": {"ttt": {"lrr": 1}}}}, "variants.a: ttt: unknown key 'lrr'; did you mean 'lr'"),
+        ({"variants": {"a": {"tt": {"lr": 1}}}}, "variants.a: unknown key 'tt'; did you mean 'ttt'"),
+        ({"variants": {"a": {"ttt": {"lr": -1}}}}, "variants.a: ttt.lr=-1.0 must not be negative"),
+        ({"variants": {"a": 3}}, "variants.a must be a mapping of names to values, not a whole number"),
+        ({"variants": {"a": {"seed": 3}}}, "variants.a: seed may not vary between variants"),
+        ({"variants": {"a": {"data": {}}}}, "variants.a: data may not vary between variants"),
+        ({"variants": {"a": {"runtime": {"device": "cpu"}}}}, "variants.a: runtime may not vary"),
+        ({"variants": {"a": {"model": {"vocab_size": 99}}}}, "variants.a: model.vocab_size may not vary"),
+        ({"variants": {"a": {}, "b": {"ttt": {"lora_rank": 8}}}}, "'a' and 'b' have equal configurations"),
+        ({"variants": {"a": {}, "A": {"ttt": {"lr": 1}}}}, "'a' and 'A' have the same name"),
+        ({"variants": {"a/b": {}}}, "name 'a/b' must be text of 1-80 letters"),
+        ({"variants": {".a": {}}}, "name '.a' must be"),
+        ({"variants": {"-a": {}}}, "name '-a' must be"),
+        ({"variants": {"": {}}}, "name '' must be"),
+        ({"variants": {"a" * 81: {}}}, "must be text of 1-80 letters"),
+        ({"variants": {1: {}}}, "name 1 must be text"),
+        ({"variants": {f"v{i}": {"ttt": {"lr": i + 1}} for i in range(201)}}, "201 variants are over the limit of 200"),
+        ({"variants": {"a": {"train": {"micro_batch_tokens": 2048}}}, "gang": {"ranks": 2}}, "variants.a: gang of 2"),
+        ({"grid": {}}, "grid is empty"),
+        ({"grid": [1]}, "grid must be a mapping of settings to lists"),
+        ({"grid": {"ttt.lrr": [1]}}, "grid: unknown setting 'ttt.lrr'; did you mean 'ttt.lr'"),
+        ({"grid": {"lr": [1]}}, "grid: unknown setting 'lr'; did you mean 'ttt.lr'"),
+        ({"grid": {"seq_len": [1]}}, "did you mean 'train.seq_len' or 'evaluation.seq_len'"),
+        ({"grid": {"ttt": [1]}}, "grid: unknown setting 'ttt'"),
+        ({"grid": {"seed": [1, 2]}}, "grid: seed may not vary"),
+        ({"grid": {"runtime.device": ["cpu"]}}, "grid: runtime.device may not vary"),
+        ({"grid": {"ttt.lr": []}}, "grid.ttt.lr must be a list of one or more values"),
+        ({"grid": {"ttt.lr": 1}}, "grid.ttt.lr must be a list"),
+        ({"grid": {"ttt.lr": ["x"]}}, "grid (ttt.lr=x): ttt.lr must be a number"),
+        ({"grid": {"ttt.lr": [1, 1.0]}}, "grid makes lr=1 2 times"),
+        ({"grid": {"ttt.lr": list(range(1, 16)), "train.max_steps": list(range(1, 15))}}, "grid has 210 combinations"),
+        ({"variants": {"a": {}}, "grid": {"ttt.lora_rank": [8, 9]}}, "'a' and 'lora_rank=8' have equal"),
+    ],
+)
+def test_variants_that_do_not_fit_are_refused_in_one_line(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        parse_spec(plain(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_ablation_survives_json_and_a_spec_without_variants_is_as_before() -> None:
+    spec = parse_spec(plain(variants={"base": {}, "x": {"quant": {"matrix_bits": 4}}}))
+    assert SweepSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    earlier = {name: value for name, value in parse_spec(plain()).to_json().items() if name != "ablation"}
+    read = SweepSpec.from_json(json.loads(json.dumps(earlier)))
+    assert [key.name for key in read.keys] == ["seed=42-repeat=0", "seed=0-repeat=0"]
+    assert [variant.name for variant in read.variants] == ["base"]
+
+
 def test_a_spec_survives_json() -> None:
     spec = parse_spec(plain(gang={"ranks": 2, "cpus": 2}, restart="scratch", repeats=3, overrides={"ttt": {"lr": 0.5}}))
     assert SweepSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
@@ -130,7 +226,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     assert load_spec(file).config.ttt.lr == 1e-3
 
 
-@pytest.mark.parametrize("name", ["demo", "published", "bench_500"])
+@pytest.mark.parametrize("name", ["demo", "ablation_demo", "published", "bench_500"])
 def test_shipped_specs_are_valid(name: str) -> None:
     assert load_spec(SPECS / f"{name}.yaml").name == name
 

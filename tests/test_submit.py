@@ -13,7 +13,7 @@ import yaml
 
 from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
 from runner.provenance import Git
-from runner.spec import load_spec
+from runner.spec.read import load_spec
 
 ROOT = Path(__file__).parent.parent
 KUBERAY = ROOT / "jobs" / "kuberay"

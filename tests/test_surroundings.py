@@ -16,7 +16,7 @@ from runner.errors import Kind
 from runner.gang.rank import Rank
 from runner.machine import packages
 from runner.provenance import OWN_FILE, git_state, settings
-from runner.spec import load_spec
+from runner.spec.read import load_spec
 from runner.sweep import run_sweep
 from runner.view.progress import can_redraw
 from runner.work import Options
@@ -44,7 +44,7 @@ def experiments(tmp_path: Path) -> Path:
 
 
 def test_a_folder_with_our_names_in_it_changes_nothing(experiments: Path) -> None:
-    code = "import seedsweep, sys; seedsweep.hold_packages(); import model.config, results.schema, runner.spec; "
+    code = "import seedsweep, sys; seedsweep.hold_packages(); import model.config, results.schema, runner.spec.read; "
     done = run("-c", code + "print(model.config.__file__)", cwd=experiments, PYTHONPATH=f"{experiments}:{ROOT}")
     assert done.stdout.strip() == str(ROOT / "model" / "config.py"), done.stderr
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model.audit.reproduction import StageVerdict
-    from runner.spec import SweepSpec
+    from runner.spec.sweep import SweepSpec
 
 HARDWARE = ("gpu_model", "num_gpus", "cuda_version", "cpu_model", "system")
 
@@ -88,7 +88,7 @@ def require_finished(workdir: Path) -> None:
 def spec_of(folder: Path, run: dict[str, Any], out: Path) -> SweepSpec:
     """Return the sweep of the one seed, under its recorded configuration, into another folder."""
     from model.config import config_from_plain
-    from runner.spec import SweepSpec
+    from runner.spec.sweep import SweepSpec
 
     sweep = read_record(folder / "sweep.json")
     spec = SweepSpec.from_json(sweep["spec"])

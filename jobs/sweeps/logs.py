@@ -1,4 +1,4 @@
-"""`seedsweep logs DIR --seed S`: what a rank printed."""
+"""`seedsweep logs DIR [--variant V] --seed S`: what a rank printed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import argparse
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `logs`."""
     parser.add_argument("out", metavar="DIR", help="run directory (or URI) of a sweep")
+    parser.add_argument("--variant", metavar="V", help="which variant, in a sweep that has several")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--repeat", type=int, default=0)
     parser.add_argument("--rank", type=int, default=0)
@@ -20,7 +21,13 @@ def execute(args: argparse.Namespace) -> int:
     from runner.view.status import read_log
 
     for text in read_log(
-        args.out, seed=args.seed, repeat=args.repeat, rank=args.rank, attempt=args.attempt, follow=args.follow
+        args.out,
+        variant=args.variant,
+        seed=args.seed,
+        repeat=args.repeat,
+        rank=args.rank,
+        attempt=args.attempt,
+        follow=args.follow,
     ):
         print(text, end="", flush=True)
     return 0

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from runner.life.capacity import Node
     from runner.plan import Plan
+
+SHOWN_NAMES = 12
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Print the plan; 2 if the gang fits nowhere or data is missing, both said."""
     from runner.plan import make_plan
-    from runner.spec import load_spec
+    from runner.spec.read import load_spec
 
     spec = load_spec(args.spec, out=args.out)
     plan = make_plan(spec, find_nodes(args.address))
@@ -55,7 +58,7 @@ def print_plan(plan: Plan) -> None:
     import yaml
 
     from runner.plan import slots_per_node
-    from runner.spec import seeds_line
+    from runner.spec.sweep import seeds_line
     from runner.view.progress import duration
 
     spec = plan.spec
@@ -72,7 +75,35 @@ def print_plan(plan: Plan) -> None:
     print(f"slots: {plan.slots} gang(s) at once")
     for key, left in plan.runs.items():
         print(f"run {key.name}: {left}")
+    if plan.stages:
+        print_stages(plan)
+        return
     each = "" if plan.seed_s is None else f"about {duration(plan.seed_s)} a run, "
     whole = "" if plan.sweep_s is None else f"{duration(plan.sweep_s)} in all, "
     hours = "" if plan.gpu_hours is None else f"{plan.gpu_hours:.2f} GPU-hours "
     print(f"estimate: {each}{whole}{hours}({plan.seed_source})")
+
+
+def print_stages(plan: Plan) -> None:
+    """Print which stages of an ablation are shared, and what that saves."""
+    from runner.view.progress import duration
+
+    for stage in plan.stages:
+        shared = "; ".join(f"shared by {describe_names(names)}" for names in stage.shared_by) or "shared by none"
+        print(f"stage {stage.stage}: {stage.num_computed} to compute for {stage.num_wanted} run(s); {shared}")
+    if plan.sweep_s is None:
+        print(f"estimate: ({plan.seed_source})")
+        return
+    alone_s = plan.stage_s(is_shared=False)
+    assert alone_s is not None, plan.stages
+    with_hours, without = plan.hours(is_shared=True), plan.hours(is_shared=False)
+    print(
+        f"estimate: {duration(plan.sweep_s)} in all, {with_hours:.2f} GPU-hours; without sharing "
+        f"{duration(alone_s / plan.slots)}, {without:.2f} GPU-hours ({plan.seed_source})"
+    )
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """Return the names of variants, the first dozen of many."""
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more

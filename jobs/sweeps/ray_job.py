@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from runner.provenance import Git, git_state, run_git
-from runner.spec import SweepSpec
+from runner.spec.sweep import SweepSpec
 
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
 # folder only (model/data is code); "/.*" would match the folder itself. What is left stays far below the limit.

@@ -1,4 +1,4 @@
-"""`seedsweep rerun DIR --failed`: run failed seeds of an earlier sweep again, from what they left."""
+"""`seedsweep rerun DIR --failed`: run what failed in an earlier sweep again, from what they left."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import argparse
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `rerun`."""
     parser.add_argument("out", metavar="DIR", help="run directory (or URI) of a sweep")
-    parser.add_argument("--failed", action="store_true", required=True, help="the seeds that FAILED")
+    parser.add_argument("--failed", action="store_true", required=True, help="the runs that FAILED, of every variant")
     parser.add_argument("--local", action="store_true", help="in this process, without Ray")
     parser.add_argument("--address", metavar="A", help="Ray cluster to use; without it one is started on this machine")
     parser.add_argument(
@@ -27,7 +27,7 @@ def execute(args: argparse.Namespace) -> int:
     picture = look(args.out)
     failed = frozenset(run.key for run in picture.runs if run.state is State.FAILED)
     if not failed:
-        print(f"{args.out}: no seed has failed")
+        print(f"{args.out}: no run has failed")
         return 0
     options = Options(
         is_local=args.local, address=args.address, allow_code_change=args.allow_code_change, progress=args.progress,

@@ -29,7 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Run the sweep; the exit code says how it ended."""
     from runner.provenance import Git
-    from runner.spec import load_spec, seeds_line
+    from runner.spec.read import load_spec
+    from runner.spec.sweep import seeds_line
     from runner.sweep import run_sweep
     from runner.work import Options
 

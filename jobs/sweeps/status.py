@@ -39,15 +39,15 @@ def execute(args: argparse.Namespace) -> int:
 def print_text(out: str, picture: object) -> None:
     """Print the picture as a table with a line above and below it."""
     from results.render import text_table
-    from runner.view.progress import HEADER, cells, duration
+    from runner.view.progress import duration, tabulate
     from runner.view.status import Picture
 
     assert isinstance(picture, Picture), picture
     print(f"{picture.sweep}: {out}; {picture.driver}")
+    header, body = tabulate(picture.rows)
     rows = [
-        (*cells(row)[:-1], duration(age.state_s), duration(age.progress_s), cells(row)[-1])
-        for row, age in zip(picture.rows, picture.ages)
+        (*line[:-1], duration(age.state_s), duration(age.progress_s), line[-1]) for line, age in zip(body, picture.ages)
     ]
-    print(text_table((*HEADER[:-1], "in state", "last step", HEADER[-1]), rows))
+    print(text_table((*header[:-1], "in state", "last step", header[-1]), rows))
     counts = ", ".join(f"{count} {state}" for state, count in picture.counts.items())
     print(counts + (f"; all done in about {duration(picture.eta_s)}" if picture.eta_s else ""))

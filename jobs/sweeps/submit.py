@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Submit; with --follow the exit code is the sweep's."""
     from jobs.sweeps.ray_job import connect, follow, make_submission, submit
-    from runner.spec import load_spec
+    from runner.spec.read import load_spec
 
     spec = load_spec(args.spec, out=args.out)
     arguments = [

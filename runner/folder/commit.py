@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from model.files import plain
 from model.report import STAGES
 from runner.life.states import Run, State
-from runner.spec import SweepSpec
+from runner.spec.sweep import SweepSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,9 @@ def run_row(
     state = State.DONE if is_done else State.CANCELLED if run.is_cancelled else State.FAILED
     hardware = record.get("hardware", {})
     hashes = {stage.get("code_hash") for stage in stages} | {record.get("code_hash"), record.get("first_code_hash")}
+    config = spec.config_for(run.key)
     return {
+        "variant": run.key.variant,
         "seed": run.key.seed,
         "repeat": run.key.repeat,
         "attempt": run.attempt,
@@ -94,8 +96,8 @@ def run_row(
         "world_size": record["world_size"],
         "started_at": record.get("started_at"),
         "ended_at": time.time(),
-        "vocab_size": spec.config.model.vocab_size,
-        "size_limit_bytes": spec.config.quant.size_limit_bytes,
+        "vocab_size": config.model.vocab_size,
+        "size_limit_bytes": config.quant.size_limit_bytes,
     }
 
 

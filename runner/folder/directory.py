@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.files.atomic import writing_aside_in
 from runner.errors import Failure, Kind
@@ -28,10 +29,41 @@ from runner.folder.fence import retire, take_place
 from runner.folder.lease import CLAIMS, Lease, Owner
 from runner.folder.storage import LocalStorage, Storage
 from runner.life.states import Run, State
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 
 FORMAT = 1
 UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells otherwise, or leaves out
+LATER = ("waits_for",)  # fields that earlier versions did not write
+
+
+class CancelRequest(NamedTuple):
+    """The runs that a person wants to end: of one seed, of one variant, of both, or all."""
+
+    seed: int | None = None
+    variant: str = ""
+
+    @property
+    def is_all(self) -> bool:
+        """Whether the whole sweep is to end."""
+        return self.seed is None and not self.variant
+
+    @property
+    def file_name(self) -> str:
+        """The name of the request's file; the variant comes last, because it may contain anything that is before."""
+        words = [f"seed={self.seed}"] if self.seed is not None else []
+        return "-".join([*words, *([f"variant={self.variant}"] if self.variant else [])]) or "all"
+
+    @classmethod
+    def from_file_name(cls, name: str) -> CancelRequest | None:
+        """Return the request that a file's name holds, None for a file that `seedsweep cancel` did not leave."""
+        found = re.fullmatch(r"all|(?:seed=(\d+))?(?:(?:^|-)variant=(.+))?", name)
+        if found is None:
+            return None
+        return cls(int(found[1]) if found[1] else None, found[2] or "")
+
+    def means(self, key: RunKey) -> bool:
+        """Return whether a run is among them."""
+        return self.seed in (None, key.seed) and self.variant in ("", key.variant_name)
 
 
 @dataclass(slots=True)
@@ -116,15 +148,15 @@ class SweepDirectory:
         state = self.read_json("state.json")
         return state if isinstance(state, dict) else {}
 
-    def ask_cancel(self, seed: int | None) -> None:
-        """Leave a request to end one seed, or the sweep."""
-        name = "all" if seed is None else f"seed={seed}"
-        self.storage.write(f"cancel/{name}", utc(time.time()).encode() + b"\n")
+    def ask_cancel(self, seed: int | None = None, variant: str = "") -> None:
+        """Leave a request to end one seed, one variant, one seed of one variant, or the sweep."""
+        request = CancelRequest(seed, variant)
+        self.storage.write(f"cancel/{request.file_name}", utc(time.time()).encode() + b"\n")
 
-    def cancel_requests(self) -> list[int | None]:
-        """Return the seeds somebody wants to end; None stands for all of them."""
-        names = self.storage.names("cancel")
-        return [None if name == "all" else int(name.removeprefix("seed=")) for name in names]
+    def cancel_requests(self) -> list[CancelRequest]:
+        """Return what somebody wants to end."""
+        found = (CancelRequest.from_file_name(name) for name in self.storage.names("cancel"))
+        return [request for request in found if request is not None]
 
     def clear_cancel_requests(self) -> None:
         """Forget requests that were meant for an earlier driver."""
@@ -141,19 +173,20 @@ def run_to_json(run: Run, offset: float) -> dict[str, Any]:
         plain[name] = plain[name] + offset if plain[name] else 0.0
     for name in ("failure", "previous"):
         plain[name] = plain[name].to_json() if plain[name] is not None else None
-    return {"seed": run.key.seed, "repeat": run.key.repeat, **plain}
+    return {"variant": run.key.variant, "seed": run.key.seed, "repeat": run.key.repeat, **plain}
 
 
 def run_from_json(plain: Mapping[str, Any]) -> Run:
     """Return a run as state.json shows it, times in seconds since 1970. Raises ValueError if a field is missing."""
     names = [item.name for item in dataclasses.fields(Run) if item.name not in UNSAVED]
     try:
-        fields = {name: plain[name] for name in names}
+        fields = {name: plain[name] for name in names if name in plain or name not in LATER}
         fields["state"] = State(fields["state"])
         fields["bad_nodes"] = tuple(fields["bad_nodes"])
         for name in ("failure", "previous"):
             fields[name] = failure_from_json(fields[name]) if fields[name] else None
-        return Run(key=RunKey(seed=int(plain["seed"]), repeat=int(plain["repeat"])), **fields)
+        key = RunKey(variant=str(plain.get("variant", "")), seed=int(plain["seed"]), repeat=int(plain["repeat"]))
+        return Run(key=key, **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"state.json does not fit this version ({error}); remove it, finished seeds are kept"

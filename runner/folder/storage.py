@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlparse
 
 from model.files.atomic import NOT_THERE, replace_file, sync_file
 from results.store.location import open_location
-from runner.spec import is_uri
+from runner.spec.places import is_uri
 
 
 class LocalStorage:

@@ -19,7 +19,8 @@ from runner.life import states
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job, Outcome
-from runner.spec import Gang, RunKey
+from runner.spec.gang import Gang
+from runner.spec.sweep import RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05

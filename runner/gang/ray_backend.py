@@ -19,7 +19,8 @@ from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
 from runner.life.states import Event
 from runner.provenance import SOURCE_ROOT
-from runner.spec import Gang, RunKey
+from runner.spec.gang import Gang
+from runner.spec.sweep import RunKey
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from runner.gang.ray_rank import RankActor
 from runner.life import states
 from runner.life.causes import Seen, last_words, most_idle, root_cause
 from runner.life.job import Beat, Job, Outcome
-from runner.spec import Gang, RunKey
+from runner.spec.gang import Gang
+from runner.spec.sweep import RunKey
 
 BEAT_EVERY_S = 1.0
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from runner.spec import Gang
+from runner.spec.gang import Gang
 
 HERE = "here"  # node id of this machine where no Ray gives it one
 

@@ -1,7 +1,7 @@
 """What to do next: pure decisions over all runs of a sweep.
 
-`decide` reads the runs and the situation and returns commands; `issued` is what giving a command makes of a run.
-The scheduler's loop applies events (states.after), asks here, and hands the commands to a backend.
+`decide` reads the runs and the situation and returns commands; `apply_command` is what giving a command makes of a run.
+The scheduler's loop applies events (states.apply_event), asks here, and hands the commands to a backend.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 
 from runner.errors import Failure, Kind
 from runner.life.capacity import Node, gangs_on
+from runner.life.sharing import Sharing
 from runner.life.states import ALIVE, FINAL, Idle, Run, State, enter, with_files
-from runner.spec import Gang, Limits, RunKey
+from runner.spec.gang import Gang, Limits
+from runner.spec.sweep import RunKey
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +31,8 @@ class Situation:
     has_repeats: bool = False
     infeasible: str = ""  # no node can hold a gang, and the time to wait for one is over
     cancelled: frozenset[RunKey] = field(default_factory=frozenset)  # runs that a person wants to end
+    sharing: Sharing = field(default_factory=Sharing)
+    has_news: bool = True  # what runs wait for may have changed since the last decisions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,20 +84,52 @@ class Give(Command):
     state: State
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wait(Command):
+    """Change what a run that holds nothing is said to wait for, "" for a place."""
+
+    words: str
+
+
 def decide(runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
-    """Return the commands that the situation calls for, runs in the order of the spec."""
+    """Return the commands that the situation calls for, runs in the order of the spec, new gangs last."""
     commands: list[Command] = []
-    num_groups = sum(run.has_group for run in runs.values())
+    waiting: list[Run] = []
     for run in runs.values():
+        if run.state in FINAL:
+            continue
         is_waiting = wants_group(run, situation)
         # only room decides about a run that merely waits, and a sweep may have a thousand of them
-        skip = run.state in FINAL or (is_waiting and not situation.cancelled)
-        command = None if skip else decide_one(run, situation)
-        if command is None and is_waiting and num_groups <= situation.slots:
-            num_groups += 1
-            command = place(run, runs.values(), situation)
+        command = None if is_waiting and not situation.cancelled else decide_one(run, situation)
         if command is not None:
             commands.append(command)
+        elif is_waiting:
+            waiting.append(run)
+    return commands + decide_places(waiting, runs, situation)
+
+
+def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
+    """Return a request for a place for as many runs as there is room for, and what the others wait for.
+
+    Runs that need a stage which another gang is computing leave the room to those behind them.
+    """
+    sharing = situation.sharing
+    room = situation.slots + 1 - sum(run.has_group for run in runs.values())
+    if not sharing:
+        return [place(run, runs.values(), situation) for run in waiting[: max(0, room)]]
+    if room <= 0 and not situation.has_news:
+        return []
+    commands: list[Command] = []
+    claims = sharing.claims(runs.values())
+    for run in sharing.in_order(waiting):
+        blocker = sharing.blocker(run.key, claims)
+        words = blocker.words if blocker is not None else ""
+        if blocker is None and room > 0:
+            room -= 1
+            sharing.claim(run.key, claims)
+            commands.append(place(run, runs.values(), situation))
+        elif words != run.waits_for:
+            commands.append(Wait(key=run.key, group=run.group, words=words))
     return commands
 
 
@@ -106,10 +142,8 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
         return None
     if run.state in (State.COMMITTING, State.TEARDOWN):
         return Release(key=run.key, group=run.group, failure=run.failure)
-    if is_cancelled and run.state is State.QUEUED:
-        return Release(key=run.key, group=run.group)
-    if run.state is State.QUEUED and situation.infeasible:
-        return Release(key=run.key, group=run.group)
+    if run.state is State.QUEUED:  # its group waits for room; no limit runs before it has some
+        return Release(key=run.key, group=run.group) if is_cancelled or situation.infeasible else None
     if is_cancelled and run.state in ALIVE:
         return decide_stop(run, situation)
     if run.state is State.PLACED:
@@ -185,7 +219,10 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
         avoid = ()  # every node has failed it once: any is better than none
     prefer = ""
     if situation.has_repeats:
-        siblings = {other.node_id for other in runs if other.key.seed == run.key.seed and other.key != run.key}
+        same = (run.key.variant, run.key.seed)
+        siblings = {
+            other.node_id for other in runs if (other.key.variant, other.key.seed) == same and other.key != run.key
+        }
         prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
     return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
 
@@ -196,12 +233,14 @@ def quietest(nodes: Sequence[Node], runs: Iterable[Run]) -> str:
     return min(nodes, key=lambda node: busy[node.node_id]).node_id if nodes else ""
 
 
-def issued(run: Run, command: Command, situation: Situation) -> Run:
+def apply_command(run: Run, command: Command, situation: Situation) -> Run:
     """Return run once command was given."""
     now = situation.now
     match command:
         case Submit():
-            return replace(run, has_group=True, group=command.group, is_releasing=False, node="", node_id="")
+            return replace(
+                run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for=""
+            )
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():
@@ -216,5 +255,7 @@ def issued(run: Run, command: Command, situation: Situation) -> Run:
         case Commit():
             return replace(run, is_committing=True)
         case Give():
-            return replace(enter(run, command.state, now), not_before=0.0)
+            return replace(enter(run, command.state, now), not_before=0.0, waits_for="")
+        case Wait():
+            return replace(run, waits_for=command.words)
     return run

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 
 PIPELINE = "runner.gang.worker:run_pipeline"
 

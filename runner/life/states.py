@@ -5,7 +5,7 @@
                                             -> FAILED | CANCELLED
     QUEUED -> INFEASIBLE
 
-Nothing here waits, reads a clock or knows Ray. `after(run, event, now)` is the whole transition function; every
+Nothing here waits, reads a clock or knows Ray. `apply_event(run, event, now)` is the whole transition function; every
 event carries the serial number of the group it speaks of, so that the last words of a dead gang change nothing.
 """
 
@@ -17,7 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from runner.errors import NO_ROOM, Failure, Kind
-from runner.spec import Limits, RunKey
+from runner.spec.gang import Limits
+from runner.spec.sweep import RunKey
 
 
 class State(StrEnum):
@@ -72,7 +73,7 @@ class Idle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """One seed (and repeat) of a sweep, as the scheduler sees it. Times are seconds of the driver's clock."""
+    """One run of a sweep (variant, seed, repeat), as the scheduler sees it. Times are seconds of the driver's clock."""
 
     key: RunKey
     state: State = State.PLANNED
@@ -86,6 +87,7 @@ class Run:
     is_committing: bool = False  # its results are being written
     is_stopping: bool = False  # its ranks were asked to stop
     is_cancelled: bool = False  # a person wants it to end
+    waits_for: str = ""  # the stage of another run that it needs, while it is QUEUED
     not_before: float = 0.0  # earliest time of the next attempt
     stop_by: float = 0.0  # when ranks that were asked to stop are killed
     placed_at: float = 0.0
@@ -174,7 +176,7 @@ class Committed(Event):
     """The attempt's file in `runs` exists."""
 
 
-def after(run: Run, event: Event, now: float, limits: Limits) -> Run:
+def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
     """Return what event makes of run. Events of an older group, or of a run that is over, change nothing."""
     if event.key != run.key or event.group != run.group or run.is_final:
         return run
@@ -188,21 +190,21 @@ def after(run: Run, event: Event, now: float, limits: Limits) -> Run:
         case Started() if run.state is State.STARTING:
             return replace(run, facts=event.facts, progress_at=now, idle=None)
         case Progress() if run.state in WORKING or run.state is State.STARTING:
-            return after_progress(run, event, now)
+            return apply_progress(run, event, now)
         case Finished() if run.state in WORKING or run.state is State.STARTING:
             return enter(run, State.COMMITTING, now)
         case Interrupted() if run.state in ALIVE:
             return replace(enter(run, State.TEARDOWN, now), is_cancelled=True)
         case Failed() if run.state in ALIVE or run.state is State.COMMITTING:
-            return after_fault(run, event.failure, now, limits)
+            return apply_fault(run, event.failure, now, limits)
         case Gone():
-            return after_gone(run, now, limits)
+            return apply_gone(run, now, limits)
         case Committed() if run.state is State.COMMITTING:
             return replace(enter(run, State.DONE, now), is_cancelled=False)
     return run
 
 
-def after_progress(run: Run, event: Progress, now: float) -> Run:
+def apply_progress(run: Run, event: Progress, now: float) -> Run:
     """Return run with the newest report."""
     run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank, idle=event.idle)
     if not event.is_news:
@@ -213,10 +215,10 @@ def after_progress(run: Run, event: Progress, now: float) -> Run:
     return replace(run, phase=event.phase, step=event.step, total=event.total, metrics=event.metrics, progress_at=now)
 
 
-def after_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
+def apply_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
     """Return run once its gang failed: it is judged when its group is gone, at once if it has none any more."""
     run = replace(enter(run, State.TEARDOWN, now), failure=with_files(run, failure), is_committing=False)
-    return run if run.has_group else after_failure(run, now, limits)
+    return run if run.has_group else judge_attempt(run, now, limits)
 
 
 def with_files(run: Run, failure: Failure) -> Failure:
@@ -232,7 +234,7 @@ def with_files(run: Run, failure: Failure) -> Failure:
     return replace(failure, files=(f"{stem}.log", *stacks))
 
 
-def after_gone(run: Run, now: float, limits: Limits) -> Run:
+def apply_gone(run: Run, now: float, limits: Limits) -> Run:
     """Return run once its group is removed: committing goes on, a failed attempt is judged, the rest waits again."""
     run = replace(run, has_group=False, is_releasing=False, is_stopping=False)
     if run.state is State.COMMITTING:
@@ -242,10 +244,10 @@ def after_gone(run: Run, now: float, limits: Limits) -> Run:
     if run.state is State.QUEUED:  # its group went before it was placed
         return run
     failure = run.failure or Failure(kind=Kind.DIED, message="the group was removed from outside", node=run.node)
-    return after_failure(replace(run, failure=failure), now, limits)
+    return judge_attempt(replace(run, failure=failure), now, limits)
 
 
-def after_failure(run: Run, now: float, limits: Limits) -> Run:
+def judge_attempt(run: Run, now: float, limits: Limits) -> Run:
     """Return run after a failed attempt: RETRY_WAIT with its earliest time, or FAILED."""
     failure = run.failure
     assert failure is not None, run.key

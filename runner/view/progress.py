@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
 from runner.life.states import WORKING, Run, State
-from runner.spec import RunKey
+from runner.spec.sweep import RunKey
 
 PLAIN_EVERY_S = 30.0
 HEADER = ("seed", "state", "step", "loss / bpb", "tokens/s", "ETA", "attempt", "node", "note")
@@ -34,6 +34,7 @@ class Row(NamedTuple):
     attempt: int
     node: str
     note: str
+    variant: str = ""  # nothing in a sweep that names none
 
     @property
     def name(self) -> str:
@@ -54,17 +55,16 @@ class Paces:
     """Remembers when each run's phase began, for rates and the time that is left in the phase."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple[int, int], Pace] = {}
+        self.seen: dict[RunKey, Pace] = {}
 
     def eta_s(self, run: Run, now: float) -> float | None:
         """Return the seconds left in the run's present phase, None where nothing can be said."""
         told = run.metrics.get("eta_s")
         if isinstance(told, int | float):
             return max(0.0, float(told) - (now - run.progress_at))
-        name = (run.key.seed, run.key.repeat)
-        pace = self.seen.get(name)
+        pace = self.seen.get(run.key)
         if pace is None or (pace.attempt, pace.phase) != (run.attempt, run.phase) or run.step < pace.step:
-            pace = self.seen[name] = Pace(run.attempt, run.phase, 0, run.since)
+            pace = self.seen[run.key] = Pace(run.attempt, run.phase, 0, run.since)
         if run.total is None or run.step <= pace.step:
             return None
         if run.progress_at <= pace.at:
@@ -90,6 +90,7 @@ def row_of(run: Run, paces: Paces, now: float) -> Row:
         attempt=run.attempt,
         node=run.node,
         note=note_of(run, now),
+        variant=run.key.variant,
     )
 
 
@@ -109,7 +110,7 @@ def note_of(run: Run, now: float) -> str:
     if run.state in (State.FAILED, State.TEARDOWN) and run.failure is not None:
         return run.failure.one_line
     if run.state is State.QUEUED:
-        return "waits for a free place"
+        return run.waits_for or "waits for a free place"
     if run.is_stopping:
         return "stopping"
     if run.state is State.STARTING and isinstance(run.metrics.get("note"), str):
@@ -117,6 +118,13 @@ def note_of(run: Run, now: float) -> str:
     if run.attempt > 1 and run.previous is not None and run.state in WORKING:
         return f"after {run.previous.kind}"
     return ""
+
+
+def waiting_for(run: Run) -> str:
+    """Return what a run waits for besides a place: a stage that another one computes, or something on its node."""
+    if run.state is State.QUEUED:
+        return run.waits_for
+    return "a node" if run.state is State.STARTING and run.metrics.get("note") else ""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -127,6 +135,14 @@ def cells(row: Row) -> tuple[str, ...]:
     rate = "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"
     attempt = str(row.attempt) if row.attempt else ""
     return (row.name, state, steps, row.score, rate, duration(row.eta_s), attempt, row.node, row.note)
+
+
+def tabulate(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the cells of rows; the variant stands first where the sweep names any."""
+    shown = list(rows)
+    if not any(row.variant for row in shown):
+        return HEADER, [cells(row) for row in shown]
+    return ("variant", *HEADER), [(row.variant, *cells(row)) for row in shown]
 
 
 def duration(seconds: float | None) -> str:
@@ -143,7 +159,8 @@ def duration(seconds: float | None) -> str:
 
 def plain_line(row: Row) -> str:
     """Return a row as one line of key=value words."""
-    words = [f"seed={row.seed}", *([f"repeat={row.repeat}"] if row.repeat else []), row.state]
+    variant = [f"variant={row.variant}"] if row.variant else []
+    words = [*variant, f"seed={row.seed}", *([f"repeat={row.repeat}"] if row.repeat else []), row.state]
     names = ("step", "", "tokens/s", "eta", "attempt", "node", "")
     for name, cell in zip(names, cells(row)[2:]):
         if cell:
@@ -158,7 +175,7 @@ class PlainView:
         self.stream, self.every_s = stream or sys.stdout, every_s
         self.paces = Paces()
         self.next_at: float | None = None
-        self.noted: set[RunKey] = set()
+        self.noted: dict[RunKey, str] = {}  # what each run was last said to wait for
 
     def update(self, runs: Mapping[RunKey, Run], changed: list[Run], now: float) -> None:
         """Print changed runs, and all that are at work where it is time."""
@@ -169,8 +186,9 @@ class PlainView:
             self.next_at = now + self.every_s
             shown += [run for run in runs.values() if run.state in WORKING and run not in shown]
         for run in runs.values():
-            if run.state is State.STARTING and run.metrics.get("note") and run.key not in self.noted:
-                self.noted.add(run.key)  # a node that waits says so once
+            reason = waiting_for(run)
+            if (reason and run.key not in self.noted) or (run.waits_for and self.noted[run.key] != reason):
+                self.noted[run.key] = reason  # said once
                 shown.append(run)
             if run.state in WORKING:
                 self.paces.eta_s(run, now)
@@ -220,10 +238,11 @@ def rich_table(title: str, rows: Iterable[Row]) -> Any:
     from rich.text import Text
 
     table = Table(title=title, title_justify="left")
-    for name in HEADER:
+    header, body = tabulate(rows)
+    for name in header:
         table.add_column(name, justify="right" if name in ("seed", "step", "tokens/s", "ETA", "attempt") else "left")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in cells(row)))
+    for line in body:
+        table.add_row(*map(Text, line))
     return table
 
 

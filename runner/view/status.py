@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from model.fields import nearest
 from runner.folder.directory import SweepDirectory, run_from_json, run_to_json, utc
 from runner.folder.lease import BEAT_EVERY_S, LEASE_TTL_S, Owner
 from runner.folder.storage import open_storage
 from runner.life.states import FINAL, WORKING, Run, State
+from runner.spec.sweep import BASE, RunKey
 from runner.view.progress import Paces, Row, duration, row_of
 
 FOLLOW_EVERY_S = 0.5
@@ -85,9 +87,10 @@ def what_is_there(directory: SweepDirectory) -> str:
     if not record:
         return f"{shown}: no sweep here (no sweep.json, no state.json); give the run directory of a sweep"
     seeds = ", ".join(map(str, record.get("spec", {}).get("seeds", ())))
+    variants = f"; variants {', '.join(record['variants'])}" if record.get("variants") else ""
     return (
-        f"{shown}: sweep {record.get('sweep')} was announced here (seeds {seeds}) and ended before any run was placed; "
-        f"run the same command again"
+        f"{shown}: sweep {record.get('sweep')} was announced here (seeds {seeds}{variants}) and ended before any run "
+        f"was placed; run the same command again"
     )
 
 
@@ -106,8 +109,9 @@ def settle(directory: SweepDirectory, state: dict[str, Any], runs: list[Run], no
     """
     settled = [run if run.is_final else replace(run, state=State.CANCELLED, since=now, has_group=False) for run in runs]
     lines = [
-        {"time": utc(now), "seed": run.key.seed, "repeat": run.key.repeat, "attempt": run.attempt,
-         "from": str(run.state), "to": str(State.CANCELLED), "node": run.node, "why": "the driver died"}
+        {"time": utc(now), "variant": run.key.variant_name, "seed": run.key.seed, "repeat": run.key.repeat,
+         "attempt": run.attempt, "from": str(run.state), "to": str(State.CANCELLED), "node": run.node,
+         "why": "the driver died"}
         for run in runs if not run.is_final
     ]  # fmt: skip
     if not lines:
@@ -161,17 +165,44 @@ def log_name(names: list[str], *, attempt: int | None, rank: int) -> str | None:
     return found[max(found)] if found else None
 
 
-def read_log(out: str, *, seed: int, repeat: int, rank: int, attempt: int | None, follow: bool) -> Iterator[str]:
+def find_run(runs: Iterable[RunKey], *, variant: str | None, seed: int, repeat: int, shown: str) -> RunKey:
+    """Return the run that somebody means. Raises ValueError, naming what there is, if that is not clear."""
+    known = list(runs)
+    variants = list(dict.fromkeys(key.variant_name for key in known))
+    if variant is None and len(variants) > 1:
+        raise ValueError(f"{shown} has {len(variants)} variants; say which with --variant ({', '.join(variants)})")
+    check_variant(variant, variants, shown)
+    name = variant or (variants[0] if variants else BASE)
+    for key in known:
+        if (key.variant_name, key.seed, key.repeat) == (name, seed, repeat):
+            return key
+    return RunKey(
+        variant=next((key.variant for key in known if key.variant_name == name), ""), seed=seed, repeat=repeat
+    )
+
+
+def check_variant(variant: str | None, variants: Collection[str], shown: str) -> None:
+    """Raise ValueError, naming the nearest, for a variant that a sweep does not have."""
+    if variant is not None and variant not in variants:
+        raise ValueError(f"--variant {variant} is not a variant of {shown}; {nearest(variant, variants)}")
+
+
+def read_log(
+    out: str, *, seed: int, repeat: int, rank: int, attempt: int | None, follow: bool, variant: str | None = None
+) -> Iterator[str]:
     """Yield a rank's log as it stands; with follow go on, into later attempts too, while the sweep is driven.
 
-    Raises FileNotFoundError, naming what there is, if the run has no such log.
+    Raises FileNotFoundError, naming what there is, if the run has no such log, ValueError where it is not clear which
+    variant is meant.
     """
     directory = SweepDirectory(open_storage(out))
-    folder = f"seeds/seed={seed}-repeat={repeat}/logs"
+    known = [run_from_json(plain).key for plain in directory.read_state().get("runs", [])]
+    key = find_run(known, variant=variant, seed=seed, repeat=repeat, shown=out)
+    folder = f"seeds/{key.name}/logs"
     name = log_name(directory.storage.names(folder), attempt=attempt, rank=rank)
     if name is None and not (follow and directory.driver_is_alive()):
         names = ", ".join(directory.storage.names(folder)) or "no logs"
-        raise FileNotFoundError(f"{out}: seed {seed} repeat {repeat} has no log of rank {rank}; there is {names}")
+        raise FileNotFoundError(f"{out}: {key.name} has no log of rank {rank}; there is {names}")
     shown = 0
     while True:
         is_driven = follow and directory.driver_is_alive()

@@ -14,7 +14,7 @@ from jobs.bench.figures import Report, check_out, environment
 from jobs.bench.process import Bench, MeasurementFailed
 from tests.bench.laptop import bench_laptop
 from tests.bench.results import bench_results
-from tests.bench.sweep import bench_sweep
+from tests.bench.sweep import bench_ablation, bench_sweep
 
 MODES = {
     "sweep": "the decision loop with many seeds, status and table, Ray's overhead",
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("mode", choices=MODES, metavar="MODE", help=", ".join(MODES))
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="seeds, or runs (default 1000)")
+    parser.add_argument("--variants", type=int, default=0, metavar="V", help="sweep: so many variants, the loop only")
     parser.add_argument("--documents", type=int, default=50_000, metavar="K", help="results: of a run (default 50000)")
     parser.add_argument("--corpus", action="store_true", help="laptop: time the builtin corpus as well (up to 45 s)")
     parser.add_argument("--repeats", type=int, default=DEFAULT_REPEATS, metavar="N",
@@ -64,6 +65,8 @@ def measure(bench: Bench, args: argparse.Namespace) -> None:
     """Take the samples of one mode."""
     if args.mode == "laptop":
         bench_laptop(bench, with_corpus=args.corpus)
+    elif args.mode == "sweep" and args.variants:
+        bench_ablation(bench, num_seeds=args.runs, num_variants=args.variants)
     elif args.mode == "sweep":
         bench_sweep(bench, num_seeds=args.runs)
     else:

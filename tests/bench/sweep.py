@@ -14,7 +14,7 @@ from jobs.bench.process import Bench
 from tests.bench.results import time_command
 
 if TYPE_CHECKING:
-    from runner.spec import SweepSpec
+    from runner.spec.sweep import SweepSpec
 
 NUM_SLOTS = 64
 COMMIT_S = 0.01  # of one finished seed, about
@@ -35,6 +35,16 @@ SMALL: dict[str, Any] = {
     "ttt": {"lora_rank": 2, "window_tokens": 128, "batch_documents": 4},
     "runtime": {"device": "cpu"},
 }  # fmt: skip
+
+
+def bench_ablation(bench: Bench, *, num_seeds: int, num_variants: int) -> None:
+    """Measure the loop where runs wait for stages that others compute."""
+    for number in range(bench.repeats):
+        loop = str(bench.folder / f"loop{number}")
+        bench.measure(
+            "tests.bench.sweep:measure_loop", process=number, out=loop, num_seeds=num_seeds, num_variants=num_variants
+        )
+    bench.report.note(f"{num_variants} variants x {num_seeds} seeds on {NUM_SLOTS} simulated slots")
 
 
 def bench_sweep(bench: Bench, *, num_seeds: int) -> None:
@@ -81,19 +91,23 @@ def _compare_with_ray(bench: Bench, corpus: Path, number: int) -> None:
 
 def measure_loop(request: dict[str, Any], probe: Probe) -> None:
     """Simulate a sweep, and half of it for the memory's slope."""
-    from tests.simulate import measure_decisions
+    from tests.simulate import ablate, measure_decisions
 
-    out, num_seeds = Path(request["out"]), int(request["num_seeds"])
-    spec = simulated_spec(out, num_seeds)
-    half = measure_decisions(
-        spec, out.with_name(f"{out.name}-half"), num_seeds=max(1, num_seeds // 2), num_nodes=NUM_SLOTS
-    )
-    figures = measure_decisions(spec, out, num_seeds=num_seeds, num_nodes=NUM_SLOTS)
+    out, num_seeds, num_variants = Path(request["out"]), int(request["num_seeds"]), int(request.get("num_variants", 0))
+    whole, part = (simulated_spec(out, count) for count in (num_seeds, max(1, num_seeds // 2)))
+    if num_variants:
+        whole, part = ablate(whole, num_variants), ablate(part, num_variants)
+    half = measure_decisions(part, out.with_name(f"{out.name}-half"), num_nodes=NUM_SLOTS)
+    figures = measure_decisions(whole, out, num_nodes=NUM_SLOTS)
     probe.add("a decision", "ms", [figures.decision_ms], wanted="below 1")
     probe.add("decisions", "", [figures.decisions])
-    probe.add("peak memory of loop and simulation", "MB", [figures.peak_bytes / 1e6], wanted="below 100")
+    limit, idle = (150, 3) if num_variants else (100, 2)
+    probe.add("peak memory of loop and simulation", "MB", [figures.peak_bytes / 1e6], wanted=f"below {limit}")
     probe.add("peak memory with half the seeds", "MB", [half.peak_bytes / 1e6])
-    probe.add("idle slots beyond the last wave", "%", [100 * figures.idle_frac], wanted="below 2")
+    probe.add("idle slots before the last wave", "%", [100 * figures.idle_frac], wanted=f"below {idle}")
+    if num_variants:
+        probe.add("trainings", "", [figures.trainings])
+        probe.add("runs", "", [figures.runs])
 
 
 def make_finished(request: dict[str, Any], probe: Probe) -> None:
@@ -108,7 +122,7 @@ def make_finished(request: dict[str, Any], probe: Probe) -> None:
 
 def simulated_spec(out: Path, num_seeds: int) -> SweepSpec:
     """Return a sweep whose data nobody reads."""
-    from runner.spec import parse_spec
+    from runner.spec.read import parse_spec
 
     data = {"train": "none_train_*.bin", "val": "none_val_*.bin", "tokenizer": "none.model"}
     seeds = list(range(num_seeds))

@@ -25,7 +25,8 @@ from model.quant.artifact import load_artifact, pack_artifact
 from model.quant.quantized import QuantizedState, QuantizedWeight
 from results.store.reader import read_attempt, read_runs
 from results.store.writer import commit_attempt
-from runner.spec import SweepSpec, load_spec
+from runner.spec.read import load_spec
+from runner.spec.sweep import SweepSpec
 from tests.fuzz.mutations import mutate_artifact, mutate_bytes, odd_json
 
 SHARD_VALUES = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, -(2**31), 20240520)

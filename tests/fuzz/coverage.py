@@ -14,7 +14,7 @@ from pathlib import Path
 PARSERS = (
     "model.quant.artifact", "model.quant.artifact_header", "model.quant.rans", "model.quant.compression",
     "model.data.shards", "model.data.manifest", "model.files.tensors", "model.files.checkpoint",
-    "runner.spec", "model.fields",
+    "runner.spec.read", "runner.spec.sweep", "runner.spec.plain_yaml", "runner.spec.variants", "model.fields",
 )  # fmt: skip
 NUM_CORPUS = 40
 MEMORY_MIB, TIMEOUT_S = 4096, 20

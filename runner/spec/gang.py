@@ -1,0 +1,79 @@
+"""The processes of one seed, and how long to wait for what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_RANKS = 8  # one gang lives on one host
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gang:
+    """The processes of one seed. gpus > 0: that many ranks with one GPU each; gpus = 0: `ranks` CPU ranks."""
+
+    gpus: int = 0
+    cpus: int = 1  # of each rank; also its number of threads
+    ranks: int | None = None  # CPU gangs only; 1 where left out
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gpus <= MAX_RANKS:
+            raise ValueError(f"gang.gpus={self.gpus} must be between 0 and {MAX_RANKS}: one gang fits on one host")
+        if self.cpus < 1:
+            raise ValueError(f"gang.cpus={self.cpus} must be at least 1 (CPUs of each rank)")
+        if self.ranks is not None and not 1 <= self.ranks <= MAX_RANKS:
+            raise ValueError(f"gang.ranks={self.ranks} must be between 1 and {MAX_RANKS}")
+        if self.gpus and self.ranks not in (None, self.gpus):
+            raise ValueError(f"gang.ranks={self.ranks} must equal gang.gpus={self.gpus}, or be left out")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.gpus or self.ranks or 1
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one rank asks of its node, in Ray's words."""
+        return {"CPU": float(self.cpus), "GPU": 1.0} if self.gpus else {"CPU": float(self.cpus)}
+
+    @property
+    def total(self) -> dict[str, float]:
+        """What the whole gang asks of one node."""
+        return {name: amount * self.world_size for name, amount in self.bundle.items()}
+
+    def describe(self) -> str:
+        """Return the gang in words, as errors and the plan print it."""
+        each = ", ".join(f"{amount:g} {name}" for name, amount in sorted(self.bundle.items(), reverse=True))
+        return f"{self.world_size} rank(s) on one node, {each} each"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long to wait for what, and how often to try again."""
+
+    attempts: int = 3  # starts that may fail, the first included; preemptions do not count
+    preemptions: int = 20  # starts lost to nodes that went away
+    backoff_s: float = 5.0  # before the first retry; doubles with each further one
+    backoff_max_s: float = 300.0
+    start_s: float = 300.0  # from placed to all ranks ready, rendezvous and preflight included
+    stall_s: float = 900.0  # without progress of one rank; that its peers go on does not help it
+    heartbeat_s: float = 60.0  # without an answer from a rank's process
+    seed_s: float | None = None  # of one attempt; None: no limit
+    wait_s: float = 0.0  # for a node that can hold a gang
+    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
+    stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
+    restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"limits.attempts={self.attempts} must be at least 1")
+        if self.preemptions < 0:
+            raise ValueError(f"limits.preemptions={self.preemptions} must not be negative")
+        for name in ("start_s", "stall_s", "heartbeat_s", "seed_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"limits.{name}={value} must be positive")
+        for name in ("backoff_s", "backoff_max_s", "wait_s", "disk_s", "stop_grace_s"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"limits.{name}={value} must not be negative")

@@ -1,0 +1,138 @@
+"""A sweep, as its YAML file says it: which recipe, which seeds, on what gang, into which folder.
+
+The file is checked whole before anything starts; every refusal names the key and the nearest valid name.
+Relative paths in a spec are taken from the current directory, not from the file's place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from model.config import DataConfig
+from model.fields import check_keys, checked, nearest, updated
+from model.presets import PRESETS
+from runner.spec.gang import Gang, Limits
+from runner.spec.places import absolute_path
+from runner.spec.plain_yaml import SpecLoader
+from runner.spec.sweep import SweepSpec, check_name, check_seeds
+from runner.spec.variants import parse_variants
+
+SPEC_LIMIT_BYTES = 1 << 20
+OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
+KNOWN_KEYS = (
+    "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
+    "wait_s", "out",
+)  # fmt: skip
+
+
+def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
+    """Return the checked spec in the YAML file at path; out replaces the file's own.
+
+    Raises FileNotFoundError without the file, ValueError (one line) for anything that does not fit.
+    """
+    file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ValueError(f"spec {file} is {kind_of_file(file)}, not a file; give the YAML file of a sweep")
+    if not file.is_file():
+        choices = [str(item) for item in sorted(file.parent.glob("*.yaml"))] if file.parent.is_dir() else []
+        raise FileNotFoundError(f"spec {file} not found" + (f"; {nearest(str(file), choices)}" if choices else ""))
+    if file.stat().st_size > SPEC_LIMIT_BYTES:
+        raise ValueError(f"spec {file} has {file.stat().st_size} bytes, over the limit of {SPEC_LIMIT_BYTES}")
+    try:
+        plain = yaml.load(file.read_text(encoding="utf-8"), Loader=SpecLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"spec {file} is not readable YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"spec {file} is not readable YAML: it is nested too deeply") from None
+    try:
+        return parse_spec(plain, out=out)
+    except ValueError as error:
+        raise ValueError(f"spec {file}: {error}") from None
+
+
+def kind_of_file(path: Path) -> str:
+    """Return what stands at a path that is no regular file."""
+    kinds = ((path.is_dir, "a folder"), (path.is_fifo, "a FIFO"), (path.is_socket, "a socket"))
+    return next((words for is_kind, words in kinds if is_kind()), "a device")
+
+
+def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
+    """Return the checked spec of a YAML document already read into plain values."""
+    given = check_keys("spec", plain, KNOWN_KEYS)
+    for name in ("name", "preset", "seeds"):
+        if name not in given:
+            raise ValueError(f"{name} is missing; a spec needs name, preset, seeds, data and out")
+    preset = given["preset"]
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is not a preset; {nearest(str(preset), PRESETS)}")
+    data, fetch = parse_data(given.get("data", {}))
+    base = replace(PRESETS[preset](), data=data, seed=0)
+    overrides = check_keys("overrides", given.get("overrides") or {}, OVERRIDE_SECTIONS)
+    gang = updated(Gang(), given.get("gang") or {}, "gang")
+    repeats = checked(given.get("repeats", 1), int, "repeats")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1")
+    baseline = updated(base, overrides, "")
+    ablation = parse_variants(given, baseline)
+    spec = SweepSpec(
+        name=check_name(given["name"]),
+        preset=preset,
+        config=ablation[0].config if ablation else baseline,
+        ablation=ablation,
+        seeds=check_seeds(given["seeds"]),
+        repeats=repeats,
+        gang=gang,
+        limits=parse_limits(given),
+        fetch=fetch,
+        out=absolute_path(out if out is not None else checked(given.get("out", ""), str, "out")),
+    )
+    if not spec.out:
+        raise ValueError("out is missing; name a folder (or pass --out DIR)")
+    check_gang(spec)
+    return spec
+
+
+def check_gang(spec: SweepSpec) -> None:
+    """Raise ValueError if the gang cannot share out a step of some variant."""
+    for variant in spec.variants:
+        micro_batches = variant.config.train.micro_batches_per_step
+        if micro_batches % spec.gang.world_size:
+            where = f"variants.{variant.name}: " if spec.ablation else ""
+            raise ValueError(
+                f"{where}gang of {spec.gang.world_size} ranks must divide the {micro_batches} micro-batches a step "
+                f"(train.batch_tokens / train.micro_batch_tokens)"
+            )
+
+
+def parse_limits(given: Mapping[str, Any]) -> Limits:
+    """Return the limits; `restart` and `wait_s` may stand at the top of the spec as well."""
+    limits = dict(check_keys("limits", given.get("limits") or {}, [item.name for item in dataclasses.fields(Limits)]))
+    for name in ("restart", "wait_s"):
+        if name in given:
+            if name in limits:
+                raise ValueError(f"{name} is given twice, at the top and under limits; keep one")
+            limits[name] = given[name]
+    return updated(Limits(), limits, "limits")
+
+
+def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:
+    """Return the data section with absolute paths, and its `fetch` part."""
+    known = [item.name for item in dataclasses.fields(DataConfig)]
+    section = dict(check_keys("data", given, [*known, "fetch"]))
+    fetch = section.pop("fetch", None)
+    if fetch is not None:
+        fetch = dict(check_keys("data.fetch", fetch, ("repo", "variant", "revision", "shards", "endpoint")))
+        for name, value in fetch.items():
+            checked(value, int if name == "shards" else str, f"data.fetch.{name}")
+    data = updated(DataConfig(), section, "data")
+    for name in ("train", "val", "tokenizer"):
+        if not getattr(data, name):
+            raise ValueError(f"data.{name} is missing; name the {'file' if name == 'tokenizer' else 'shards (a glob)'}")
+    train, val, tokenizer = (absolute_path(path) for path in (data.train, data.val, data.tokenizer))
+    return replace(data, train=train, val=val, tokenizer=tokenizer), fetch

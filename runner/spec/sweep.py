@@ -1,0 +1,168 @@
+"""A sweep as plain values that were checked: which runs there are, on what gang, into which folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model.config import RunConfig, config_hash
+from model.fields import check_keys, checked, describe, updated
+from runner.spec.gang import Gang, Limits
+
+BASE = "base"  # the one variant of a sweep that names none
+MAX_SEED = 2**32 - 1  # numpy's generators take no more
+SHOWN_VARIANTS = 12  # in one line
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class RunKey:
+    """One run of a sweep: a variant, a seed and which repeat of it; variant is "" where the sweep names none."""
+
+    variant: str = ""
+    seed: int
+    repeat: int = 0
+
+    @property
+    def name(self) -> str:
+        """The run's folder and the stem of its result files."""
+        prefix = f"variant={self.variant}-" if self.variant else ""
+        return f"{prefix}seed={self.seed}-repeat={self.repeat}"
+
+    @property
+    def variant_name(self) -> str:
+        """The variant as the results name it."""
+        return self.variant or BASE
+
+    @property
+    def words(self) -> str:
+        """The run in a sentence: its name, without a repeat where there is only the first."""
+        return self.name.removesuffix("-repeat=0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One configuration of a sweep; its seed is 0."""
+
+    name: str
+    config: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepSpec:
+    """A checked sweep. config is the baseline's and has seed 0; each run replaces it."""
+
+    name: str
+    preset: str
+    config: RunConfig
+    seeds: tuple[int, ...]
+    repeats: int = 1
+    ablation: tuple[Variant, ...] = ()  # the variants that the spec names, the baseline first
+    gang: Gang = field(default_factory=Gang)
+    limits: Limits = field(default_factory=Limits)
+    fetch: Mapping[str, Any] | None = None  # data.fetch: how a node gets missing shards
+    out: str = ""
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every variant, the baseline first; one, named base, where the spec names none."""
+        return self.ablation or (Variant(name=BASE, config=self.config),)
+
+    @property
+    def keys(self) -> list[RunKey]:
+        """Every run: all variants of a seed before the next seed, repeats of all seeds after their first runs."""
+        names = [variant.name for variant in self.ablation] or [""]
+        return [
+            RunKey(variant=name, seed=seed, repeat=repeat)
+            for repeat in range(self.repeats)
+            for seed in self.seeds
+            for name in names
+        ]
+
+    @property
+    def config_hash(self) -> str:
+        """The hash that names the baseline's recipe at this number of ranks."""
+        return self.hash_of(self.config)
+
+    @property
+    def variant_hashes(self) -> dict[str, str]:
+        """The hash of every variant's recipe, by its name."""
+        return {variant.name: self.hash_of(variant.config) for variant in self.variants}
+
+    def hash_of(self, config: RunConfig) -> str:
+        """Return the hash that names a recipe at this number of ranks."""
+        return config_hash(config, world_size=self.gang.world_size)
+
+    def config_for(self, key: RunKey) -> RunConfig:
+        """Return the configuration of one run."""
+        if not key.variant:
+            return replace(self.config, seed=key.seed)
+        (config,) = (variant.config for variant in self.ablation if variant.name == key.variant)
+        return replace(config, seed=key.seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values from which `from_json` makes the same spec."""
+        plain = dataclasses.asdict(self)
+        plain["seeds"] = list(self.seeds)
+        plain["ablation"] = list(plain["ablation"])
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> SweepSpec:
+        """Return the spec that sweep.json holds; raises ValueError when it does not fit this version."""
+        check_keys("sweep.json spec", plain, [item.name for item in dataclasses.fields(cls)])
+        ablation = plain.get("ablation", ())  # not in what earlier versions wrote
+        return cls(
+            name=check_name(plain["name"]),
+            preset=str(plain["preset"]),
+            config=updated(RunConfig(), plain["config"], ""),
+            seeds=check_seeds(plain["seeds"]),
+            repeats=checked(plain["repeats"], int, "repeats"),
+            ablation=tuple(
+                Variant(name=str(item["name"]), config=updated(RunConfig(), item["config"], "")) for item in ablation
+            ),
+            gang=updated(Gang(), plain["gang"], "gang"),
+            limits=updated(Limits(), plain["limits"], "limits"),
+            fetch=plain["fetch"],
+            out=str(plain["out"]),
+        )
+
+
+def check_name(value: object) -> str:
+    """Return a sweep name that is safe as a file name; raises ValueError otherwise."""
+    if not isinstance(value, str) or not NAME_PATTERN.fullmatch(value) or ".." in value:
+        raise ValueError(
+            f"name={value!r} must be 1-64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        )
+    return value
+
+
+def check_seeds(value: object) -> tuple[int, ...]:
+    """Return the seeds; raises ValueError if there are none, or one is no whole number or comes twice."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"seeds must be a list of whole numbers, not {describe(value)}")
+    if not value:
+        raise ValueError("seeds is empty; name at least one")
+    for seed in value:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            fix = f"; write {int(seed)}" if isinstance(seed, str) and seed.isdecimal() else ""
+            raise ValueError(f"seeds: {seed!r} is not a whole number{fix}")
+        if not 0 <= seed <= MAX_SEED:
+            raise ValueError(f"seeds: {seed} must be between 0 and {MAX_SEED}")
+        if value.count(seed) > 1:
+            raise ValueError(f"seeds: {seed} is given twice; use repeats to run a seed again")
+    return tuple(value)
+
+
+def seeds_line(spec: SweepSpec) -> str:
+    """Return seeds and variants as they were read, for the first line that a command prints."""
+    repeats = f", {spec.repeats} times each" if spec.repeats > 1 else ""
+    seeds = f"seeds: {', '.join(map(str, spec.seeds))}{repeats}"
+    if not spec.ablation:
+        return seeds
+    names = [variant.name for variant in spec.ablation]
+    more = f" and {len(names) - SHOWN_VARIANTS} more" if len(names) > SHOWN_VARIANTS else ""
+    return f"{seeds}; variants: {', '.join(names[:SHOWN_VARIANTS])}{more}, compared with {names[0]}"

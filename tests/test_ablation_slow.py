@@ -1,0 +1,91 @@
+"""Ablations as users run them: the whole pipeline at its smallest, on Ray and without, and drivers that are killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.bench.sweep import SMALL, make_corpus
+from tests.test_runner_ablation import begun, scores
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+DEMO: dict[str, Any] = yaml.safe_load((ROOT / "jobs" / "specs" / "ablation_demo.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a few modules' docstrings, and their tokenizer."""
+    folder = tmp_path_factory.mktemp("corpus") / "corpus"
+    make_corpus({"out": str(folder)}, SimpleNamespace(report=lambda *_: None))  # type: ignore[arg-type]
+    return folder
+
+
+def run_demo(out: Path, corpus: Path, *flags: str) -> None:
+    """Run the demo's variants over one seed of the smallest model, in a process of its own."""
+    data = {
+        "train": f"{corpus}/*_train_*.bin", "val": f"{corpus}/*_val_*.bin", "tokenizer": f"{corpus}/text.model",
+    }  # fmt: skip
+    plain = {**DEMO, "overrides": SMALL, "seeds": [42], "data": data, "out": str(out)}
+    spec = out.with_suffix(".yaml")
+    spec.write_text(yaml.safe_dump(plain, sort_keys=False))
+    command = [sys.executable, "-m", "jobs.cli", "run", str(spec), "--progress", "plain", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def computed(out: Path) -> Counter[str]:
+    """Return how many runs computed each stage themselves, from the records."""
+    records = [json.loads(path.read_text()) for path in out.glob("seeds/*/stages/*.json")]
+    return Counter(record["stage"] for record in records if not record.get("reused_from"))
+
+
+def donations(out: Path) -> Counter[str]:
+    """Return how many attempts were given each stage by another run, from the events."""
+    lines = (out / "events.jsonl").read_text().splitlines()
+    return Counter(stage for line in lines for stage in json.loads(line).get("donors", ()))
+
+
+@pytest.mark.parametrize("flags", [("--local",), ()], ids=["local", "ray"])
+def test_the_demo_trains_three_times_for_seven_runs(tmp_path: Path, corpus: Path, flags: tuple[str, ...]) -> None:
+    out = tmp_path / "demo"
+    run_demo(out, corpus, *flags)
+    assert computed(out) == {"train": 3, "quantize": 5, "evaluate": 5, "ttt": 7}
+    assert donations(out) == {"train": 4, "quantize": 2, "evaluate": 2}
+    assert set(scores(out)) == {(name, 42) for name in DEMO["variants"]}
+
+
+def test_a_driver_that_is_killed_again_and_again_ends_with_each_stage_computed_once(tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    variants = {"base": {}, "wide": {"train": {"matrix_lr": 0.5}}, "fast": {"ttt": {"lr": 0.5}}}
+    given = json.dumps({"out": str(out), "seeds": [1, 2], "variants": variants, "is_local": True})
+    command = [sys.executable, "-m", "tests.drive_sweep", given]
+    for num_events in (5, 11, 17, 23, 29):
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            wait_for_events(out, num_events, driver)
+        finally:
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    assert set(scores(out)) == {(name, seed) for name in variants for seed in (1, 2)}
+    assert computed(out) == {"train": 4, "quantize": 4, "evaluate": 4, "ttt": 6}
+    assert begun(out)["ttt"] >= 6
+
+
+def wait_for_events(out: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until a sweep has so many events, or is over."""
+    deadline, path = time.monotonic() + 120, out / "events.jsonl"
+    while driver.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
