@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN := .venv/bin
 STAMP := .venv/installed
 PYTEST_FLAGS ?=
+# One process more than the two cores of a small machine: some tests wait. A file's tests stay together, they share runs.
+WORKERS ?= 3
 
 # A .venv whose interpreter no longer starts (moved, or its Python removed) counts as not made.
 ifneq ($(wildcard $(STAMP)),)
@@ -46,7 +48,7 @@ demo: $(STAMP)
 
 test: lint
 	@echo "==> pytest (default suite)"
-	@$(BIN)/python -m pytest -q -rs $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 test-slow: $(STAMP)
 	@echo "==> pytest (slow)"

@@ -29,7 +29,7 @@ def ignore(phase: str, step: int, total: int | None, metrics: dict[str, float | 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -171,7 +171,7 @@ def test_a_bad_line_is_named(tmp_path: Path, rows: list[Any], message: str) -> N
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b"\xff\xfe\x00", "line 1 is not JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], r"damaged after line \d"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"damaged after line \d"),
         ("a.jsonl.gz", b"no gzip", "damaged after line 0"),
         ("a.parquet", b"no parquet at all", "not readable Parquet"),
         ("a.txt", b"caf\xe9", "not UTF-8 text .* at byte 3"),

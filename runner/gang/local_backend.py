@@ -65,12 +65,13 @@ class LocalRun:
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
         try:
-            self.outcome = self.rank.run()
+            outcome = self.rank.run()
         finally:
             for logger in ours:
                 logger.removeHandler(handler)
             with contextlib.suppress(OSError):  # what a full disk did not take of the log
                 handler.close()
+        self.outcome = outcome  # not before the log is closed: the driver goes on at once, and would write to it
 
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""
