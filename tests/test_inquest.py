@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from runner.gang.inquest import End, learn_ends, start_watch, write_stacks
+from runner.gang.inquest import End, call_off, learn_ends, start_watch, write_stacks
 from tests.ray_tools import wait_until
 from tests.test_runner_worker import make_rank
 
@@ -41,8 +41,16 @@ def watched(process: subprocess.Popen[bytes], note: Path) -> subprocess.Popen[by
     watch = subprocess.Popen(
         [sys.executable, "-I", "-S", str(WATCH), str(process.pid), str(note)], stdin=subprocess.PIPE
     )
-    wait_until(lambda: any("pidfd" in os.readlink(fd) for fd in Path(f"/proc/{watch.pid}/fd").iterdir()), 20, "no look")
+    wait_until(lambda: looks(watch.pid), 20, "no look")
     return watch
+
+
+def looks(pid: int) -> bool:
+    """Return whether a process holds a descriptor of another one."""
+    try:
+        return any("pidfd" in os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:  # it closed a file in between
+        return False
 
 
 LIVES = """
@@ -84,6 +92,18 @@ def test_a_watch_that_is_called_off_notes_nothing(tmp_path: Path) -> None:
         watch.communicate(b"over", timeout=20)
         process.kill()
         process.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calling_off_waits_for_no_slow_watch_and_is_heard_though_the_process_ended(tmp_path: Path) -> None:
+    with child("import time; time.sleep(600)") as process:
+        watch = watched(process, tmp_path / "end.json")
+        watch.send_signal(signal.SIGSTOP)  # as on a machine that gives it no time
+        call_off(watch)
+        process.kill()
+        process.wait()
+        watch.send_signal(signal.SIGCONT)
+        assert watch.wait(timeout=20) == 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from runner.gang.inquest import listen_for_stacks, start_watch
+from runner.gang.inquest import call_off, listen_for_stacks, start_watch
 from runner.gang.rank import Rank, redirect_output
 from runner.life.job import Job, Outcome
 
@@ -29,7 +29,7 @@ class RankActor(Rank):
     def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
         """Do the work of this rank and return how it ended; how its process ends from then on is of no interest."""
         outcome = super().run(port=port, visible_gpus=visible_gpus)
-        self.watch.communicate(b"over")
+        call_off(self.watch)
         return outcome
 
     def hello(self) -> dict[str, Any]:

@@ -63,10 +63,10 @@ def main(pid: int, path: Path) -> None:
     poll.register(0, select.POLLIN)
     while True:
         ready = dict(poll.poll())
+        if 0 in ready and os.read(0, 1):
+            return  # asked first: a process may end before this one has read the line
         if pidfd in ready:
             break
-        if os.read(0, 1):
-            return
         poll.unregister(0)  # its pipe ended with it
     status = zombie_status(pid)
     if status is None:
