@@ -277,13 +277,9 @@ def test_a_sweep_whose_folder_is_not_shared_ends_as_bad_input(tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_stop_takes_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
-    code = (
-        "import sys, json\nfrom tests import drive_sweep\n"
-        "from runner import work\nwork.Options = __import__('functools').partial(work.Options, is_local=True)\n"
-        "sys.exit(drive_sweep.main())\n"
-    )
     write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 2})
-    driver = subprocess.Popen([sys.executable, "-c", code, json.dumps({"out": str(tmp_path)})], cwd=ROOT)
+    given = json.dumps({"out": str(tmp_path), "is_local": True})
+    driver = subprocess.Popen([sys.executable, "-m", "tests.drive_sweep", given], cwd=ROOT)
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "state.json").exists() or state_of(tmp_path).get(42) != "TRAIN":
