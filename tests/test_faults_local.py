@@ -44,7 +44,7 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from jobs import cli
-from jobs.commands import run
+from jobs.sweeps import run
 from runner import sweep
 from tests.sweep_tools import make_spec
 given = json.loads(sys.argv[1])
