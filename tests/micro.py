@@ -11,26 +11,14 @@ from typing import Any
 import pytest
 
 from runner.gang.rank import Rank
+from tests.smallest import smallest
 from tests.stub_work import misbehave
 
 FAULTY_PIPELINE = "tests.micro:faulty_pipeline"
 TOKENIZER = Path(__file__).parent / "data" / "fineweb_8192_bpe.model"
 NUM_VALIDATION = 5
 
-OVERRIDES: dict[str, Any] = {
-    "model": {
-        "vocab_size": 8192, "num_layers": 3, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0,
-        "rope_dims": 8, "xsa_last_n": 3, "loop_start": 1, "loop_end": 1, "num_loops": 1, "parallel_start_layer": 2,
-    },
-    "train": {
-        "max_steps": 8, "batch_tokens": 512, "micro_batch_tokens": 256, "seq_len": 128, "span_group": 2,
-        "muon_momentum_warmup_steps": 4,
-    },
-    "quant": {"num_calibration_batches": 2, "calibration_windows": 2, "calibration_seq_len": 128},
-    "evaluation": {"row_tokens": 512, "seq_len": 128},
-    "ttt": {"lora_rank": 2, "window_tokens": 128, "batch_documents": 4},
-    "runtime": {"device": "cpu", "checkpoint_every_s": 0.001, "report_every_s": 0.0},
-}  # fmt: skip
+OVERRIDES = smallest(vocab_size=8192, checkpoint_every_s=0.001, report_every_s=0.0)
 
 
 @pytest.fixture(scope="session")

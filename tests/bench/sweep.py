@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.bench.figures import Probe
 from jobs.bench.process import Bench
 from tests.bench.results import time_command
+from tests.smallest import smallest
 
 if TYPE_CHECKING:
     from runner.spec.sweep import SweepSpec
@@ -20,21 +21,7 @@ NUM_SLOTS = 64
 COMMIT_S = 0.01  # of one finished seed, about
 CORPUS_MODULES = ("argparse", "inspect", "json", "statistics", "typing", "pathlib", "logging", "functools")
 VOCAB_SIZE = 512
-# the real pipeline at its smallest: three layers, eight steps, five documents
-SMALL: dict[str, Any] = {
-    "model": {
-        "vocab_size": VOCAB_SIZE, "num_layers": 3, "model_dim": 32, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0,
-        "rope_dims": 8, "xsa_last_n": 3, "loop_start": 1, "loop_end": 1, "num_loops": 1, "parallel_start_layer": 2,
-    },
-    "train": {
-        "max_steps": 8, "batch_tokens": 512, "micro_batch_tokens": 256, "seq_len": 128, "span_group": 2,
-        "muon_momentum_warmup_steps": 4,
-    },
-    "quant": {"num_calibration_batches": 2, "calibration_windows": 2, "calibration_seq_len": 128},
-    "evaluation": {"row_tokens": 512, "seq_len": 128},
-    "ttt": {"lora_rank": 2, "window_tokens": 128, "batch_documents": 4},
-    "runtime": {"device": "cpu"},
-}  # fmt: skip
+SMALL = smallest(vocab_size=VOCAB_SIZE)
 
 
 def bench_ablation(bench: Bench, *, num_seeds: int, num_variants: int) -> None:
