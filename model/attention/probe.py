@@ -63,6 +63,7 @@ def probe_backends(
                 rejected[name] = f"relative error {errors[name]:.3g} above {MAX_ERROR}"
                 continue
             timings_ms[name] = _time_ms(partial(_forward_backward, inputs, grad, packing, name), q.device)
+        # whatever a package or a compiler raises at these shapes takes its kernel out of the choice, with the reason
         except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
             rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     if not timings_ms:
