@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from results.findings.importer import Submission, findings_of
+from results.published.log import Log, parse_runs
 from results.published.records import one_run_a_seed, recompute
 
 BYTES_PER_TOKEN = 3.7266252  # times VAL_TOKENS: the challenge's 151.08 MB of validation text
@@ -110,6 +111,11 @@ def write_folder(
     if readme is not None:
         (folder / "README.md").write_text(readme)
     return folder
+
+
+def parse_log(text: str, file_name: str) -> Log:
+    """Return what a log shows; of several runs in it the last one."""
+    return parse_runs(text, file_name)[-1]
 
 
 def readme_table(rows: list[dict[str, object]]) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from results.published.log import parse_log, parse_runs, seed_in_name, stage_of
-from tests.made_folders import made_log, nats, score_line
+from results.published.log import parse_runs, seed_in_name, stage_of
+from tests.made_folders import made_log, nats, parse_log, score_line
 
 
 def scores(text: str) -> dict[str, float]:

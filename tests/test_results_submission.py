@@ -13,8 +13,9 @@ import results
 from jobs.cli import main
 from results.findings.importer import findings_of, read_submission
 from results.findings.review import find_disagreements
-from results.published.log import parse_log, seed_in_name, stage_of
+from results.published.log import seed_in_name, stage_of
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
+from tests.made_folders import parse_log
 from tests.submissions import SEEDS, log_lines, write_log, write_submission
 
 STAGES = ("post_ema", "post_quant", "post_ttt")

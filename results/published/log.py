@@ -116,13 +116,8 @@ def stage_of(label: str) -> str | None:
     return None if meaning.is_variant else meaning.stage
 
 
-def parse_log(text: str, file_name: str) -> Log:
-    """Return everything that the known line forms show in a log; of several runs in it the last one."""
-    return parse_runs(text, file_name)[-1]
-
-
 def parse_runs(text: str, file_name: str) -> list[Log]:
-    """Return the runs that a log file holds one after the other, each as a log; mostly one."""
+    """Return the runs that a log file holds one after the other, mostly one: all that the known line forms show."""
     parts = split_runs(json_lines(text) or [flatten_json(line) for line in clean_lines(text)])
     names = [
         file_name if len(parts) == 1 else f"{file_name} (run {place + 1} of {len(parts)})"
