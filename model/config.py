@@ -15,32 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.fields import fit_fields
+from model.fields import fit_fields, plain_settings, require, require_choice
 
 SIZE_LIMIT_BYTES = 16_000_000  # of the track: model and code, decimal
 TIME_LIMIT_S = 600.0  # of the track: training, and again evaluation
 FloatType = Literal["bfloat16", "float32"]
 ADAPTER_KINDS = ("q", "k", "v", "o", "mlp", "head")
-ATTENTION_BACKENDS = (
-    "auto",
-    "sdpa",
-    "varlen",
-    "fa2",
-    "fa3",
-    "fa4",
-    "triton",
-)  # see model/attention/backends.py
-
-
-def require(is_valid: bool, message: str) -> None:
-    """Raise ValueError with message unless is_valid."""
-    if not is_valid:
-        raise ValueError(message)
-
-
-def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise ValueError naming the field unless value is one of choices."""
-    require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+ATTENTION_BACKENDS = ("auto", "sdpa", "varlen", "fa2", "fa3", "fa4", "triton")  # see model/attention/backends.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,7 +294,7 @@ class RunConfig:
 
 
 def config_from_plain(content: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration that dataclasses.asdict or JSON made plain; what is left out has its default.
+    """Return the configuration that plain_settings or JSON made plain; what is left out has its default.
 
     Raises ValueError naming a section or setting that does not exist, or a value that cannot be.
     """
@@ -357,7 +338,7 @@ def recipe_hash(config: RunConfig, *, world_size: int) -> str:
 
 
 def _hash_sections(config: RunConfig, sections: tuple[str, ...], world_size: int) -> str:
-    plain: dict[str, Any] = {name: dataclasses.asdict(getattr(config, name)) for name in sections}
+    plain: dict[str, Any] = {name: plain_settings(getattr(config, name)) for name in sections}
     plain["world_size"] = world_size
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 

@@ -16,6 +16,39 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
+T = TypeVar("T")
+
+
+def require(is_valid: bool, message: str) -> None:
+    """Raise ValueError with message unless is_valid."""
+    if not is_valid:
+        raise ValueError(message)
+
+
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError naming the field unless value is one of choices."""
+    require(value in choices, f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+
+
+def added(default: T) -> T:
+    """Return a field whose default is what the code did before the field was there.
+
+    At its default it enters neither hashes nor records, so that configurations from before keep their names.
+    """
+    return dataclasses.field(default=default, metadata={"is_added": True})
+
+
+def plain_settings(config: Any) -> dict[str, Any]:
+    """Return a settings dataclass as plain values, sections nested; added fields only where they are not at default."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found[field.name] = plain_settings(value)
+        elif not field.metadata.get("is_added") or value != field.default:
+            found[field.name] = value
+    return found
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return 'did you mean ...?' for the closest of choices, or the list of them."""
@@ -104,9 +137,6 @@ def type_name(kind: Any) -> str:
     """Return the word for a Python type that a YAML author would use."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
     return words.get(kind, "a mapping" if kind is dict else str(getattr(kind, "__name__", kind)))
-
-
-T = TypeVar("T")
 
 
 def check_keys(path: str, given: object, known: typing.Iterable[str]) -> Mapping[str, Any]:

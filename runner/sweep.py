@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from model.fields import plain_settings
 from model.pipeline.differences import code_words, data_words, settings_words
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
@@ -176,7 +176,7 @@ def variant_differences(variant: str, earlier: dict[str, Any], spec: SweepSpec) 
     (now,) = (item.config for item in spec.variants if item.name == variant)
     return settings_words(
         {**configs[variant], "world_size": earlier.get("world_size")},
-        {**dataclasses.asdict(now), "world_size": spec.gang.world_size},
+        {**plain_settings(now), "world_size": spec.gang.world_size},
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from model.fields import plain_settings
 from model.pipeline.identity import planning_identity
 from model.report import STAGES
 from runner.folder.commit import commit_run, read_json
@@ -77,7 +77,7 @@ class SweepWork:
             "variant": run.key.variant_name,
             "seed": run.key.seed,
             "repeat": run.key.repeat,
-            "config": dataclasses.asdict(config),
+            "config": plain_settings(config),
             "started_at": time.time() - time.monotonic() + run.placed_at,
         }
 

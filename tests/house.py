@@ -40,7 +40,7 @@ def tower(*floors: Mapping[str, tuple[str, str]]) -> dict[str, Room]:
     return rooms
 
 
-STAGE = "banks config data distributed files gpt kernels lora report"
+STAGE = "banks config data distributed fields files gpt kernels lora report"
 
 HOUSE: dict[str, dict[str, Room]] = {
     "results": tower(
@@ -97,11 +97,11 @@ HOUSE: dict[str, dict[str, Room]] = {
         {
             "presets": ("published, bench_500, tiny", "config"),
             "banks": ("weights in banks and the plan of visits", "config"),
-            "bundle": ("one program out of the sources", "config"),
+            "bundle": ("one program out of the sources", "config fields"),
             "data": ("tokens read", "config files report"),
         },
         {
-            "corpus": ("tokens made", "config files data report"),
+            "corpus": ("tokens made", "config fields files data report"),
             "kernels": ("fused operations, each with a plain twin", "layers"),
         },
         {

@@ -8,6 +8,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,20 @@ def test_a_twin_of_other_modules_or_other_tools_is_told_apart() -> None:
     assert is_twin(program.readable.replace("python-minifier ", "python-minifier 0."), program.packed) is None
     with pytest.raises(ValueError, match="no settings or no modules"):
         is_twin(f"Twin made with {tool_versions()}\n".join(['"""\n', '"""\n']), program.packed)
+
+
+def test_a_damaged_byte_anywhere_is_an_answer_or_one_line() -> None:
+    """The module that no longer parses is named; nothing but ValueError may come out of a stranger's file."""
+    program = code_program(tiny())
+    tail = program.readable.index('"""\n\nSETTINGS')
+    refused = []
+    for at in np.linspace(tail, len(program.readable) - 1, num=12, dtype=int):
+        damaged = program.readable[:at] + "!" + program.readable[at + 1 :]
+        try:
+            is_twin(damaged, program.packed)  # true where the byte stood in a comment
+        except ValueError as error:
+            refused.append(str(error))
+    assert any("model." in text and "is no Python at line" in text for text in refused), refused
 
 
 def test_every_module_is_there_verbatim_and_after_what_it_imports() -> None:

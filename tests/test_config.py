@@ -20,6 +20,7 @@ from model.config import (
     config_from_plain,
     config_hash,
 )
+from model.fields import added, plain_settings
 from model.presets import PRESETS, published, tiny
 
 SECTIONS = {
@@ -272,3 +273,17 @@ def test_a_tilde_is_a_home_in_every_data_path(monkeypatch: pytest.MonkeyPatch) -
     assert (data.train, data.val, data.tokenizer) == (
         "/homes/me/a/*_train_*.bin", "/homes/me/a/*_val_*.bin", "/homes/me/a/t.model",
     )  # fmt: skip
+
+
+def test_a_setting_added_at_its_default_leaves_names_and_records_as_they_were() -> None:
+    """Configurations from before a setting was there keep their hashes; any other value is another one."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Section:
+        first: int = 1
+        later: int = added(0)
+
+    assert plain_settings(Section()) == {"first": 1}
+    assert plain_settings(Section(later=2)) == {"first": 1, "later": 2}
+    # taken before any setting was added
+    assert config_hash(published(), world_size=8).startswith("81b766c88b12a5c5")

@@ -9,7 +9,6 @@ text; nothing of them is imported here.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import graphlib
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.config import RunConfig
+from model.fields import plain_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, ENTRY, LOADER = "model", "model.standalone", "model.bundle.loader"
@@ -115,7 +115,7 @@ def is_twin(readable: str, packed: bytes) -> bool | None:
     if match is None or match[1] != tool_versions():
         return None
     settings, modules, last_line = None, {}, 0
-    for node in ast.parse(readable).body:
+    for node in _parse(readable, READABLE_NAME).body:
         value = node.value.value if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) else None
         if not isinstance(node, ast.Assign) or not isinstance(value, str):
             continue
@@ -132,9 +132,17 @@ def is_twin(readable: str, packed: bytes) -> bool | None:
     return pack_twin(modules, loader, settings) == packed
 
 
+def _parse(source: str, name: str) -> ast.Module:
+    """Return the tree of a source. Raises ValueError naming the module and line for what is no Python."""
+    try:
+        return ast.parse(source)
+    except SyntaxError as error:
+        raise ValueError(f"{name} is no Python at line {error.lineno}: {error.msg}") from error
+
+
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """Return the settings that a program carries: all of config but its seed and the places of its data."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "seed"}
+    settings = {name: value for name, value in plain_settings(config).items() if name != "seed"}
     settings["data"] = {name: settings["data"][name] for name in ("val_documents", "val_tokens")}
     return settings
 
@@ -152,7 +160,7 @@ def read_modules(root: Path) -> dict[str, str]:
         if name in sources:
             continue
         sources[name] = _read_module(root, name)
-        graph[name] = sorted(set(_imported_modules(root, sources[name])))
+        graph[name] = sorted(set(_imported_modules(root, name, sources[name])))
         waiting += graph[name]
     try:
         order = list(graphlib.TopologicalSorter(graph).static_order())
@@ -175,16 +183,16 @@ def _read_module(root: Path, name: str) -> str:
     return text
 
 
-def _imported_modules(root: Path, source: str) -> Iterator[str]:
+def _imported_modules(root: Path, name: str, source: str) -> Iterator[str]:
     """Yield the modules of the package that a source imports when it runs, inside functions too."""
-    for node in _running_imports(ast.parse(source)):
-        for name in [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]:
-            if name.split(".")[0] != PACKAGE:
+    for node in _running_imports(_parse(source, name)):
+        for found in [node.module or ""] if isinstance(node, ast.ImportFrom) else [item.name for item in node.names]:
+            if found.split(".")[0] != PACKAGE:
                 continue
-            if isinstance(node, ast.ImportFrom) and (root / name.replace(".", "/")).is_dir():
-                yield from (f"{name}.{alias.name}" for alias in node.names)
+            if isinstance(node, ast.ImportFrom) and (root / found.replace(".", "/")).is_dir():
+                yield from (f"{found}.{item.name}" for item in node.names)
             else:
-                yield name
+                yield found
 
 
 def _running_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -224,6 +232,7 @@ def minify(source: str, *, name: str) -> str:
     import python_minifier
 
     has_kernels = "triton" in source
+    _parse(source, name)  # for its words; what the minifier raises names no module
     return python_minifier.minify(
         source,
         filename=name,

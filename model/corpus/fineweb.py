@@ -20,10 +20,10 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from model.config import require
 from model.corpus.writer import Corpus, SplitCounts, hold_folder
 from model.data.manifest import Manifest, describe_file, read_manifest, scan_shard, write_manifest
 from model.data.tokenizer import load_tokenizer
+from model.fields import require
 from model.files.atomic import READ_BYTES, file_sha256
 from model.report import Report
 

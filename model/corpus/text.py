@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model.config import require
 from model.corpus.vocabulary import train_vocabulary
 from model.corpus.writer import SHARD_TOKENS, Corpus, CorpusWriter, claim_folder, save_tokenizer
 from model.data.cpus import usable_cpus
 from model.data.tokenizer import load_tokenizer
+from model.fields import require
 from model.report import Report
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")

@@ -7,13 +7,13 @@ Importing this module needs no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from model.bundle.program import settings_of
 from model.config import RunConfig, canonical_json
+from model.fields import plain_settings
 
 IDENTITY_FORMAT = 1
 
@@ -108,7 +108,7 @@ def read_settings(stage: str, config: RunConfig) -> dict[str, Any]:
     Where the artifact is made to fit the size limit, the weights depend on the size of the program, and so on every
     setting that the program carries.
     """
-    found = {name: dataclasses.asdict(getattr(config, name)) for name in STAGE_SECTIONS[stage]}
+    found = {name: plain_settings(getattr(config, name)) for name in STAGE_SECTIONS[stage]}
     is_fitted = stage == "quantize" and config.quant.on_oversize == "fit"
     return {**found, "program": settings_of(config)} if is_fitted else found
 

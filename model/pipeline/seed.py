@@ -6,7 +6,6 @@ training from the newest checkpoint. Works without Ray; with several ranks, rank
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from model.config import RunConfig, config_hash
 from model.data.manifest import hash_data
 from model.data.text_check import check_text
 from model.distributed import Dist
+from model.fields import plain_settings
 from model.files.checkpoint import CheckpointStore, write_json
 from model.files.ledger import Ledger, join_ledgers
 from model.pipeline import inputs, stage_evaluate, stage_quantize, stage_train, stage_ttt
@@ -136,7 +136,7 @@ def _claim_directory(run: Run, *, allow_code_change: bool) -> None:
         run.is_mixed = before.get("code_changed", False) or run.is_changed
         content = {
             **before,
-            "config": dataclasses.asdict(run.config),  # settings that are not hashed, and places of data, may move
+            "config": plain_settings(run.config),  # settings that are not hashed, and places of data, may move
             "code_changed": run.is_mixed,
             "world_size": run.dist.world_size,
             "data": {"train": data.train, "val": data.val, "tokenizer": data.tokenizer},
@@ -198,7 +198,7 @@ def _check_same(path: Path, run: Run, *, allow_code_change: bool) -> dict[str, A
 def _name_differences(hash_name: str, before: Mapping[str, Any], run: Run) -> str:
     """Return in words why a hash differs from that in run.json, or nothing where that was not recorded."""
     if hash_name == "config_hash":
-        now = {**dataclasses.asdict(run.config), "world_size": run.dist.world_size}
+        now = {**plain_settings(run.config), "world_size": run.dist.world_size}
         return settings_words({**(before.get("config") or {}), "world_size": before.get("world_size")}, now)
     hashed, data = hash_data(run.config.data, vocab_size=run.config.model.vocab_size), run.config.data
     files = {"train": hashed.train, "val": hashed.val, "tokenizer": hashed.tokenizer}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from model.banks import BANK_OF_KIND, BANKS, EMBEDDING, parameter_shapes, tensor_shapes
 from model.config import ModelConfig, canonical_json
+from model.fields import plain_settings
 from model.quant.quantized import QuantizedState
 
 FORMAT = 1
@@ -63,7 +64,7 @@ class Header(NamedTuple):
         """Return the header as it stands in the file: canonical JSON, so equal headers are equal bytes."""
         content = {
             "format": FORMAT,
-            "model": dataclasses.asdict(self.config),
+            "model": plain_settings(self.config),
             "meta": self.meta,
             "tensors": [list(entry) for entry in self.tensors],
             "streams": [list(entry) for entry in self.streams],
@@ -117,13 +118,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def _parse_config(content: object) -> ModelConfig:
-    """Return the model configuration, every field present, of its type and bounded."""
+    """Return the model configuration, every field of the first version present, each of its type and bounded."""
     fields = {field.name: type(field.default) for field in dataclasses.fields(ModelConfig)}
-    if not isinstance(content, dict) or set(content) != set(fields):
+    added = {field.name for field in dataclasses.fields(ModelConfig) if field.metadata.get("is_added")}
+    if not isinstance(content, dict) or not set(fields) - added <= set(content) <= set(fields):
         raise ValueError(f"model must have exactly the fields {', '.join(fields)}")
     values: dict[str, Any] = {}
-    for name, kind in fields.items():
-        value = content[name]
+    for name, value in content.items():
+        kind = fields[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         allowed = is_number if kind is float else type(value) is kind
         if not allowed or (is_number and not abs(value) < MAX_FIELD):
