@@ -29,7 +29,8 @@ def seed_rows(table: SeedTable) -> str:
         name = str(row["seed"]) + (f" / {row['repeat']}" if row["repeat"] else "")
         cells = "".join(_cell(row[key], places, f'data-seed="{name}" data-column="{key}"') for _, key, places in shown)
         marks = escape(", ".join(row["marks"]))
-        rows.append(f'<tr><td>{name}</td>{cells}<td class="mark">{marks}</td></tr>')
+        kind = "note" if row["reused_stages"] and len(row["marks"]) == 1 else "mark"  # a shared stage is no warning
+        rows.append(f'<tr><td>{name}</td>{cells}<td class="{kind}">{marks}</td></tr>')
     for label, index in (("mean", 1), ("std (ddof=1)", 2), ("n", 0)):
         cells = "".join(
             _summary_cell(table.summary[key], index, places, f'data-summary="{label}" data-column="{key}"')
