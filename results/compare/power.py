@@ -106,7 +106,7 @@ def minimum_detectable_gain(
 @cache
 def _variance_ratios(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return sample over true variance at quadrature nodes of its distribution (chi-square, n - 1), and weights."""
-    from scipy import stats
+    from scipy import special
 
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    return stats.chi2.ppf((nodes + 1) / 2, n - 1) / (n - 1), weights / 2
+    return special.gammaincinv((n - 1) / 2, (nodes + 1) / 2) * 2 / (n - 1), weights / 2

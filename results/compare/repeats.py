@@ -21,9 +21,9 @@ class Noise(NamedTuple):
         """Return whether two runs of one seed differ by so much, or more, in at least 5 % of cases by noise alone."""
         if self.dof == 0:
             return False
-        from scipy import stats
+        from scipy import special
 
-        limit = float(stats.t.ppf((1 + CONFIDENCE) / 2, self.dof)) * self.std * math.sqrt(2)
+        limit = float(special.stdtrit(self.dof, (1 + CONFIDENCE) / 2)) * self.std * math.sqrt(2)
         return abs(difference) <= limit
 
 
