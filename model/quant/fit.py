@@ -24,8 +24,9 @@ from model.quant.state import StateQuantizer, configured_clips
 MAX_GROWTH = 4.0  # no group's clip_sigmas goes beyond this many times the configured
 CLIPPED_SHARE = 1e-5  # of a group's weights, at most, that the finest step may cut off
 LEAST_SHARE = 1 / 16  # of the mean loss a byte that a group counts with; less is within the noise
-ACCEPTED_GAP_BYTES = 10_000  # below the limit; a pass that ends in it is the last
-AIMED_GAP_BYTES = 2_000
+LARGEST_GAP_BYTES, SMALLEST_GAP_BYTES = 10_000, 250  # a pass that ends so close below the limit is the last
+GAP_SHARE = 0.01  # of the codes' bytes, between those two: what counts as close for a small artifact
+AIMED_SHARE = 0.2  # of the gap
 MAX_PASSES = 8  # three as a rule
 BINS_PER_SIGMA, MAX_SIGMAS = 512, 64  # of a histogram
 DECIMALS = 4  # of a chosen clip_sigmas: written into a configuration, it gives the same codes
@@ -113,8 +114,9 @@ def fit_to_limit(
 ) -> Fitted:
     """Quantize so that the artifact takes at most quant.size_limit_bytes, and no more than 10,000 fewer.
 
-    measure_bytes returns the artifact's bytes, code included; measure_rises the loss of each group's rounding. More
-    bytes are left only where every group is at its finest step, one that cuts off a weight in 100,000.
+    A small artifact is filled to within 1 % of its codes, if that is less. measure_bytes returns the artifact's bytes,
+    code included; measure_rises the loss of each group's rounding. More bytes are left only where every group is at
+    its finest step, one that cuts off a weight in 100,000.
     Raises ValueError if the limit is not met with every group at MAX_GROWTH times its configured clip_sigmas.
     """
     limit, clips = quantizer.config.size_limit_bytes, configured_clips(quantizer.config)
@@ -122,7 +124,8 @@ def fit_to_limit(
     total = measure_bytes(state, clips)
     rises = dict(measure_rises(state))
     choices = WaterFill(group_curves(quantizer, clips), rises, clips)
-    best, gap, num_passes = None, AIMED_GAP_BYTES, 1
+    accepted = min(max(GAP_SHARE * choices.code_bytes(clips), SMALLEST_GAP_BYTES), LARGEST_GAP_BYTES)
+    best, gap, num_passes = None, AIMED_SHARE * accepted, 1
     while num_passes < MAX_PASSES:
         overhead = total - choices.code_bytes(clips)  # all but the codes, and what GPTQ's take beyond the foretold
         clips, num_passes = choices.fill(limit - gap - overhead), num_passes + 1
@@ -132,7 +135,7 @@ def fit_to_limit(
         if is_within and (best is None or total > best.artifact_bytes):
             best = Fitted(state, clips, rises, total, num_passes)
         is_at_bound = clips == (choices.finest if is_within else choices.coarsest)
-        if is_at_bound or limit - ACCEPTED_GAP_BYTES <= total <= limit:
+        if is_at_bound or limit - accepted <= total <= limit:
             break
         gap = gap if is_within else 2 * gap
     if best is None:

@@ -53,7 +53,7 @@ class LossProbe:
         matrices = split_banks({name: parameter.data for name, parameter in self._model.named_parameters()})
         kept = {name: matrices[name].clone() for name in changes or {}}
         for name, change in (changes or {}).items():
-            matrices[name].copy_(kept[name].float() + factor * change)
+            matrices[name].copy_(kept[name] + factor * change)
         try:
             return self._nll(windows)
         finally:
