@@ -91,7 +91,7 @@ class Case:
 
 
 class ArtifactCase(Case):
-    """Artifacts of both codecs, with a correction and without; what loads has the shapes of the configuration that it announces."""
+    """Artifacts of both codecs, corrected and not; what loads has the shapes of the configuration that it announces."""
 
     def prepare(self) -> None:
         generator = torch.Generator().manual_seed(0)
