@@ -15,11 +15,11 @@ from torch import Tensor
 from model.config import QuantConfig
 from model.gpt import GPT
 from model.presets import tiny
-from model.quant.artifact import pack_artifact
+from model.quant.artifact import pack_artifact, read_artifact_info
 from model.quant.calibrate import collect_hessians
 from model.quant.fit import MAX_GROWTH, Clips, Fitted, GroupCurve, fit_to_limit, group_curves
 from model.quant.quantized import QuantizedState
-from model.quant.rounded import clip_metrics
+from model.quant.rounded import clip_metrics, save_rounded
 from model.quant.sensitivity import LossProbe
 from model.quant.state import StateQuantizer, configured_clips, group_of, looped_layers, quantize_state
 from tests.micro_model import LoneRank, ignore, micro_loader, micro_model, micro_run, random_model
@@ -262,3 +262,23 @@ def test_one_number_stands_for_all_matrices_where_it_does() -> None:
     metrics = clip_metrics(configured_clips(QuantConfig(mlp_clip_sigmas=12.0)))
     assert metrics["matrix_clip_sigmas"] is None
     assert metrics["clip_sigmas"]["looped_mlp"] == 12.0
+
+
+def test_what_the_meta_says_changes_no_choice(tmp_path: Path) -> None:
+    model, config = random_model().requires_grad_(False), micro_run()
+    loader = micro_loader(tmp_path)
+    hessians = collect_hessians(model, loader, config.quant, LoneRank.single(), ignore, seed=3)
+    config = replace(config, quant=replace(config.quant, on_oversize="fit", size_limit_bytes=60_000))
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    chosen = []
+    for meta in ({"seed": 3}, {"seed": 3, "data_hash": "ab" * 32, "code_hash": "cd" * 32}):
+        metrics = save_rounded(
+            tmp_path / "model.ssq", weights, hessians, config,
+            probe=LossProbe(model, loader, config.quant, seed=3), meta=meta, code_bytes=38_000,
+        )  # fmt: skip
+        assert metrics["artifact_bytes"] <= 60_000
+        header = read_artifact_info(tmp_path / "model.ssq").header
+        assert header.meta == {**meta, "clip_sigmas": metrics["clip_sigmas"]}
+        chosen.append(metrics["clip_sigmas"])
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != configured_clips(config.quant)

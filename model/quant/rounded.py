@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from model.banks import EMBEDDING
-from model.config import RunConfig
+from model.config import RunConfig, canonical_json
 from model.quant.artifact import load_artifact, save_artifact
 from model.quant.fit import fit_to_limit
 from model.quant.quantized import QuantizedState, dequantize
 from model.quant.sensitivity import LossProbe
 from model.quant.state import StateQuantizer, configured_clips, looped_layers
+
+# What fit leaves for the artifact's meta, whatever it says: a program that trains on its own knows fewer hashes than a
+# sweep does, and would otherwise choose other weights.
+META_ROOM_BYTES = 640
 
 
 def save_rounded(
@@ -39,10 +43,11 @@ def save_rounded(
     """
 
     def write(state: QuantizedState, chosen: Mapping[str, float] | None = None) -> int:
+        full = {**meta, **({} if chosen is None else {"clip_sigmas": dict(chosen)})}
         with span("compress"):
-            added = {} if chosen is None else {"clip_sigmas": dict(chosen)}
-            save_artifact(path, state, config.model, {**meta, **added}, codec=config.quant.codec)
-        return path.stat().st_size + code_bytes
+            save_artifact(path, state, config.model, full, codec=config.quant.codec)
+        meta_bytes = len(canonical_json(full))
+        return path.stat().st_size + code_bytes + max(META_ROOM_BYTES - meta_bytes, 0)
 
     with span("round"):  # what it writes on the way included
         quantizer = StateQuantizer(dict(weights), dict(hessians), config.quant, looped=looped_layers(config.model))
