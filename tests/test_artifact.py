@@ -13,6 +13,7 @@ import brotli
 import pytest
 import torch
 
+from model.audit.reproduction import compare_artifacts
 from model.banks import EMBEDDING, parameter_shapes, tensor_shapes
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -362,3 +363,16 @@ def test_mutated_files_are_refused_or_load(tmp_path: Path, codec: str, is_correc
     refusals = [fuzz_artifact_once(data, seed, tmp_path) for seed in range(300)]
     assert all("\n" not in message for message in refusals)
     assert sum(bool(message) for message in refusals) > 240
+
+
+def test_a_comparison_of_artifacts_sees_another_correction(tmp_path: Path) -> None:
+    for number, seed in enumerate((0, 0, 1, None)):
+        state = random_quantized(SMALL, 0)
+        (tmp_path / str(number)).mkdir()
+        written = state if seed is None else corrected(state, seed)
+        save_artifact(tmp_path / str(number) / "model.ssq", written, SMALL, META)
+    assert compare_artifacts(tmp_path / "0", tmp_path / "1") == (True, "same file")
+    for other in ("2", "3"):
+        is_equal, detail = compare_artifacts(tmp_path / "0", tmp_path / other)
+        assert not is_equal
+        assert "1 tensors have other scales, corrections or floats" in detail

@@ -121,7 +121,7 @@ def compare_artifacts(before: Path, after: Path) -> tuple[bool, str]:
     if not moved and not differing:
         is_same_file = (before / "model.ssq").read_bytes() == (after / "model.ssq").read_bytes()
         return True, "same file" if is_same_file else "same codes, scales and floats; other header"
-    return False, f"{moved} of {total} codes differ, {len(differing)} tensors have other scales or floats"
+    return False, f"{moved} of {total} codes differ, {len(differing)} tensors have other scales, corrections or floats"
 
 
 def compare_evaluations(before: Path, after: Path) -> tuple[bool, str]:
