@@ -88,6 +88,10 @@ BAD_VALUES: list[tuple[str, str, Any]] = [
     ("quant", "keep_float_numel", -1),
     ("quant", "size_limit_bytes", 0),
     ("quant", "on_oversize", "ignore"),
+    ("quant", "mlp_clip_sigmas", 0.0),
+    ("quant", "looped_attention_clip_sigmas", -1.0),
+    ("quant", "lqer_rank", -1),
+    ("quant", "lqer_group", 0),
     ("quant", "codec", "zip"),
     ("evaluation", "seq_len", 0),
     ("evaluation", "row_tokens", 3000),
@@ -182,9 +186,7 @@ def test_the_hash_is_the_sha256_of_canonical_json() -> None:
     import json
 
     base = tiny()
-    scored = {
-        name: dataclasses.asdict(getattr(base, name)) for name in ("model", "train", "quant", "ttt", "evaluation")
-    }
+    scored = {name: plain_settings(getattr(base, name)) for name in ("model", "train", "quant", "ttt", "evaluation")}
     text = json.dumps({**scored, "world_size": 4}, sort_keys=True, separators=(",", ":"))
     assert config_hash(base, world_size=4) == hashlib.sha256(text.encode()).hexdigest()
 
