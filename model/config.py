@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from model.fields import fit_fields, plain_settings, require, require_choice
+from model.fields import added, fit_fields, plain_settings, require, require_choice
 
 SIZE_LIMIT_BYTES = 16_000_000  # of the track: model and code, decimal
 TIME_LIMIT_S = 600.0  # of the track: training, and again evaluation
@@ -127,6 +127,10 @@ class TrainConfig:
     grad_clip_norm: float = 0.3
     clip: Literal["per_micro_batch", "per_rank", "global"] = "per_micro_batch"
     ema_decay: float = 0.997
+    # Off in the published recipe; horizons as parts of the schedule mean the same in a run of any length:
+    orthogonalization: Literal["newton_schulz", "polar_express"] = added("newton_schulz")
+    ema_horizon_frac: float | None = added(None)  # the average's memory, 1 / (1 - decay) steps; None: ema_decay counts
+    muon_momentum_warmup_frac: float | None = added(None)  # None: muon_momentum_warmup_steps counts
 
     def __post_init__(self) -> None:
         fit_fields(self, "train")
@@ -151,6 +155,9 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         for name in ("grad_clip_norm", "adam_eps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        horizon, warmup = self.ema_horizon_frac, self.muon_momentum_warmup_frac
+        require(horizon is None or 0 < horizon <= 1, f"train.ema_horizon_frac={horizon} must be above 0 and at most 1")
+        require(warmup is None or 0 <= warmup <= 1, f"train.muon_momentum_warmup_frac={warmup} must be between 0 and 1")
 
     @property
     def micro_batches_per_step(self) -> int:
