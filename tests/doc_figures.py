@@ -77,10 +77,12 @@ def measured_tables(folder: Path = MEASURED) -> str:
 
 
 def _where(ablation: Ablation) -> str:
-    """Return which rows these are: the sweep and its code."""
-    (code,) = {row["code_hash"] for table in ablation.tables.values() for row in table.seeds}
+    """Return which rows these are: the sweep and its code. Raises ValueError for rows of two codes."""
+    codes = {row["code_hash"] for table in ablation.tables.values() for row in table.seeds}
+    if len(codes) > 1:
+        raise ValueError(f"rows of two codes stand together: {', '.join(sorted(code[:8] for code in codes))}")
     first = next(iter(ablation.tables.values()))
-    return f"sweep `{first.identity['sweep']}`, code hash {code[:8]}"
+    return f"sweep `{first.identity['sweep']}`, code hash {codes.pop()[:8]}"
 
 
 def ablation_table(ablation: Ablation) -> str:
