@@ -289,7 +289,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--screen_steps", type=int, default=160, help="one epoch of 31.8 M tokens in steps of 196,608")
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--screen_documents", type=int, default=96)
-    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 75.0, 70.0], metavar="S",
+    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 80.0, 65.0], metavar="S",
                         help="a training with its scores; what shares it; a screening")  # fmt: skip
     parser.add_argument("--git_commit", default="", help="commit to record, where git is not at hand")
     return parser.parse_args(argv)
