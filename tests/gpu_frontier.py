@@ -156,7 +156,7 @@ def spec_of(job: Job, plain: dict[str, Any], args: argparse.Namespace) -> dict[s
         },
         "seeds": [job.seed],
         "gang": {"gpus": 1, "cpus": args.cpus} if args.gpus else {"gpus": 0, "cpus": 1},
-        "limits": {"attempts": 1},
+        "limits": {"attempts": 2, "backoff_s": 2.0},
         "out": str(args.work / job.folder),
     }
 
