@@ -50,9 +50,9 @@ class ModelConfig:
         fit_fields(self, "model")
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        for part, whole in (("num_heads", "model_dim"), ("num_kv_heads", "num_heads")):
-            ours, theirs = getattr(self, part), getattr(self, whole)
-            require(theirs % ours == 0, f"model.{part}={ours} must divide model.{whole}={theirs}")
+        dim, heads, kv_heads = self.model_dim, self.num_heads, self.num_kv_heads
+        require(dim % heads == 0, f"model.num_heads={heads} must divide model.model_dim={dim}")
+        require(heads % kv_heads == 0, f"model.num_kv_heads={kv_heads} must divide model.num_heads={heads}")
         require(self.vocab_size <= 65_536, f"model.vocab_size={self.vocab_size} must fit uint16 tokens (at most 65536)")
         require(
             self.rope_dims % 2 == 0 and 0 < self.rope_dims <= self.head_dim,
