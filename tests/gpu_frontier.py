@@ -289,7 +289,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--screen_steps", type=int, default=160, help="one epoch of 31.8 M tokens in steps of 196,608")
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--screen_documents", type=int, default=96)
-    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 80.0, 65.0], metavar="S",
+    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 100.0, 65.0], metavar="S",
                         help="a training with its scores; what shares it; a screening")  # fmt: skip
     parser.add_argument("--git_commit", default="", help="commit to record, where git is not at hand")
     return parser.parse_args(argv)
@@ -303,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from runner.machine.gpus import count_gpus
 
         args.gpus = count_gpus()
+    if args.work.exists():
+        print(f"tests.gpu_frontier: error: --work {args.work} exists; name a new folder", file=sys.stderr)
+        return 2
     args.work.mkdir(parents=True)
     plain, variants = read_ablation(args.spec)
     train_s, more_s, screen_s = args.guess_s
