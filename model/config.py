@@ -50,14 +50,9 @@ class ModelConfig:
         fit_fields(self, "model")
         for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads"):
             require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
-        require(
-            self.model_dim % self.num_heads == 0,
-            f"model.num_heads={self.num_heads} must divide model.model_dim={self.model_dim}",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}",
-        )
+        dim, heads, kv_heads = self.model_dim, self.num_heads, self.num_kv_heads
+        require(dim % heads == 0, f"model.num_heads={heads} must divide model.model_dim={dim}")
+        require(heads % kv_heads == 0, f"model.num_kv_heads={kv_heads} must divide model.num_heads={heads}")
         require(self.vocab_size <= 65_536, f"model.vocab_size={self.vocab_size} must fit uint16 tokens (at most 65536)")
         require(
             self.rope_dims % 2 == 0 and 0 < self.rope_dims <= self.head_dim,
@@ -127,6 +122,9 @@ class TrainConfig:
     grad_clip_norm: float = 0.3
     clip: Literal["per_micro_batch", "per_rank", "global"] = "per_micro_batch"
     ema_decay: float = 0.997
+    orthogonalization: Literal["newton_schulz", "polar_express"] = added("newton_schulz")
+    ema_horizon_frac: float | None = added(None)  # the average's memory, 1 / (1 - decay) steps; None: ema_decay counts
+    muon_momentum_warmup_frac: float | None = added(None)  # None: muon_momentum_warmup_steps counts
 
     def __post_init__(self) -> None:
         fit_fields(self, "train")
@@ -151,6 +149,9 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         for name in ("grad_clip_norm", "adam_eps"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        horizon, warmup = self.ema_horizon_frac, self.muon_momentum_warmup_frac
+        require(horizon is None or 0 < horizon <= 1, f"train.ema_horizon_frac={horizon} must be above 0 and at most 1")
+        require(warmup is None or 0 <= warmup <= 1, f"train.muon_momentum_warmup_frac={warmup} must be between 0 and 1")
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -323,8 +324,7 @@ def config_from_plain(content: Mapping[str, Any]) -> RunConfig:
             continue
         require(kind is not None and isinstance(value, Mapping), f"configuration has no section {name!r}")
         assert kind is not None
-        known = {entry.name for entry in dataclasses.fields(kind)}
-        unknown = sorted(set(value) - known)
+        unknown = sorted(set(value) - {entry.name for entry in dataclasses.fields(kind)})
         require(not unknown, f"configuration has no setting {name}.{unknown[0] if unknown else ''}")
         sections[name] = kind(**value)
     return RunConfig(**sections)
@@ -355,8 +355,7 @@ def recipe_hash(config: RunConfig, *, world_size: int) -> str:
 
 
 def _hash_sections(config: RunConfig, sections: tuple[str, ...], world_size: int) -> str:
-    plain: dict[str, Any] = {name: plain_settings(getattr(config, name)) for name in sections}
-    plain["world_size"] = world_size
+    plain = {"world_size": world_size, **{name: plain_settings(getattr(config, name)) for name in sections}}
     return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Renders the parts of the documentation that are made from tests/house.py: `python -m tests.docs` rewrites them.
+"""Renders the parts of the documentation that are made from code and data: `python -m tests.docs` rewrites them.
 
 A made part stands between two comments of its page, so that a reader sees where it comes from and a test can compare.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from tests.doc_figures import measured_tables, preset_table
 from tests.house import HOUSE, PACKAGES, ROOT, Room
 
 # what a package may import of the other three, and the heavy packages that it may import at all
@@ -18,7 +20,9 @@ OUTSIDE = {
     "model": ("none", "torch, but not in `fields`, `report`, `config`, `presets`, `bundle`; never Ray"),
     "results": ("none", "neither torch nor Ray"),
 }
-BEGIN, END = "<!-- {name}: made by `python -m tests.docs` from tests/house.py -->", "<!-- end of {name} -->"
+BEGIN, END = "<!-- {name}: made by `python -m tests.docs` -->", "<!-- end of {name} -->"
+
+RECIPE = ROOT / "docs" / "recipe.md"
 
 
 def floor_of(rooms: dict[str, Room], name: str) -> int:
@@ -68,6 +72,9 @@ def room_tables() -> str:
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "layers": (ROOT / "README.md", layer_table),
     "rooms": (ROOT / "docs" / "architecture.md", room_tables),
+    "preset frontier": (RECIPE, partial(preset_table, "frontier")),
+    "preset bench_frontier": (RECIPE, partial(preset_table, "bench_frontier")),
+    "frontier measured": (RECIPE, measured_tables),
 }
 
 

@@ -86,7 +86,13 @@ def compute(dist: Dist, folder: Path, plan: str) -> dict[str, np.ndarray]:
         max_steps, num_micro_batches = (3 if clip == "per_rank" else 20), (2 if clip == "global" else 4)
         figures |= train(dist, folder, clip=clip, max_steps=max_steps, num_micro_batches=num_micro_batches)
     return (
-        figures | collectives(dist) | scores(dist) | hessians(dist, folder) | resumes(dist, folder) | differences(dist)
+        figures
+        | horizons(dist, folder)
+        | collectives(dist)
+        | scores(dist)
+        | hessians(dist, folder)
+        | resumes(dist, folder)
+        | differences(dist)
     )
 
 
@@ -103,6 +109,23 @@ def train(dist: Dist, folder: Path, *, clip: str, max_steps: int, num_micro_batc
         f"{clip}/weights": weights.numpy(),
         f"{clip}/ema": averages.numpy(),
     }
+
+
+def horizons(dist: Dist, folder: Path) -> dict[str, np.ndarray]:
+    """Return what a wall-clock run makes whose horizons are parts of the budget, each rank with a clock of its own."""
+    config = micro_train(
+        max_steps=100, budget_s=10.0, reserve_s=0.0, ema_horizon_frac=0.3, muon_momentum_warmup_frac=0.5
+    )
+    model, now = random_model(THREE_LAYERS, seed=3), [0.0]
+    trainer = Trainer(model, micro_loader(folder, config=config), config, dist, ignore, clock=lambda: now[0])
+
+    def pass_time(*_arguments: Any) -> None:  # a second a step on rank 0, ever less on the next rank
+        now[0] += 1.0 / trainer.micro_batches / (1 + dist.rank * trainer.step)
+
+    model.register_forward_hook(pass_time)
+    result = trainer.run()
+    averages = torch.cat([value.flatten() for value in result.ema.values()])
+    return {"horizons/ema": averages.numpy(), "horizons/momentum": result.steps["momentum"]}
 
 
 def collectives(dist: Dist) -> dict[str, np.ndarray]:

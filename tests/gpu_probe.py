@@ -169,7 +169,7 @@ def train_step(model: GPT, batches: list[Batch], optimizers: Optimizers, ema: Em
     optimizers.step(lr_factor=1e-6, momentum=0.9)
     for parameter in model.parameters():
         parameter.grad = None
-    ema.update()
+    ema.update(0.997)
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def probe_train(pattern: str) -> dict[str, Any]:
     batches = load_batches(pattern, 2)
     for backend in backends():
         model = build_model(torch.bfloat16, backend)
-        optimizers, ema = Optimizers(model, CONFIG.train, Dist.single(DEVICE)), Ema(model, 0.997)
+        optimizers, ema = Optimizers(model, CONFIG.train, Dist.single(DEVICE)), Ema(model)
 
         step = partial(train_step, model, batches, optimizers, ema)
         torch.cuda.reset_peak_memory_stats()
@@ -267,7 +267,7 @@ def probe_cold(pattern: str) -> dict[str, Any]:
     for backend in backends()[::-1]:
         model = build_model(torch.bfloat16, backend)
         batches = load_batches(pattern, 2)
-        optimizers, ema = Optimizers(model, CONFIG.train, Dist.single(DEVICE)), Ema(model, 0.997)
+        optimizers, ema = Optimizers(model, CONFIG.train, Dist.single(DEVICE)), Ema(model)
         torch.cuda.synchronize()
         result[f"{backend}_ready"] = time.perf_counter() - STARTED
         for label, is_looped in (("11_layers", False), ("17_visits", True)):

@@ -162,7 +162,7 @@ def check_schedule(golden: GoldenSet) -> None:
     fractions, steps = golden.read("frac"), golden.read("steps")
     golden.compare("lr_mul", [lr_factor(frac, by_steps) for frac in fractions], tolerance=1e-12)
     golden.compare("looping_active", [is_looping(frac, by_steps) for frac in fractions], tolerance=0)
-    golden.compare("muon_momentum", [muon_momentum(step, by_steps) for step in steps], tolerance=1e-12)
+    golden.compare("muon_momentum", [muon_momentum(step, 0.0, by_steps) for step in steps], tolerance=1e-12)
     first = {}
     for iterations in golden.content[golden.files[0]]["first_looping_step_by_iterations"]:
         config = replace(by_steps, max_steps=int(iterations))

@@ -51,6 +51,14 @@ def test_all_ranks_hold_the_same_weights(gang: Gang, clip: str) -> None:
     assert np.array_equal(gang.two[0][f"{clip}/weights"], gang.two[1][f"{clip}/weights"])
 
 
+def test_all_ranks_follow_rank_0s_clock_where_horizons_are_parts_of_a_budget(gang: Gang) -> None:
+    expected = [0.92 + 0.05 * min(step / 10 / 0.5, 1.0) for step in range(10)]
+    for rank in gang.two:
+        assert rank["horizons/momentum"] == pytest.approx(expected)
+        assert np.array_equal(rank["horizons/ema"], gang.two[0]["horizons/ema"])
+    assert np.abs(gang.two[0]["horizons/ema"] - gang.one["horizons/ema"]).max() < 2e-3
+
+
 def test_plain_evaluation_does_not_depend_on_the_number_of_ranks(gang: Gang) -> None:
     for rank in gang.two:
         assert np.array_equal(rank["plain"], gang.one["plain"])

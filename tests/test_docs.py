@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import re
 import tarfile
 from functools import cache
@@ -14,11 +13,11 @@ import pytest
 import yaml
 
 from jobs.cli import COMMANDS, build_parser, main
-from model.config import HASHED_SECTIONS, RunConfig
 from model.presets import PRESETS, published
 from results.schema import TABLES
 from runner.spec.read import load_spec, parse_spec
 from tests import doc_pages, docs
+from tests.doc_figures import changes, settings
 from tests.doc_pages import PAGES, SPAN, Command, anchors, blocks, links, name_of, prose
 from tests.house import HOUSE, PACKAGES, ROOT, arrows, parse, sources
 from tests.test_architecture import ALLOWED, WITHOUT_TORCH
@@ -73,7 +72,7 @@ def test_the_architecture_page_names_enough_to_be_tested() -> None:
 
 
 @pytest.mark.parametrize("name", docs.PARTS)
-def test_what_is_made_from_the_table_of_rooms_is_up_to_date(name: str) -> None:
+def test_what_is_made_from_code_and_data_is_up_to_date(name: str) -> None:
     page, render = docs.PARTS[name]
     text = page.read_text(encoding="utf-8")
     assert docs.renew(text, name, render()) == text, "run python -m tests.docs"
@@ -246,22 +245,6 @@ def test_a_command_that_only_looks_does_run(command: Command, old_run: Path, mon
 # ---- what is quoted from the code ------------------------------------------------------------------------------------
 
 
-def shown(value: object) -> str:
-    """Return a setting's value as docs/recipe.md writes it."""
-    if value is None:
-        return "none"
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
-
-
-def settings(config: RunConfig) -> dict[str, str]:
-    """Return every setting that decides a score, by section and name."""
-    return {
-        f"{section}.{field.name}": shown(getattr(getattr(config, section), field.name))
-        for section in HASHED_SECTIONS
-        for field in dataclasses.fields(getattr(config, section))
-    }
-
-
 def recipe_tables() -> dict[str, dict[str, str]]:
     """Return the tables of settings of docs/recipe.md, joined by what their second column is called."""
     found: dict[str, dict[str, str]] = {}
@@ -281,9 +264,7 @@ def test_the_recipe_page_has_every_setting_with_its_value() -> None:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "published"])
 def test_the_recipe_page_lists_what_a_preset_changes(preset: str) -> None:
-    base = settings(published())
-    changed = {name: value for name, value in settings(PRESETS[preset]()).items() if value != base[name]}
-    assert recipe_tables()[preset] == changed
+    assert recipe_tables()[preset] == changes(preset)
 
 
 @cache

@@ -33,6 +33,30 @@ def test_newton_schulz_brings_singular_values_near_one_and_keeps_directions(shap
     assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 32), (3, 32, 16)])
+def test_polar_express_comes_nearer_to_one_in_five_rounds_and_keeps_directions(shape: tuple[int, ...]) -> None:
+    U, _, Vh = torch.linalg.svd(randn(*shape), full_matrices=False)
+    X = newton_schulz(U @ torch.diag(torch.logspace(-2, 0, 16)) @ Vh, dtype=torch.float32, coefficients="polar_express")
+    values = torch.linalg.svdvals(X)
+    assert float((values - 1).abs().max()) < 0.15
+    inner = U.mT @ X @ Vh.mT
+    assert torch.allclose(inner, torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1)), atol=1e-4)
+    more = newton_schulz(X, steps=7, dtype=torch.float32, coefficients="polar_express")  # the last round is repeated
+    assert float((torch.linalg.svdvals(more) - 1).abs().max()) < 0.15
+
+
+def test_the_optimizer_uses_the_orthogonalization_of_its_settings() -> None:
+    moved = {}
+    for kind in ("newton_schulz", "polar_express"):
+        bank = nn.Parameter(torch.zeros(3, 16, 8))
+        bank.grad = randn(3, 16, 8)
+        Muon({"bank": bank}, micro_train(orthogonalization=kind), Dist.single()).step(lr=1.0, momentum=0.0)
+        update = muon_update(randn(3, 16, 8), torch.zeros(3, 16, 8), momentum=0.0, coefficients=kind)
+        moved[kind] = bank.detach()
+        assert torch.allclose(moved[kind], -(2**0.5) * update, atol=1e-6)
+    assert float((moved["polar_express"] - moved["newton_schulz"]).abs().max()) > 0.02
+
+
 def test_newton_schulz_ignores_scale_commutes_with_transposition_and_keeps_zero() -> None:
     G = randn(2, 8, 16)
     X = newton_schulz(G, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Every formula agrees with the published script (tests/golden), and the parity command says so when one does not."""
+"""Every formula agrees with published scripts (tests/golden*), and the parity command says so when one does not."""
 
 import shutil
 from dataclasses import replace
@@ -10,23 +10,35 @@ import torch
 
 from model.gpt import GPT
 from model.presets import published
+from model.train import optim
 from tests import parity
 from tests.parity_core import GoldenSet, model_config, train_config
 
 GOLDEN = Path(__file__).parent / "golden"
+FRONTIER = Path(__file__).parent / "golden_frontier"
 SET_OF = {parity_set.name: parity_set for parity_set in parity.SETS}
-MAX_COPY_BYTES = 6_000_000
+MAX_COPY_BYTES, MAX_FRONTIER_BYTES = 6_000_000, 3_000_000
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder that has a set's files."""
+    return FRONTIER if name.startswith("F") else GOLDEN
 
 
 @pytest.mark.parametrize("name", SET_OF)
 def test_a_set_agrees_with_the_published_figures(name: str) -> None:
-    outcome = parity.run_set(SET_OF[name], GOLDEN)
+    outcome = parity.run_set(SET_OF[name], folder_of(name))
     assert outcome.has_passed, (outcome.line(), outcome.failures)
 
 
-def test_there_are_ten_sets_and_the_copy_is_small() -> None:
-    assert [int(name.split()[0]) for name in SET_OF] == list(range(1, 11))
+def test_the_sets_are_numbered_and_the_copies_are_small() -> None:
+    numbers = [name.split()[0] for name in SET_OF]
+    assert numbers[:10] == [str(number) for number in range(1, 11)]
+    assert numbers[10:] == sorted(set(numbers[10:]) & {f"F{number}" for number in range(1, 7)})
     assert sum(path.stat().st_size for path in GOLDEN.iterdir()) <= MAX_COPY_BYTES
+    assert sum(path.stat().st_size for path in FRONTIER.iterdir()) <= MAX_FRONTIER_BYTES
+    for parity_set in parity.SETS:
+        assert all((folder_of(parity_set.name) / file).is_file() for file in parity_set.files + parity_set.borrowed)
 
 
 def test_the_published_preset_has_exactly_the_published_number_of_parameters() -> None:
@@ -74,10 +86,44 @@ def test_a_changed_figure_fails_and_is_named(tmp_path: Path, capsys: pytest.Capt
     np.savez(tmp_path / source.name, **arrays)
     assert parity.main([str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:10]] == [name.split()[:2] for name in SET_OF]
+    assert [line.split()[:2] for line in lines[: len(SET_OF)]] == [name.split()[:2] for name in SET_OF]
     assert any(line.startswith("4 muon") and "FAIL" in line and "newton_schulz:out_2d" in line for line in lines)
-    assert any("missing cu_seqlens.json" in line for line in lines)
-    assert lines[-1] == "0 of 10 sets pass"
+    assert any(line.startswith("6 packing") and "missing cu_seqlens.json" in line for line in lines)
+    assert lines[-1] == f"0 of 1 sets pass, {len(SET_OF) - 1} missing"
+
+
+@pytest.mark.parametrize("file", ["polar_express.npz", "bpb_luts.npz"])
+def test_sets_that_are_not_there_are_named_and_do_not_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    shutil.copy((FRONTIER if file.startswith("polar") else GOLDEN) / file, tmp_path)
+    assert parity.main([str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[: len(SET_OF)]
+    assert [line.split()[:2] for line in lines] == [name.split()[:2] for name in SET_OF]
+    assert [" pass " in line for line in lines] == [file in parity_set.files for parity_set in parity.SETS]
+    assert sum("missing " in line for line in lines) == len(SET_OF) - 1
+    assert not any("FAIL" in line for line in lines)
+
+
+def test_a_folder_without_any_set_fails_every_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parity.main([str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert all(" FAIL  missing " in line for line in lines[: len(SET_OF)])
+    assert lines[-1] == f"0 of {len(SET_OF)} sets pass"
+
+
+def test_a_set_that_lacks_one_of_its_files_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(GOLDEN / "newton_schulz.npz", tmp_path)
+    assert parity.main([str(tmp_path)]) == 1
+    assert any("4 muon" in line and "FAIL  FileNotFoundError: missing muon.npz" in line
+               for line in capsys.readouterr().out.splitlines())  # fmt: skip
+
+
+def test_another_round_of_polar_express_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = optim.COEFFICIENTS["polar_express"]
+    monkeypatch.setitem(optim.COEFFICIENTS, "polar_express", rounds[:4] + rounds[3:4])
+    outcome = parity.run_set(SET_OF["F4 polar express"], FRONTIER)
+    assert {"coefficients", "out64_0", "p1_after1_f32"} <= {item.key for item in outcome.failures}
 
 
 def test_unstated_and_unknown_keys_are_listed_as_not_compared(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ import json
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from model.presets import published, tiny
+from model.config import HASHED_SECTIONS
+from model.fields import plain_settings
+from model.presets import bench_500, bench_frontier, frontier, published, tiny
 from runner.spec.places import absolute_path
 from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import SweepSpec
@@ -226,7 +229,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     assert load_spec(file).config.ttt.lr == 1e-3
 
 
-@pytest.mark.parametrize("name", ["demo", "ablation_demo", "published", "bench_500"])
+@pytest.mark.parametrize("name", ["demo", "ablation_demo", "published", "frontier", "bench_500", "ablation_frontier"])
 def test_shipped_specs_are_valid(name: str) -> None:
     assert load_spec(SPECS / f"{name}.yaml").name == name
 
@@ -235,6 +238,32 @@ def test_published_spec_is_the_published_recipe_on_eight_gpus_from_scratch() -> 
     spec = load_spec(SPECS / "published.yaml")
     assert (spec.gang.gpus, spec.seeds, spec.limits.restart) == (8, (42, 0, 1337), "scratch")
     assert spec.config.train == published().train
+
+
+def test_the_frontiers_spec_is_its_preset_on_eight_gpus() -> None:
+    spec = load_spec(SPECS / "frontier.yaml")
+    assert (spec.gang.gpus, len(spec.seeds), spec.limits.restart) == (8, 3, "scratch")
+    assert replace(spec.config, data=frontier().data, seed=frontier().seed) == frontier()
+
+
+def test_the_frontiers_ablation_adds_up_to_its_preset_on_paired_seeds_with_the_same_horizons() -> None:
+    spec = load_spec(SPECS / "ablation_frontier.yaml")
+    configs = {variant.name: variant.config for variant in spec.variants}
+    whole = replace(bench_frontier(), data=spec.config.data, seed=0)
+    assert configs["all"] == whole
+    assert len(spec.seeds) == 3
+    horizons = {(config.train.ema_horizon_frac, config.train.muon_momentum_warmup_frac) for config in configs.values()}
+    assert horizons == {(whole.train.ema_horizon_frac, whole.train.muon_momentum_warmup_frac)}
+    base = configs["base"]
+    assert replace(base, train=bench_500().train, data=whole.data) == replace(bench_500(), data=whole.data, seed=0)
+    parts: dict[str, dict[str, object]] = {}  # what the parts change, by section, joined
+    for name in set(configs) - {"base", "all", "all_but_ttt", "all_but_quant_ttt"}:
+        for section in HASHED_SECTIONS:
+            ours, theirs = (plain_settings(getattr(config, section)) for config in (configs[name], base))
+            changed = {key: value for key, value in ours.items() if theirs.get(key) != value}
+            parts.setdefault(section, {}).update(changed)
+    assert base != whole
+    assert replace(base, **{name: replace(getattr(base, name), **parts[name]) for name in parts}) == whole
 
 
 def test_demo_gangs_have_one_cpu_each() -> None:

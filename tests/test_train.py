@@ -105,12 +105,12 @@ def test_per_rank_and_global_clip_the_mean(tmp_path: Path, clip: str) -> None:
 def test_the_average_starts_at_the_weights_and_follows_its_formula() -> None:
     model = random_model()
     model.tok_emb.weight.data = model.tok_emb.weight.data.bfloat16()
-    ema, expected = Ema(model, 0.9), {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    ema, expected = Ema(model), {name: p.detach().float().clone() for name, p in model.named_parameters()}
     for step in range(3):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * (step + 1))
-        ema.update()
+        ema.update(0.9)
         for name, parameter in model.named_parameters():
             expected[name] = 0.9 * expected[name] + 0.1 * parameter.detach().float()
     for name, value in ema.values.items():
@@ -163,6 +163,39 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(tmp_path: Path, dt
     assert (result.metrics["num_resumes"], result.metrics["resumed_at_steps"]) == (2, [3, 5])
     assert result.metrics["lost_steps"] == 0
     assert result.steps["step"].tolist() == list(range(1, 8))
+
+
+HORIZONS = {"ema_horizon_frac": 0.3, "muon_momentum_warmup_frac": 0.4, "orthogonalization": "polar_express"}
+
+
+@pytest.mark.parametrize("budget_s", [None, 100.0])
+def test_horizons_as_parts_of_the_schedule_survive_a_resume_bit_for_bit(tmp_path: Path, budget_s: float | None) -> None:
+    config = micro_train(max_steps=9, budget_s=budget_s, reserve_s=12.0, **HORIZONS)
+    undisturbed, _ = timed(tmp_path, config, seconds_per_step=10.0)
+    expected = outcome(undisturbed, undisturbed.run())
+    store = CheckpointStore(tmp_path / "checkpoints")
+    for steps in (1, 3):
+        stopped, _ = timed(tmp_path, config, seconds_per_step=10.0, checkpoints=store, should_stop=stop_after(steps))
+        with pytest.raises(Interrupted):
+            stopped.run()
+    resumed, _ = timed(tmp_path, config, seconds_per_step=10.0, checkpoints=store)
+    result = resumed.run()
+    assert result.metrics["resumed_at_steps"] == [1, 4]
+    assert same(outcome(resumed, result), expected)
+
+
+def test_with_a_budget_the_average_and_the_momentum_follow_the_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = {"budget_s": 100.0, "reserve_s": 0.0}
+    config = micro_train(max_steps=1000, **budgets, ema_horizon_frac=0.25, muon_momentum_warmup_frac=0.4)
+    trainer, _ = timed(tmp_path, config, seconds_per_step=5.0)
+    decays: list[float] = []
+    monkeypatch.setattr(Ema, "update", lambda _ema, decay: decays.append(decay))
+    result = trainer.run()
+    assert decays == pytest.approx([1.0] + [1 - 0.05 / 0.25] * 19)
+    shares = [min(0.05 * step / 0.4, 1.0) for step in range(20)]
+    assert result.steps["momentum"].tolist() == pytest.approx([0.92 + 0.05 * share for share in shares])
 
 
 def test_a_truncated_newest_checkpoint_costs_its_steps_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

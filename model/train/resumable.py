@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.files.checkpoint import CheckpointStore
 from model.files.ledger import Ledger
+from model.train.schedule import schedule_frac
 from model.train.trainer import STEP_COLUMNS, Trainer
 
 FINE = "fine"
@@ -93,6 +94,8 @@ class ResumableTrainer(Trainer):
         torch.set_rng_state(tensors["rng"])
         # the budget goes on where the checkpoint was written: time behind it was lost with its steps
         self.step, self.before_s = int(meta["step"]), float(meta["elapsed_s"])
+        if self.step:
+            self.last_frac = schedule_frac(self.step - 1, self.log["elapsed_s"][-1], self.config)
         self.resumed_at = [*meta["resumed_at"], self.step]
         self.lost_steps = self.reached.lost_steps + max(0, self.reached.step - self.step)
         if self.ledger is not None:

@@ -26,7 +26,7 @@ from model.gpt import GPT
 from model.report import Interrupted, Report
 from model.train.gradients import accumulate_gradients
 from model.train.optim import Optimizers
-from model.train.schedule import is_looping, lr_factor, muon_momentum, schedule_frac
+from model.train.schedule import ema_decay, is_looping, lr_factor, muon_momentum, schedule_frac
 
 Moment = float | torch.cuda.Event  # seconds on the host's clock, or a place in the work of a GPU
 STEP_COLUMNS = ("step", "loss", "grad_norm", "lr_factor", "momentum", "is_looped", "elapsed_s", "tokens_per_s")
@@ -50,17 +50,16 @@ class Ema:
     """An exponential average of the weights in float32, starting as a copy of them."""
 
     model: GPT
-    decay: float
     values: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         self.values = {name: p.detach().float().clone() for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decay: float) -> None:
         """Move every average by 1 - decay towards the present weight."""
         current = [p.detach().float() for p in self.model.parameters()]
-        torch._foreach_lerp_(list(self.values.values()), current, 1 - self.decay)
+        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
 
     def cast(self) -> dict[str, Tensor]:
         """Return the averages in their parameters' types."""
@@ -104,9 +103,10 @@ class Trainer:
         self.should_stop, self.clock = should_stop, clock
         self.long_call = long_call  # around what may take long without a report
         self.optimizers = Optimizers(model, config, dist)
-        self.ema = Ema(model, config.ema_decay)
+        self.ema = Ema(model)
         self.parameters = list(model.parameters())
         self.step = 0  # steps done, and the number (from 0) of the next
+        self.last_frac: float | None = None  # of the schedule, where the step before the next began
         self.before_s = 0.0  # training seconds of earlier attempts
         self.paused_s = 0.0  # checkpoint writing since the loop began, not counted in the budget
         self.resumed_at: list[int] = []
@@ -181,10 +181,12 @@ class Trainer:
             max_norm=self.config.grad_clip_norm,
             dist=self.dist,
         )
-        self.optimizers.step(lr_factor=lr_factor(frac, self.config), momentum=muon_momentum(self.step, self.config))
+        momentum = muon_momentum(self.step, frac, self.config)
+        self.optimizers.step(lr_factor=lr_factor(frac, self.config), momentum=momentum)
         for parameter in self.parameters:
             parameter.grad = None  # not zeroed: the next backward then writes, and need not add
-        self.ema.update()
+        self.ema.update(ema_decay(frac, frac if self.last_frac is None else self.last_frac, self.config))
+        self.last_frac = frac
         self._note(self.dist.mean_(torch.stack((loss, norm)).float()), frac, elapsed, began)
         self.step += 1
 
@@ -219,7 +221,7 @@ class Trainer:
             loss,
             norm,
             lr_factor(row.frac, config),
-            muon_momentum(row.step, config),
+            muon_momentum(row.step, row.frac, config),
             is_looping(row.frac, config),
             row.elapsed_s,
             rate,
