@@ -250,6 +250,8 @@ def shown(value: object) -> str:
     """Return a setting's value as docs/recipe.md writes it."""
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()  # as YAML has it
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
