@@ -108,6 +108,11 @@ BAD_VALUES: list[tuple[str, str, Any]] = [
     ("ttt", "adapter_key", "slot"),
     ("ttt", "order", "random"),
     ("ttt", "batch_documents", 0),
+    ("ttt", "lora_alpha", 0.0),
+    ("ttt", "chunk_by_length", ((0, 8), [1, 8])),
+    ("ttt", "chunk_by_length", ((256, 8), [256, 16])),
+    ("ttt", "chunk_by_length", ((256, 8), [300, 0])),
+    ("ttt", "chunk_by_length", ((256, 8), [300, 2049])),
     ("data", "val_documents", 0),
     ("data", "val_tokens", -5),
     ("runtime", "device", "tpu"),
@@ -182,9 +187,7 @@ def test_the_hash_is_the_sha256_of_canonical_json() -> None:
     import json
 
     base = tiny()
-    scored = {
-        name: dataclasses.asdict(getattr(base, name)) for name in ("model", "train", "quant", "ttt", "evaluation")
-    }
+    scored = {name: plain_settings(getattr(base, name)) for name in ("model", "train", "quant", "ttt", "evaluation")}
     text = json.dumps({**scored, "world_size": 4}, sort_keys=True, separators=(",", ":"))
     assert config_hash(base, world_size=4) == hashlib.sha256(text.encode()).hexdigest()
 
@@ -210,6 +213,8 @@ def test_the_published_recipe_keeps_its_hash() -> None:
         ("train", "matrix_lr", np.float64(0.022), 0.022),
         ("model", "num_layers", np.int64(11), 11),
         ("ttt", "adapter_kinds", ["q", "v"], ("q", "v")),
+        ("ttt", "lora_alpha", 144, 144.0),
+        ("ttt", "chunk_by_length", [[256, 8], (np.int64(2000), 24)], ((256, 8), (2000, 24))),
         ("evaluation", "tail", np.str_("scored"), "scored"),
     ],
 )

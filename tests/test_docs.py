@@ -248,9 +248,11 @@ def test_a_command_that_only_looks_does_run(command: Command, old_run: Path, mon
 
 def shown(value: object) -> str:
     """Return a setting's value as docs/recipe.md writes it."""
-    if value is None:
+    if value is None or value == ():
         return "none"
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        return ", ".join(item if isinstance(item, str) else ": ".join(map(str, item)) for item in value)
+    return str(value)
 
 
 def settings(config: RunConfig) -> dict[str, str]:
