@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.audit.distribution import DOCUMENT_TOKENS, NUM_PREFIXES
-from model.audit.system import System, join_documents, largest, read_nll
+from model.audit.distribution import NUM_PREFIXES
+from model.audit.system import DOCUMENT_TOKENS, System, join_documents, largest, read_nll
 from model.audit.verdicts import Result, judge, not_run
 from model.data.shards import BOS_ID
 from model.data.validation import ValidationSet
@@ -47,10 +47,9 @@ def probe_target_gate(system: System) -> Result:
     """
     if not system.documents:
         return not_run("target_gate", "C2", NO_DOCUMENT)
-    end = system.config.ttt.chunk_tokens + DOCUMENT_TOKENS
     measured, num_swaps = 0.0, 0
     for document in system.documents[:NUM_PREFIXES]:
-        tokens = system.validation.document(document)
+        tokens, end = system.validation.document(document), system.chunk(document) + DOCUMENT_TOKENS
         ids = pick_tempting_ids(system, tokens[:end], realized=int(tokens[end]))
         gaps = measure_swaps(system, tokens[:end], ids)
         measured, num_swaps = max(measured, largest(gaps)), num_swaps + gaps.size
