@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
+from model.kernels import adapter_update
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
@@ -29,6 +31,7 @@ from model.ttt.score_ledger import SCORE, UPDATE
 from model.ttt.slots import Slots
 from model.ttt.windows import longest_chunk, share_documents, window_cost
 from tests.fake_recorder import FakeRecorder
+from tests.fake_triton import load_kernels
 from tests.micro_model import ignore, micro_ttt, micro_validation, random_model
 
 LENGTHS = (70, 5, 33, 12, 2, 57, 9, 40)
@@ -323,3 +326,26 @@ def test_stepping_rows_is_adam_without_momentum_on_those_rows_only(rows: list[in
     assert torch.allclose(gather_rows(values, index, torch.float64).float(), torch.stack([*reference]), atol=1e-5)
     others = [row for row in range(4) if row not in rows]
     assert torch.equal(values[others], kept[others])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_the_kernels_gather_and_step_as_plain_pytorch_does(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = load_kernels(Path(adapter_update.__file__).with_name("adapter_update_triton.py"), monkeypatch)
+    generator, index = torch.Generator().manual_seed(9), torch.tensor([3, 1])
+    values, moments = (torch.rand(4, 5000, generator=generator) for _ in range(2))  # more than a program takes
+    gradients, correction = torch.randn(2, 5000, generator=generator), torch.tensor([0.01, 0.2])
+    gathered = kernels.launch_gather(values, index, torch.float32, factor)
+    assert torch.equal(gathered, gather_rows(values, index, torch.float32, factor))
+    expected = values.clone(), moments.clone()
+    settings = AdamSettings(0.1, 0.5, 0.99, 1e-10)
+    adam_rows_(*expected, index, gradients, correction, settings, factor)
+    kernels.launch_adam(values, moments, index, gradients, correction, *settings, factor)
+    assert torch.allclose(moments, expected[1], rtol=1e-6, atol=0)
+    assert torch.allclose(values, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_scaled_adapter_is_taken_through_its_scale() -> None:
+    index, gradients = torch.tensor([0]), torch.full((1, 3), 2.0)
+    values, moments = torch.ones(1, 3), torch.zeros(1, 3)
+    adam_rows_(values, moments, index, gradients, torch.tensor([1.0]), AdamSettings(0.0, 0.0, 0.5, 1e-10), 3.0)
+    assert moments.tolist() == [[18.0] * 3]  # (1 - beta2) (3 x 2)^2
