@@ -210,8 +210,16 @@ def test_thousands_of_documents_meet_few_sizes_and_little_padding(
     assert len(sizes) < MOST_RECORDINGS
     work = sum(window_cost(length, config) for length in lengths)
     padded = sum(length * limits.pad_rows(count, length) for length, _, count in batches)
-    assert padded < (1.2 if config.chunk_by_length else 1.1) * work
-    assert padded + 8000 * len(batches) < (1.6 if config.chunk_by_length else 1.3) * work  # 8,000: about what one costs
+    assert padded < 1.1 * work
+    assert padded + 8000 * len(batches) < (1.4 if config.chunk_by_length else 1.3) * work  # 8,000: about what one costs
+
+
+def test_rows_that_would_be_padding_take_shorter_windows() -> None:
+    limits = Limits(rows=8, tokens=10_000, last_step=16, padding_tokens=1000, learn_step=16)  # 1, 2, 4, 6 or 8 rows
+    config, lengths = micro_ttt(chunk_by_length=((20, 4),), chunk_tokens=16, window_tokens=32), [40] * 5 + [15] * 3
+    batches = plan(lengths, config, 7, limits)
+    assert batches[:2] == [(16, False, 7), (32, False, 6)]  # five of 32 tokens leave a row for one of 8
+    assert plan(lengths, config, 7, limits._replace(padding_tokens=None))[:2] == [(16, False, 7), (32, False, 5)]
 
 
 def test_no_lengths_can_bring_more_sizes_than_are_kept() -> None:

@@ -107,10 +107,25 @@ class Schedule:
         queue = self.ready[key]
         length, is_last = key
         count = min(len(queue), self.limits.max_rows(length)) if is_last else self.limits.take_rows(len(queue), length)
-        tasks = [queue.popleft() for _ in range(count)]
+        tasks = self._take(key, count)
+        if not is_last and self.limits.learn_step is not None:
+            tasks += self._take_shorter(length, self.limits.pad_rows(count, length) - count)
+        return Batch(*key, tasks)
+
+    def _take(self, key: tuple[int, bool], count: int) -> list[Task]:
+        queue = self.ready[key]
+        tasks = [queue.popleft() for _ in range(min(count, len(queue)))]
         if not queue:
             del self.ready[key]
-        return Batch(*key, tasks)
+        return tasks
+
+    def _take_shorter(self, length: int, count: int) -> list[Task]:
+        """Return up to count windows that learn and are shorter, the longest first: rows that would be padding else."""
+        tasks: list[Task] = []
+        for key in sorted((key for key in self.ready if key < (length, False) and not key[1]), reverse=True):
+            if len(tasks) < count:
+                tasks += self._take(key, count - len(tasks))
+        return tasks
 
     def complete(self, batch: Batch) -> None:
         """Queue the next chunk of each document of a batch that ran, or free its slot."""
