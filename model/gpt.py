@@ -9,12 +9,15 @@ Source: parameter-golf PR #1536. Who knows nanochat's GPT meets twelve things mo
   rows         sequences packed end to end, or each on its own, padded on the left    GPT.forward
   num_scored   how many positions at the end of each row count                        GPT.forward
   adapters     one low-rank set for each row of the batch and each visit              GPT.forward
-  stream       the residual stream, its last addition still to be made                Stream
+  stream       the residual stream, its last addition still to be made                model.kernels.residual
   x0           the embedded tokens, mixed into the stream at every visit              GPT._attend
-  XSA          what a token's own value adds to its attention is taken out again      GPT._attend
+  XSA          what a token's own value adds to its attention is taken out again      GPT._attention
   skip         what a visit of the first half leaves for one of the second            GPT._run_visits
-  lanes        from a layer on, attention and MLPs work on streams of their own       Lanes
+  lanes        from a layer on, attention and MLPs work on streams of their own       model.kernels.lanes
   softcap      logits squeezed into +-logit_softcap                                   GPT.forward
+
+Parts that a configuration may add (gates, smearing, crossed lanes, vectors for the passes) are off in that recipe;
+docs/recipe.md has their formulas and sources.
 """
 
 # B sequences, T tokens, D model_dim, H query heads, K kv heads, E head_dim, V vocab, R lora_rank, L layers

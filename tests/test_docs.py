@@ -250,6 +250,8 @@ def shown(value: object) -> str:
     """Return a setting's value as docs/recipe.md writes it."""
     if value is None or value == ():
         return "none"
+    if isinstance(value, bool):
+        return str(value).lower()  # as YAML has it
     if isinstance(value, tuple):
         return ", ".join(item if isinstance(item, str) else ": ".join(map(str, item)) for item in value)
     return str(value)

@@ -5,7 +5,8 @@ The kernels run in float32 and the twin in float64, on more rows than one progra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.kernels
 from model.attention import self_attention
 from model.kernels import lanes, residual
 from model.kernels.lanes import CrossedLanes, cross_norm, mean_norm, merge_norm
@@ -25,19 +27,14 @@ Function = Callable[..., Any]
 
 
 @pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve float32 by the kernels, which run in numpy by two or three programs, and float64 by the twins."""
-    import sys
-
-    import model.kernels
-
     for module, stem in ((residual, "residual_triton"), (lanes, "lanes_triton")):
         kernels = load_kernels(Path(residual.__file__).with_name(f"{stem}.py"), monkeypatch)
         monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
         monkeypatch.setitem(sys.modules, f"model.kernels.{stem}", kernels)
         monkeypatch.setattr(model.kernels, stem, kernels, raising=False)
         monkeypatch.setattr(module, "uses_triton", lambda x: x.dtype == torch.float32)
-    yield
 
 
 def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -217,5 +214,3 @@ def test_the_activation_s_slope(monkeypatch: pytest.MonkeyPatch, slope: float) -
     same(*zip(kernels.down_backward(grad, down, narrow, needs_y=True, slope=slope), (wanted, y), strict=True))
     overwritten = grad @ down
     same((kernels.activate_backward_(overwritten, narrow, needs_y=True, slope=slope), y), (overwritten, wanted))
-
-

@@ -107,7 +107,9 @@ def test_merge_norm_kernel(shape: tuple[int, ...]) -> None:
 def test_mlp_node(shape: tuple[int, ...]) -> None:
     batch, time, width, hidden = shape
     weights = [draw(hidden, width, scale=width**-0.5), draw(width, hidden, scale=hidden**-0.5)]
-    check(lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear, 0.5), [draw(batch, time, width), *weights])
+    check(
+        lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear, 0.5), [draw(batch, time, width), *weights]
+    )
 
 
 @pytest.mark.gpu
