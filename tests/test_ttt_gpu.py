@@ -64,9 +64,11 @@ def test_the_kernels_gather_and_step_as_plain_pytorch_does() -> None:
     correction = 1 - 0.999 ** torch.tensor([1.0, 2.0, 9.0])
     settings = AdamSettings(1e-4, 0.5, 0.999, 1e-10)
     ours, sums, at, steps, factors = (x.to(CUDA) for x in (values, moments, index, gradients, correction))
-    assert torch.equal(gather_rows(ours, at, torch.bfloat16).cpu(), values[index].bfloat16())
-    adam_rows_(values, moments, index, gradients, correction, settings)
-    adam_rows_(ours, sums, at, steps, factors, settings)
+    for factor in (1.0, 1.3):
+        gathered = gather_rows(ours, at, torch.bfloat16, factor).cpu()
+        assert torch.equal(gathered, gather_rows(values, index, torch.bfloat16, factor))
+        adam_rows_(values, moments, index, gradients, correction, settings, factor)
+        adam_rows_(ours, sums, at, steps, factors, settings, factor)
     assert torch.allclose(ours.cpu(), values, rtol=1e-6, atol=1e-8)
     assert torch.allclose(sums.cpu(), moments, rtol=1e-6, atol=1e-12)
 
@@ -85,7 +87,7 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
         losses = []
         for chunk in range(3):
             ends = [int(start) + 256 + 64 * chunk for start, _ in validation.document_ranges]
-            table = torch.tensor([*zip(ends, range(3)), (256, 3)])
+            table = torch.tensor([*((end, slot, 256, 64) for slot, end in enumerate(ends)), (256, 3, 256, 64)])
             run = recorder.run(table, 256) if is_recorded else recorder.score_and_learn(table.to(CUDA), 256)
             losses.append(run[:3].clone())
         assert len(recorder.recorded) == is_recorded
