@@ -1,11 +1,15 @@
-"""How weights lie in banks, the order in which layers are visited, and the names and shapes that follow from both."""
+"""How weights lie in banks, start and are taken out, the order of visits, and the names that follow from both."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from model.config import ModelConfig
 
@@ -41,7 +45,8 @@ def num_skips(config: ModelConfig) -> int:
     return min(len(plan.encoder), len(plan.decoder))
 
 
-# Shapes: L num_layers, D model_dim, KV kv_dim, H num_heads, V vocab_size, S skip connections
+# Shapes: L num_layers, D model_dim, KV kv_dim, H num_heads, V vocab_size, S skip connections, M mlp_hidden
+# P numbers of a packed gate
 EMBEDDING = "embedding"
 
 EMBEDDING_PARAMETER = "tok_emb.weight"
@@ -84,8 +89,33 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "q_gain": (num_layers, config.num_heads),
         "skip_weights": (num_skips, dim),
         "skip_gates": (num_skips, dim),
-        "lane_merge": (),
+        **optional_shapes(config),
     }
+
+
+# What an optional parameter starts with where that is not zero. sigmoid(5) = 0.993: an MLP's gate starts almost open.
+STARTS = {"lane_merge": 0.5, "lane_keep": 1.1, "lane_write": 1.0, "mlp_gate_bias": 5.0}
+
+
+def optional_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the parameters that not every configuration has, all small: lanes, gates, passes.
+
+    lane_keep is by layer and lane, lane_write by layer, source (attention, MLP) and lane.
+    """
+    num_layers, shapes = config.num_layers, dict[str, tuple[int, ...]]()
+    if config.lane_routing == "merge":
+        shapes["lane_merge"] = ()
+    else:
+        shapes |= {"lane_keep": (num_layers, 2), "lane_write": (num_layers, 2, 2)}
+    if config.attn_gate_width:
+        shapes["attn_gate"] = (num_layers, config.num_heads, config.attn_gate_width)
+    if config.smear_gate_width:
+        shapes |= {"smear_gate": (config.smear_gate_width,), "smear_lambda": ()}
+    if config.mlp_gate_width:
+        shapes |= {"mlp_gate_weight": (num_layers, config.mlp_gate_width), "mlp_gate_bias": (num_layers,)}
+    if config.pass_embeddings:
+        shapes["pass_embeddings"] = (config.num_loops + 1, config.model_dim)
+    return shapes
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -121,3 +151,84 @@ def join_banks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     small = {name: tensor for name, tensor in tensors.items() if name != EMBEDDING and not name.startswith("layers.")}
     banks = {bank: torch.stack(matrices) for bank, matrices in parts.items()}
     return {EMBEDDING_PARAMETER: tensors[EMBEDDING], **banks, **small}
+
+
+# ---- what a forward pass takes out of the banks ----------------------------------------------------------------------
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights, taken from the banks: matrices in the compute type, vectors as stored.
+
+    out and down already hold the layer's output scales: a scale on the rows of a matrix costs nothing, a scale on the
+    residual stream costs a pass over it. Routes and the MLP's gate are packed into whole pieces of 16 bytes.
+    """
+
+    qkv: Tensor  # (D + 2 KV, D)
+    out: Tensor  # (D, D), rows times attn_scale
+    up: Tensor  # (M, D)
+    down: Tensor  # (D, M), rows times mlp_scale
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    resid_mix: Tensor  # (2, D)
+    q_gain: Tensor  # (H,)
+    attn_gate: Tensor | None  # (H, W)
+    routes: Tensor | None  # (8,): lane_keep, then lane_write, then two zeros
+    mlp_gate: Tensor | None  # (P,): bias, weights, zeros
+
+
+def layer_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> list[LayerWeights]:
+    """Return every layer's weights out of a model's parameters by name, cast once to the compute type.
+
+    Once a forward pass, for all visits: a layer that is visited three times is cast once.
+    """
+    qo, count = weights["qo_bank"], weights["mlp_up_bank"].size(0)
+    attn_scale, mlp_scale = weights["attn_scale"], weights["mlp_scale"]
+    kv = weights["kv_bank"].to(dtype)
+    qkv = torch.cat((qo[:count].to(dtype), kv[:count], kv[count:]), dim=1)
+    # scaled before the cast: the product is rounded to the compute type once
+    out = (qo[count:] * attn_scale.unsqueeze(-1)).to(dtype)
+    up, down = weights["mlp_up_bank"].to(dtype), (weights["mlp_down_bank"] * mlp_scale.unsqueeze(-1)).to(dtype)
+    stacked = (qkv, out, up, down, attn_scale, mlp_scale, weights["resid_mix"], weights["q_gain"])
+    optional = (weights.get("attn_gate"), _routes(weights), _mlp_gates(weights))
+    columns = [[None] * count if each is None else each.unbind(0) for each in (*stacked, *optional)]
+    return [LayerWeights(*row) for row in zip(*columns, strict=True)]
+
+
+def _routes(weights: Mapping[str, Tensor]) -> Tensor | None:
+    """Return what the lanes keep and take, (L, 8), where they are crossed."""
+    if "lane_keep" not in weights:
+        return None
+    return F.pad(torch.cat((weights["lane_keep"], weights["lane_write"].flatten(1)), dim=1), (0, 2))
+
+
+def _mlp_gates(weights: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the bias and weights of every MLP's gate (L, P), P a multiple of four."""
+    if "mlp_gate_weight" not in weights:
+        return None
+    joined = torch.cat((weights["mlp_gate_bias"].unsqueeze(1), weights["mlp_gate_weight"]), dim=1)
+    return F.pad(joined, (0, -joined.size(1) % 4))
+
+
+# ---- initial weights -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_weights(weights: Mapping[str, Tensor], config: ModelConfig, seed: int) -> None:
+    """Draw embedding and banks in place, each matrix from a generator of its own, rounded to bf16 once."""
+    num_layers, embedding = config.num_layers, torch.empty(weights[EMBEDDING_PARAMETER].shape)
+    embedding.normal_(0, config.embedding_init_std, generator=_generator(seed, EMBEDDING_PARAMETER))
+    weights[EMBEDDING_PARAMETER].copy_(embedding.bfloat16())
+    # Output projections stay zero: at the start every layer passes its stream on as it is.
+    weights["qo_bank"].zero_()
+    weights["mlp_down_bank"].zero_()
+    for name, rows in (("qo_bank", num_layers), ("kv_bank", 2 * num_layers), ("mlp_up_bank", num_layers)):
+        bank = weights[name]
+        for index in range(rows):
+            matrix = nn.init.orthogonal_(torch.empty(bank.shape[1:]), generator=_generator(seed, f"{name}/{index}"))
+            bank[index].copy_(matrix.bfloat16())
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator that depends on the seed and a tensor's name only."""
+    digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

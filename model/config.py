@@ -45,6 +45,14 @@ class ModelConfig:
     logit_softcap: float = 30.0
     q_gain_init: float = 5.0
     embedding_init_std: float = 0.005
+    lane_routing: Literal["merge", "full"] = added("merge")  # full: both lanes take from attention and MLPs (PR #1529)
+    attn_gate_width: int = added(0)  # input columns that decide a factor on each head's output (PR #1667); 0: none
+    smear_gate_width: int = added(0)  # columns that decide how much of the token before is added (PR #1667); 0: none
+    smear_bos_mask: bool = added(True)  # a document's first token takes nothing from the document before
+    bos_id: int = added(1)  # for that mask
+    leaky_slope: float = added(0.5)  # of the activation below zero
+    mlp_gate_width: int = added(0)  # columns that decide a factor on the MLP's output (PR #1941); 0: none
+    pass_embeddings: bool = added(False)  # a vector for each pass over the repeated block (PR #1518)
 
     def __post_init__(self) -> None:
         fit_fields(self, "model")
@@ -73,6 +81,19 @@ class ModelConfig:
             require(getattr(self, name) > 0, f"model.{name}={getattr(self, name)} must be positive")
         for name in ("parallel_start_layer", "embedding_init_std"):
             require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
+        for name in ("attn_gate_width", "smear_gate_width", "mlp_gate_width"):
+            value = getattr(self, name)
+            require(0 <= value <= self.model_dim, f"model.{name}={value} must be 0 to model.model_dim={self.model_dim}")
+        require(
+            not self.smear_gate_width or 0 <= self.bos_id < self.vocab_size,
+            f"model.bos_id={self.bos_id} must be a token: 0 to {self.vocab_size - 1}",
+        )
+        require(0 <= self.leaky_slope <= 1, f"model.leaky_slope={self.leaky_slope} must be between 0 and 1")
+        require(
+            not self.pass_embeddings or self.parallel_start_layer > self.loop_end,
+            f"model.pass_embeddings=true needs model.parallel_start_layer={self.parallel_start_layer} above "
+            f"model.loop_end={self.loop_end}: the vectors are added where there is one lane",
+        )
 
     @property
     def head_dim(self) -> int:

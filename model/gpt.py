@@ -9,12 +9,15 @@ Source: parameter-golf PR #1536. Who knows nanochat's GPT meets twelve things mo
   rows         sequences packed end to end, or each on its own, padded on the left    GPT.forward
   num_scored   how many positions at the end of each row count                        GPT.forward
   adapters     one low-rank set for each row of the batch and each visit              GPT.forward
-  stream       the residual stream, its last addition still to be made                Stream
+  stream       the residual stream, its last addition still to be made                model.kernels.residual
   x0           the embedded tokens, mixed into the stream at every visit              GPT._attend
-  XSA          what a token's own value adds to its attention is taken out again      GPT._attend
+  XSA          what a token's own value adds to its attention is taken out again      GPT._attention
   skip         what a visit of the first half leaves for one of the second            GPT._run_visits
-  lanes        from a layer on, attention and MLPs work on streams of their own       Lanes
+  lanes        from a layer on, attention and MLPs work on streams of their own       model.kernels.lanes
   softcap      logits squeezed into +-logit_softcap                                   GPT.forward
+
+Parts that a configuration may add (gates, smearing, crossed lanes, vectors for the passes) are off in that recipe;
+docs/recipe.md has their formulas and sources.
 """
 
 # B sequences, T tokens, D model_dim, H query heads, K kv heads, E head_dim, V vocab, R lora_rank, L layers
@@ -22,22 +25,22 @@ Source: parameter-golf PR #1536. Who knows nanochat's GPT meets twelve things mo
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.self_attention import Rows, self_attention
-from model.banks import EMBEDDING_PARAMETER, num_skips, visit_plan
+from model.attention.self_attention import HeadGate, Rows, self_attention
+from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_skips, optional_shapes, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
 from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
+from model.kernels.lanes import CrossedLanes, Lanes, cross_norm, mean_norm, merge_norm
 from model.kernels.mlp import mlp, project_and_activate
-from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
+from model.kernels.residual import Mix, Skip, Smear, Stream, add_norm, mix_norm, settle, smear_norm
 from model.layers import rotary_tables, softcap
 from model.lora import HEAD, Adapters, VisitAdapters
 
@@ -53,26 +56,9 @@ class Projection(nn.Module):
 class ActivatedProjection(nn.Module):
     """The MLP's first product and its activation, together so that a kernel can do both at once."""
 
-    def forward(self, x: Tensor, weight: Tensor, needs_hidden: bool) -> tuple[Tensor | None, Tensor]:
+    def forward(self, x: Tensor, weight: Tensor, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
         """Return (x W^T, its activation); without needs_hidden the first may be None."""
-        return project_and_activate(x, weight, needs_hidden)
-
-
-class LayerWeights(NamedTuple):
-    """One layer's weights, taken from the banks: matrices in the compute type, vectors as stored.
-
-    out and down already hold the layer's output scales: a scale on the rows of a matrix costs nothing, a scale on the
-    residual stream costs a pass over it.
-    """
-
-    qkv: Tensor  # (D + 2 K E, D)
-    out: Tensor  # (D, D), rows times attn_scale
-    up: Tensor  # (M, D)
-    down: Tensor  # (D, M), rows times mlp_scale
-    attn_scale: Tensor  # (D,)
-    mlp_scale: Tensor  # (D,)
-    resid_mix: Tensor  # (2, D)
-    q_gain: Tensor  # (H,)
+        return project_and_activate(x, weight, needs_hidden, slope)
 
 
 class Visit(NamedTuple):
@@ -81,6 +67,7 @@ class Visit(NamedTuple):
     layer: int
     w: LayerWeights
     adapters: VisitAdapters
+    shift: Tensor | None  # (D,), added to the stream first of all: the vector of a pass over the repeated block
 
 
 class Context(NamedTuple):
@@ -91,26 +78,6 @@ class Context(NamedTuple):
     sin: Tensor
     rows: Rows
     num_scored: int  # positions at the end of each row that are scored
-
-
-class Stream(NamedTuple):
-    """A residual stream whose last addition is still to be made: its value is x + delta.
-
-    Whoever reads it next needs the sum's norm too, and one kernel makes both in one pass over memory.
-    """
-
-    x: Tensor  # (B, T, D)
-    delta: Tensor | None  # (B, T, D)
-
-
-class Lanes(NamedTuple):
-    """The second half's residual streams: one until parallel_start_layer, then one for attention and one for the MLPs.
-
-    From there on an MLP does not see what attention has just added, nor attention what MLPs add; they meet at the end.
-    """
-
-    attention: Stream  # skips and the first state are mixed into this one only
-    mlp: Stream | None  # None while there is one lane
 
 
 class GPT(nn.Module):
@@ -139,7 +106,8 @@ class GPT(nn.Module):
         # row joins other layers than before.
         self.skip_weights = nn.Parameter(torch.ones(num_skips(config), dim))
         self.skip_gates = nn.Parameter(torch.zeros(num_skips(config), dim))
-        self.lane_merge = nn.Parameter(torch.tensor(0.5))
+        for name, shape in optional_shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.full(shape, STARTS.get(name, 0.0))))
         # by layer, not by visit: a hook hears all visits of its layer
         plain = [f"layers_{i}_{kind}" for i in range(num_layers) for kind in ("qkv", "o", "down")]
         self.projections = nn.ModuleDict({name: Projection() for name in [*plain, "head"]})
@@ -155,22 +123,9 @@ class GPT(nn.Module):
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the last bits of a QR decomposition depend on it; more than a few also slow it down
         try:
-            self._draw_weights(seed)
+            draw_weights(dict(self.named_parameters()), self.config, seed)
         finally:
             torch.set_num_threads(num_threads)
-
-    def _draw_weights(self, seed: int) -> None:
-        num_layers, embedding = self.config.num_layers, torch.empty(self.tok_emb.weight.shape)
-        embedding.normal_(0, self.config.embedding_init_std, generator=_generator(seed, EMBEDDING_PARAMETER))
-        self.tok_emb.weight.copy_(embedding.bfloat16())
-        # Output projections stay zero: at the start every layer passes its stream on as it is.
-        self.qo_bank.zero_()
-        self.mlp_down_bank.zero_()
-        for name, rows in (("qo_bank", num_layers), ("kv_bank", 2 * num_layers), ("mlp_up_bank", num_layers)):
-            bank = getattr(self, name)
-            for index in range(rows):
-                matrix = nn.init.orthogonal_(torch.empty(bank.shape[1:]), generator=_generator(seed, f"{name}/{index}"))
-                bank[index].copy_(matrix.bfloat16())
 
     def forward(
         self,
@@ -223,24 +178,46 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run every visit and return the final normed hidden state (B, n, D)."""
         # The plan lists layers in the order of their visits: a first half that leaves skips, a second that takes them.
-        # A layer has the same weights at each of its visits, but adapters of its own for each.
-        plan, weights = visit_plan(self.config, is_looped=is_looped), self._layer_weights()
-        own = [VisitAdapters(None, None)] * plan.num_visits if adapters is None else adapters.visits(plan.num_visits)
-        layers = (*plan.encoder, *plan.decoder)
-        visits = [Visit(layer, weights[layer], each) for layer, each in zip(layers, own, strict=True)]
+        plan = visit_plan(self.config, is_looped=is_looped)
+        visits = self._visits((*plan.encoder, *plan.decoder), is_looped, adapters)
         n = num_scored or tokens.size(1)
-        _, x0 = add_norm(F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype), None)  # (B, T, D)
+        x0 = self._embed(tokens, left_padding)  # (B, T, D)
         context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding), n)
         stream, skips = self._encode(visits[: len(plan.encoder)], context)
-        lanes = Lanes(stream, None)
+        lanes: Lanes | CrossedLanes = Lanes(stream, None)
         for step, visit in enumerate(visits[len(plan.encoder) :]):
             skip = None
             # Last in, first out: the second half goes back through the outputs of the first, as in a U-Net. A skip
             # is merged by a learned gate: (1 - g) * weight * skip + g * x, g the sigmoid of a vector.
             if step < self.skip_weights.size(0) and skips:
                 skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
-            lanes = self._decode(visit, lanes, context, skip, is_last=step + 1 == len(plan.decoder))
+            is_last = step + 1 == len(plan.decoder)
+            is_parting = (
+                isinstance(lanes, Lanes) and lanes.mlp is None and visit.layer >= self.config.parallel_start_layer
+            )
+            if isinstance(lanes, CrossedLanes) or (is_parting and self.config.lane_routing == "full"):
+                lanes = self._cross(visit, lanes, context, skip, is_last=is_last)
+            else:
+                lanes = self._decode(visit, lanes, context, skip, is_parting=is_parting, is_last=is_last)
         return self._join(lanes, n)
+
+    def _visits(self, layers: tuple[int, ...], is_looped: bool, adapters: Adapters | None) -> list[Visit]:
+        """Return the visits: a layer has the same weights at each of its own, but adapters of its own for each."""
+        weights = layer_weights(dict(self.named_parameters(recurse=False)), self.compute_dtype)
+        own = [VisitAdapters(None, None)] * len(layers) if adapters is None else adapters.visits(len(layers))
+        # Each pass over the repeated block begins with a vector of its own, so that a layer can tell the passes apart.
+        shifts = iter(self.get_parameter("pass_embeddings") if self.config.pass_embeddings and is_looped else ())
+        starts = [next(shifts, None) if layer == self.config.loop_start else None for layer in layers]
+        return [Visit(layer, weights[layer], *each) for layer, each in zip(layers, zip(own, starts), strict=True)]
+
+    def _embed(self, tokens: Tensor, left_padding: Tensor | None) -> Tensor:
+        """Return x0 (B, T, D), the normed embeddings; with smear each has taken up some of the token before it."""
+        x = F.embedding(tokens, self.tok_emb.weight).to(self.compute_dtype)
+        if not self.config.smear_gate_width:
+            return add_norm(Stream(x, None))[1]
+        bos_id = self.config.bos_id if self.config.smear_bos_mask else None
+        how = Smear(self.get_parameter("smear_gate"), self.get_parameter("smear_lambda"), bos_id)
+        return smear_norm(x, tokens, how, left_padding)
 
     def _encode(self, visits: list[Visit], context: Context) -> tuple[Stream, list[Tensor]]:
         """Return the stream after the first half of the visits, and what each of them left for the second half."""
@@ -252,14 +229,15 @@ class GPT(nn.Module):
             if visit is not visits[0]:
                 skips.append(x)
             stream = self._mlp(visit, stream)
-        x = stream.x if stream.delta is None else stream.x + stream.delta
+        x = settle(stream)
         if visits:
             skips.append(x)
         return Stream(x, None), skips
 
-    def _decode(self, visit: Visit, lanes: Lanes, context: Context, skip: Skip | None, *, is_last: bool) -> Lanes:
+    def _decode(
+        self, visit: Visit, lanes: Lanes, context: Context, skip: Skip | None, *, is_parting: bool, is_last: bool
+    ) -> Lanes:
         """Return the lanes after one visit of the second half, which parts them from parallel_start_layer on."""
-        is_parting = lanes.mlp is None and visit.layer >= self.config.parallel_start_layer
         n = context.num_scored
         # After the last visit no attention follows that could look at the other positions, unless an MLP still does.
         is_narrow = is_last and n < context.x0.size(1) and (is_parting or lanes.mlp is not None)
@@ -271,15 +249,31 @@ class GPT(nn.Module):
             return Lanes(attention, self._mlp(visit, lanes.mlp))
         return Lanes(self._mlp(visit, attention), None)
 
-    def _join(self, lanes: Lanes, n: int) -> Tensor:
-        """Return the lanes' mean by a learned share, normed (B, n, D); the one lane normed where they never parted."""
-        x, delta = last_positions(lanes.attention.x, n), lanes.attention.delta
-        delta = None if delta is None else last_positions(delta, n)
+    def _cross(
+        self, visit: Visit, lanes: Lanes | CrossedLanes, context: Context, skip: Skip | None, *, is_last: bool
+    ) -> CrossedLanes:
+        """Return the lanes after a visit whose attention and MLP both write into both; the first one parts them."""
+        w, scale = visit.w, norm_scale(visit.layer)
+        mix, width = Mix(context.x0, w.resid_mix), self.config.attn_gate_width
+        if isinstance(lanes, Lanes):  # parted as the stream comes in: a skip is merged into attention's lane only
+            y, y_normed = add_norm(lanes.attention, scale)
+            x, _, normed, columns = mix_norm(Stream(y, None), mix, scale, skip, width)
+        else:
+            x, y, normed, y_normed, columns = cross_norm(lanes, mix, scale, skip, width)
+        n = context.num_scored if is_last else x.size(1)  # what comes after the last visit mixes no positions
+        made = self._attention(visit, normed, columns, context, n), self._mlp_output(visit, last_positions(y_normed, n))
+        assert w.routes is not None
+        return CrossedLanes(last_positions(x, n), last_positions(y, n), *made, w.routes, w.mlp_gate)
+
+    def _join(self, lanes: Lanes | CrossedLanes, n: int) -> Tensor:
+        """Return the lanes' mean, by a learned share unless they were crossed, or the one lane; normed (B, n, D)."""
+        if isinstance(lanes, CrossedLanes):
+            return mean_norm(lanes)
+        x, delta, gate = lanes.attention
+        stream = Stream(last_positions(x, n), None if delta is None else last_positions(delta, n), gate)
         if lanes.mlp is None:
-            return add_norm(x, delta)[1]
-        assert delta is not None
-        assert lanes.mlp.delta is not None
-        return merge_norm(x, delta, lanes.mlp.x, lanes.mlp.delta, self.lane_merge)
+            return add_norm(stream)[1]
+        return merge_norm(stream, lanes.mlp, self.get_parameter("lane_merge"))
 
     def _attend(
         self, visit: Visit, stream: Stream, context: Context, skip: Skip | None = None, num_queries: int | None = None
@@ -288,12 +282,21 @@ class GPT(nn.Module):
 
         With num_queries the second is made for the last positions of each row only.
         """
-        config, (layer, w, adapters) = self.config, visit
         n = num_queries or stream.x.size(1)
         # x is the stream with skip merged; the block reads mixed = mix[0] * x + mix[1] * x0, by learned vectors, so
         # that the tokens themselves stay within reach of every visit; normed is its norm.
-        x, mixed, normed = mix_norm(*stream, context.x0, w.resid_mix, norm_scale(layer), skip)
+        mix = Mix(context.x0, visit.w.resid_mix, visit.shift)
+        x, mixed, normed, columns = mix_norm(stream, mix, norm_scale(visit.layer), skip, self.config.attn_gate_width)
+        return x, Stream(last_positions(mixed, n), self._attention(visit, normed, columns, context, n))
+
+    def _attention(self, visit: Visit, normed: Tensor, columns: Tensor | None, context: Context, n: int) -> Tensor:
+        """Return what attention adds at the last n positions of each row (B, n, D), its scale included."""
+        config, (layer, w, adapters, _) = self.config, visit
         qkv, reduced = self._project(visit, normed)  # (B, T, D + 2 K E)
+        gate = None
+        if columns is not None:  # a factor on every head's output, made from the first columns of what it was made of
+            assert w.attn_gate is not None
+            gate = HeadGate(last_positions(columns, n), w.attn_gate)
         # XSA (exclusive self-attention, the last xsa_last_n layers): the part of y along the token's own value goes,
         # for the residual stream holds the token already.
         y = self_attention(
@@ -301,16 +304,17 @@ class GPT(nn.Module):
             context.cos,
             context.sin,
             w.q_gain,
-            context.rows._replace(num_queries=num_queries),
+            context.rows._replace(num_queries=n if n < normed.size(1) else None),
             num_kv_heads=config.num_kv_heads,
             is_value_excluded=layer >= config.num_layers - config.xsa_last_n,
+            gate=gate,
             backend=self.attention_backend,
         )  # (B, n, D)
         out = self.projections[f"layers_{layer}_o"](y, w.out)
         if reduced is not None:  # TRAP: o-LoRA reads the block's input, not y, as the reference does
             assert adapters.attention is not None
             out = add_low_rank_(out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale)
-        return x, Stream(last_positions(mixed, n), out)
+        return out
 
     def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
@@ -323,27 +327,18 @@ class GPT(nn.Module):
         return adapt_product(normed, weight, adapters, columns, apply)
 
     def _mlp(self, visit: Visit, stream: Stream) -> Stream:
-        """Return the stream after the MLP part of the layer."""
-        layer, w, adapters = visit
-        x, normed = add_norm(*stream, norm_scale(layer))
+        """Return the stream after the MLP part of the layer; its gate, where it has one, counts what the MLP adds."""
+        x, normed = add_norm(stream, norm_scale(visit.layer))
+        return Stream(x, self._mlp_output(visit, normed), visit.w.mlp_gate)
+
+    def _mlp_output(self, visit: Visit, normed: Tensor) -> Tensor:
+        """Return what the MLP makes of its normed input (B, n, D), its scale included."""
+        layer, w, adapters, _ = visit
         up, down = (self.projections[f"layers_{layer}_{kind}"] for kind in ("up", "down"))
-        out = mlp(normed, w.up, w.down, up, down)
+        out = mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
         if adapters.mlp is not None:
             out = add_low_rank_(out, reduce_inputs(normed, adapters.mlp), adapters.mlp, "mlp", w.mlp_scale)
-        return Stream(x, out)
-
-    def _layer_weights(self) -> list[LayerWeights]:
-        """Return every layer's weights, cast once to the compute type."""
-        dtype, count = self.compute_dtype, self.config.num_layers
-        # Once a forward pass, for all visits: a layer that is visited three times is cast once.
-        kv = self.kv_bank.to(dtype)
-        qkv = torch.cat((self.qo_bank[:count].to(dtype), kv[:count], kv[count:]), dim=1).unbind(0)
-        # scaled before the cast: the product is rounded to the compute type once
-        out = (self.qo_bank[count:] * self.attn_scale.unsqueeze(-1)).to(dtype).unbind(0)
-        up, down = self.mlp_up_bank.to(dtype), (self.mlp_down_bank * self.mlp_scale.unsqueeze(-1)).to(dtype)
-        vectors = (self.attn_scale, self.mlp_scale, self.resid_mix, self.q_gain)
-        per_layer = zip(qkv, out, up.unbind(0), down.unbind(0), *(v.unbind(0) for v in vectors), strict=True)
-        return [LayerWeights(*tensors) for tensors in per_layer]
+        return out
 
     def _rotary(self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotation tables for every position of the rows."""
@@ -379,12 +374,6 @@ def last_positions(x: Tensor, n: int) -> Tensor:
 def norm_scale(layer: int) -> float:
     """Return 1 / sqrt(layer + 1), the factor on the normed inputs of a layer (by layer, not by visit)."""
     return (layer + 1) ** -0.5
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """Return a CPU generator that depends on the seed and a tensor's name only."""
-    digest = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def fits_graphs(model: GPT) -> bool:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RMS_EPS = 2.0**-23  # float32's spacing at 1; written out so that bf16 and float64 use it too
-LEAKY_SLOPE = 0.5
 
 
 def widen(x: Tensor) -> Tensor:
@@ -66,9 +65,40 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return kept.to(y.dtype)
 
 
-def squared_leaky_relu(x: Tensor) -> Tensor:
-    """Return leaky_relu(x, slope 0.5)^2."""
-    return F.leaky_relu(x, LEAKY_SLOPE).square()
+def gate_heads(y: Tensor, columns: Tensor, gate: Tensor) -> Tensor:
+    """Return attention output y (B, T, H, E) times 2 sigmoid(gate . columns), a factor for each token and head.
+
+    columns (B, T, W): the first ones of the vector that the queries were made of; gate (H, W). A gate of zeros
+    changes nothing. Source: parameter-golf PR #1667.
+    """
+    wide = widen(columns)
+    return y * (2 * torch.sigmoid(wide @ gate.to(wide.dtype).mT)).unsqueeze(-1).to(y.dtype)
+
+
+def token_factor(x: Tensor, gate: Tensor) -> Tensor:
+    """Return sigmoid(bias + weights . first columns of x), (B, T, 1) for x (B, T, D).
+
+    gate (P,) holds the bias and then the weights of the first P - 1 columns; those beyond D count for nothing.
+    """
+    wide = widen(x[..., : gate.numel() - 1])
+    gate = gate[: wide.size(-1) + 1].to(wide.dtype)
+    return torch.sigmoid(wide @ gate[1:] + gate[0]).unsqueeze(-1).to(x.dtype)
+
+
+def smear(x: Tensor, gate: Tensor, strength: Tensor, has_neighbor: Tensor) -> Tensor:
+    """Return x plus strength * sigmoid(gate . first columns of x) times the token before, where it is a neighbor.
+
+    x (B, T, D), gate (W,), strength a scalar, has_neighbor (B, T) booleans, false at position 0.
+    """
+    wide = widen(x)
+    share = strength.to(wide.dtype) * torch.sigmoid(wide[..., : gate.numel()] @ gate.to(wide.dtype))
+    before = F.pad(wide[:, :-1], (0, 0, 1, 0)) * has_neighbor.unsqueeze(-1)
+    return (wide + share.unsqueeze(-1) * before).to(x.dtype)
+
+
+def squared_leaky_relu(x: Tensor, slope: float) -> Tensor:
+    """Return leaky_relu(x, slope)^2."""
+    return F.leaky_relu(x, slope).square()
 
 
 def merge_skip(x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor) -> Tensor:

@@ -31,6 +31,13 @@ def as_value(x: Any) -> Value:
     return np.asarray(x).view(Value)
 
 
+class Constant:
+    """tl.constexpr: the value itself."""
+
+    def __new__(cls, value: Any) -> Any:
+        return value
+
+
 class Pointer:
     """Places in a flat array."""
 
@@ -42,18 +49,48 @@ class Pointer:
         return Pointer(self.array, self.places + np.asarray(offset))
 
 
+class Descriptor:
+    """A tensor of two dimensions that comes and goes in blocks; what lies outside reads as zero and is not written."""
+
+    def __init__(self, array: np.ndarray, shape: list[int]) -> None:
+        self.array, self.shape, self.dtype = array, shape, array.dtype
+
+    @classmethod
+    def from_tensor(cls, x: Tensor, shape: list[int]) -> Descriptor:
+        """Return a descriptor of x with blocks of a shape."""
+        return cls(x.detach().numpy(), shape)
+
+    def _part(self, at: list[Any]) -> np.ndarray:
+        return self.array[tuple(slice(int(first), int(first) + n) for first, n in zip(at, self.shape))]
+
+    def load(self, at: list[Any]) -> Value:
+        """Return the block at a place."""
+        block, part = np.zeros(self.shape, self.array.dtype), self._part(at)
+        block[: part.shape[0], : part.shape[1]] = part
+        return as_value(block)
+
+    def store(self, at: list[Any], value: Any) -> None:
+        """Write the block at a place."""
+        part = self._part(at)
+        assert list(value.shape) == self.shape, (value.shape, self.shape)
+        part[:] = np.asarray(value)[: part.shape[0], : part.shape[1]]
+
+
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
     if mask is None:
         return as_value(pointer.array[pointer.places])
     places = np.where(mask, pointer.places, 0)
+    assert places.min(initial=0) >= 0, "a load before the tensor"
     return as_value(np.where(mask, pointer.array[places], np.asarray(other, pointer.array.dtype)))
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     if mask is None:
         pointer.array[pointer.places] = value
-    else:
-        pointer.array[np.asarray(pointer.places)[mask]] = np.asarray(value)[mask]
+        return
+    places, mask, values = np.broadcast_arrays(pointer.places, np.asarray(mask), np.asarray(value))
+    assert places[mask].min(initial=0) >= 0, "a store before the tensor"
+    pointer.array[places[mask]] = values[mask]
 
 
 def _exp(x: Any) -> Value:
@@ -67,23 +104,41 @@ def _log(x: Any) -> Value:
         return as_value(np.log(np.asarray(x, np.float32)))
 
 
-def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
-    program = [0]
+def _divide_up(x: Any, y: Any) -> int:
+    return -(-int(x) // int(y))
+
+
+def _language(program: list[int], count: list[int]) -> types.ModuleType:
     language = types.ModuleType("triton.language")
     language.__dict__.update(
-        constexpr=object, int64=np.int64, float32=np.float32, load=_load, store=_store, exp=_exp, log=_log,
-        program_id=lambda _axis: as_value(program[0]), arange=lambda first, end: as_value(np.arange(first, end)),
+        constexpr=Constant, int64=np.int64, float32=np.float32, load=_load, store=_store, exp=_exp, log=_log,
+        program_id=lambda _axis: as_value(program[0]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
+        arange=lambda first, end: as_value(np.arange(first, end)), zeros=lambda shape, t: as_value(np.zeros(shape, t)),
+        full=lambda shape, value, dtype: as_value(np.full(shape, value, dtype)),
         sum=lambda x, axis: as_value(np.sum(np.asarray(x), axis=axis, dtype=np.float32)),
         max=lambda x, axis: as_value(np.max(np.asarray(x), axis=axis)),
         where=lambda chosen, x, y: as_value(np.where(chosen, np.float32(x), np.float32(y))),
-        abs=lambda x: as_value(np.abs(x)), debug_barrier=lambda: None,
+        abs=lambda x: as_value(np.abs(x)), debug_barrier=lambda: None, static_range=range,
+        rsqrt=lambda x: as_value(1 / np.sqrt(np.asarray(x, np.float32))), sqrt=lambda x: as_value(np.sqrt(x)),
+        sigmoid=lambda x: as_value(1 / (1 + _exp(-np.asarray(x)))), maximum=lambda x, y: as_value(np.maximum(x, y)),
+        range=lambda first, end, step, **_options: range(int(first), int(end), int(step)),
+        dot=lambda x, y, total: as_value(total + x @ y), reshape=lambda x, shape: as_value(np.reshape(x, shape)),
+        permute=lambda x, axes: as_value(np.transpose(x, axes)), split=lambda x: (x[..., 0], x[..., 1]),
     )  # fmt: skip
+    return language
+
+
+def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
+    program, count = [0], [0]
+    language = _language(program, count)
     triton = types.ModuleType("triton")
-    triton.__dict__.update(jit=lambda function: function, language=language)
+    triton.__dict__.update(jit=lambda function: function, language=language, cdiv=_divide_up)
     triton.__dict__["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
-    monkeypatch.setitem(sys.modules, "triton", triton)
-    monkeypatch.setitem(sys.modules, "triton.language", language)
+    tools, descriptors = types.ModuleType("triton.tools"), types.ModuleType("triton.tools.tensor_descriptor")
+    descriptors.__dict__["TensorDescriptor"] = Descriptor
+    for module in (triton, language, tools, descriptors):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     spec = importlib.util.spec_from_file_location(f"faked_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -91,10 +146,18 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     spec.loader.exec_module(module)
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        options.pop("num_warps", None)
-        given = [Pointer(x.detach().view(-1).numpy()) if isinstance(x, Tensor) else x for x in args]
+        for name in ("num_warps", "num_stages"):
+            options.pop(name, None)
+        given = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
+        count[0] = grid[0]
         for program[0] in range(grid[0]):
             kernel(*given, **options)
 
     monkeypatch.setattr(module, "launch", launch)
     return module
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    """Return the memory from a tensor's first number on, whatever its strides: as a kernel sees it."""
+    whole = x.detach().as_strided((x.untyped_storage().nbytes() // x.element_size() - x.storage_offset(),), (1,))
+    return whole.numpy()

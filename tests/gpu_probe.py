@@ -130,6 +130,9 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
     logits, targets = rows(vocab), torch.randint(vocab, (TOKENS,), device=DEVICE)
     up = torch.randn(2048, width, device=DEVICE, dtype=torch.bfloat16)
     flat, down = x.detach(), torch.randn(width, 2048, device=DEVICE, dtype=torch.bfloat16)
+    activate_up, back_down = (
+        partial(kernel, slope=0.5) for kernel in (mlp_triton.up_and_activate, mlp_triton.down_backward)
+    )
     cases: dict[str, tuple[Callable[[], object], float]] = {
         "mix_norm": (lambda: apply(x, delta, None, None, None, first, mix, 0.5), 6 * unit),
         "mix_norm_skip": (lambda: apply(x, delta, skip, weight, gate, first, mix, 0.5), 7 * unit),
@@ -141,14 +144,14 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
         "rotate_backward": (lambda: heads_triton.rotate_backward(head_grads, own, *saved), 7.5 * unit),
         "exclude": (lambda: heads_triton.exclude(y, v), 2.5 * unit),
         "exclude_backward": (lambda: heads_triton.exclude_backward(y, y, v), 4 * unit),
-        "activate": (lambda: mlp_triton.activate(hidden), 8 * unit),
+        "activate": (lambda: mlp_triton.activate(hidden, 0.5), 8 * unit),
         "activate_backward": (
-            lambda: mlp_triton.activate_backward_(grad_hidden, hidden, needs_y=True), 16 * unit
+            lambda: mlp_triton.activate_backward_(grad_hidden, hidden, needs_y=True, slope=0.5), 16 * unit
         ),
-        "up_and_activate": (lambda: mlp_triton.up_and_activate(flat, up, needs_hidden=True), 17 * unit),
-        "up_and_activate_no_hidden": (lambda: mlp_triton.up_and_activate(flat, up, needs_hidden=False), 9 * unit),
-        "down_backward": (lambda: mlp_triton.down_backward(flat, down, hidden, needs_y=True), 25 * unit),
-        "down_backward_no_y": (lambda: mlp_triton.down_backward(flat, down, hidden, needs_y=False), 17 * unit),
+        "up_and_activate": (lambda: activate_up(flat, up, needs_hidden=True), 17 * unit),
+        "up_and_activate_no_hidden": (lambda: activate_up(flat, up, needs_hidden=False), 9 * unit),
+        "down_backward": (lambda: back_down(flat, down, hidden, needs_y=True), 25 * unit),
+        "down_backward_no_y": (lambda: back_down(flat, down, hidden, needs_y=False), 17 * unit),
         "cross_entropy": (lambda: cross_entropy_triton.row_nll(logits, targets, 30.0), 16 * unit),
         "cross_entropy_grad": (lambda: cross_entropy_triton.row_nll(logits, targets, 30.0, 1.0), 32 * unit),
         "copy": (lambda: hidden.copy_(grad_hidden), 8 * unit),

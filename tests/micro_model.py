@@ -22,6 +22,22 @@ from model.gpt import GPT
 
 VOCAB_SIZE = 64
 
+# settings of the model that are off in the published recipe: each alone, and all of them
+FRONTIER_PARTS: dict[str, dict[str, Any]] = {
+    "lanes": {"lane_routing": "full"},
+    "attn_gate": {"attn_gate_width": 5},
+    "smear": {"smear_gate_width": 6},
+    "slope": {"leaky_slope": 0.3},
+    "mlp_gate": {"mlp_gate_width": 7},
+    "passes": {"pass_embeddings": True},
+}
+FRONTIER_PARTS["all"] = {name: value for part in FRONTIER_PARTS.values() for name, value in part.items()}
+# the MLP's gate where lanes stay apart until the end, and the whole width of everything
+FRONTIER_PARTS["apart"] = {**FRONTIER_PARTS["all"], "lane_routing": "merge"}
+FRONTIER_PARTS["wide"] = {**FRONTIER_PARTS["all"], **dict.fromkeys(
+    ("attn_gate_width", "smear_gate_width", "mlp_gate_width"), 32
+)}  # fmt: skip
+
 
 class LoneRank(Dist):
     """One rank of a gang whose others are not there: it gets back what it brought."""

@@ -48,6 +48,12 @@ BAD_VALUES: list[tuple[str, str, Any]] = [
     ("model", "parallel_start_layer", -1),
     ("model", "logit_softcap", 0.0),
     ("model", "embedding_init_std", -0.1),
+    ("model", "lane_routing", "crossed"),
+    ("model", "attn_gate_width", 513),
+    ("model", "smear_gate_width", -1),
+    ("model", "mlp_gate_width", 1024),
+    ("model", "leaky_slope", 1.5),
+    ("model", "leaky_slope", -0.1),
     ("train", "max_steps", 0),
     ("train", "budget_s", 5.0),
     ("train", "budget_s", float("nan")),
@@ -180,6 +186,13 @@ def test_the_hash_reacts_to_every_hashed_section(section: str, field: str) -> No
 
 def test_the_hash_reacts_to_the_world_size() -> None:
     assert config_hash(tiny(), world_size=1) != config_hash(tiny(), world_size=2)
+
+
+def test_settings_of_the_model_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.bos_id=8192 must be a token: 0 to 8191"):
+        ModelConfig(smear_gate_width=12, bos_id=8192)
+    with pytest.raises(ValueError, match=r"model\.parallel_start_layer=5 above model\.loop_end=5"):
+        ModelConfig(pass_embeddings=True, parallel_start_layer=5)
 
 
 def test_the_hash_is_the_sha256_of_canonical_json() -> None:

@@ -25,8 +25,9 @@ from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
 from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
-from model.kernels.residual import Skip, add_norm, merge_norm, mix_norm
+from model.kernels.residual import Mix, Skip, Stream, add_norm, mix_norm
 from model.layers import rotary_tables
 from model.presets import tiny
 from tests.fake_triton import load_kernels
@@ -77,7 +78,7 @@ def vector(*shape: int) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("has_delta", [False, True])
 def test_add_norm_kernel(shape: tuple[int, ...], has_delta: bool) -> None:
-    check(lambda x, d: add_norm(x, d, 0.7), [draw(*shape), draw(*shape) if has_delta else None])
+    check(lambda x, d: add_norm(Stream(x, d), 0.7), [draw(*shape), draw(*shape) if has_delta else None])
 
 
 @pytest.mark.gpu
@@ -88,7 +89,7 @@ def test_mix_norm_kernel(shape: tuple[int, ...], has_delta: bool, has_skip: bool
     width = shape[-1]
 
     def function(x: Tensor, d: Tensor, first: Tensor, mix: Tensor, *skip: Tensor) -> tuple[Tensor, ...]:
-        return mix_norm(x, d, first, mix, 0.7, Skip(*skip) if has_skip else None)
+        return mix_norm(Stream(x, d), Mix(first, mix), 0.7, Skip(*skip) if has_skip else None)[:3]
 
     inputs = [draw(*shape), draw(*shape) if has_delta else None, draw(*shape), vector(2, width)]
     check(function, inputs + ([draw(*shape), vector(width), vector(width)] if has_skip else []))
@@ -97,7 +98,8 @@ def test_mix_norm_kernel(shape: tuple[int, ...], has_delta: bool, has_skip: bool
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES[1:])  # the scalar's gradient is a sum over everything: one row cancels
 def test_merge_norm_kernel(shape: tuple[int, ...]) -> None:
-    check(merge_norm, [*(draw(*shape) for _ in range(4)), torch.tensor(0.4, device="cuda")])
+    inputs = [*(draw(*shape) for _ in range(4)), torch.tensor(0.4, device="cuda")]
+    check(lambda a, da, b, db, share: merge_norm(Stream(a, da), Stream(b, db), share), inputs)
 
 
 @pytest.mark.gpu
@@ -105,7 +107,9 @@ def test_merge_norm_kernel(shape: tuple[int, ...]) -> None:
 def test_mlp_node(shape: tuple[int, ...]) -> None:
     batch, time, width, hidden = shape
     weights = [draw(hidden, width, scale=width**-0.5), draw(width, hidden, scale=hidden**-0.5)]
-    check(lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear), [draw(batch, time, width), *weights])
+    check(
+        lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear, 0.5), [draw(batch, time, width), *weights]
+    )
 
 
 @pytest.mark.gpu
@@ -276,12 +280,11 @@ def test_the_plain_twins_are_the_written_out_formulas() -> None:
     share = torch.sigmoid(gate[0])
     merged = share * (x + d) + (1 - share) * weight[0] * other
     mixed = mix[0] * merged + mix[1] * first
-    for got, wanted in zip(
-        mix_norm(x, d, first, mix, 0.5, Skip(other, weight[0], gate[0])), (merged, mixed, 0.5 * rms(mixed)), strict=True
-    ):
+    found = mix_norm(Stream(x, d), Mix(first, mix), 0.5, Skip(other, weight[0], gate[0]))[:3]
+    for got, wanted in zip(found, (merged, mixed, 0.5 * rms(mixed)), strict=True):
         torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(add_norm(x, d, 0.5)[1], 0.5 * rms(x + d))
-    merged = merge_norm(x, d, first, other, torch.tensor(0.25))
+    torch.testing.assert_close(add_norm(Stream(x, d), 0.5)[1], 0.5 * rms(x + d))
+    merged = merge_norm(Stream(x, d), Stream(first, other), torch.tensor(0.25))
     torch.testing.assert_close(merged, rms(0.25 * (x + d) + 0.75 * (first + other)))
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from model.banks import optional_shapes, parameter_shapes
 from model.distributed import Dist
 from model.gpt import GPT
 from model.presets import published
 from model.train.gradients import clip_, collect_gradients
 from model.train.optim import Muon, Optimizers, muon_scale, muon_update, newton_schulz, split_parameters
 from tests.gang_work import run_gang
-from tests.micro_model import micro_model, micro_train, random_model
+from tests.micro_model import FRONTIER_PARTS, micro_model, micro_train, random_model
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -111,6 +112,25 @@ def test_every_parameter_is_in_one_group() -> None:
     assert set(vectors) == {
         "attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "skip_gates", "lane_merge",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", FRONTIER_PARTS)
+def test_every_parameter_of_every_setting_is_in_exactly_one_group_and_moves(part: str) -> None:
+    model = random_model(micro_model(**FRONTIER_PARTS[part]))
+    banks, _, vectors = split_parameters(model)
+    names = [*banks, "tok_emb.weight", *vectors]
+    assert sorted(names) == sorted(parameter_shapes(model.config))
+    assert set(optional_shapes(model.config)) <= set(vectors)
+    optimizers = Optimizers(model, micro_train(), Dist.single())
+    stepped = [id(p) for group in optimizers.adamw.param_groups for p in group["params"]]
+    stepped += [id(p) for p in optimizers.muon.banks.values()]
+    assert sorted(stepped) == sorted(id(p) for p in model.parameters())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizers.step(lr_factor=1.0, momentum=0.9)
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
 
 
 def test_a_first_adamw_step_moves_by_the_learning_rate_and_decays() -> None:

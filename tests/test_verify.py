@@ -226,7 +226,7 @@ def test_a_folder_without_evidence_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_a_packed_program_of_other_modules_is_a_disagreement(exported: Path, tmp_path: Path) -> None:
     readable, packed = ((exported / name).read_bytes() for name in ("train_gpt.py", "train_gpt_packed.py"))
     assert check_twin("twin", readable, packed, FORMULAS).state == AGREES
-    altered = readable.replace(b"LEAKY_SLOPE = 0.5", b"LEAKY_SLOPE = 0.6")
+    altered = readable.replace(b"RMS_EPS = 2.0**-23", b"RMS_EPS = 2.0**-22")
     assert check_twin("twin", altered, packed, FORMULAS).state == DIFFERS
     elsewhere = readable.replace(b"Twin made with Python 3.", b"Twin made with Python 2.")
     assert check_twin("twin", elsewhere, packed, FORMULAS).state == UNCHECKED

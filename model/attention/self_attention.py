@@ -5,6 +5,7 @@ in one autograd node that keeps neither the raw projections nor any copy of the 
 """
 
 # B rows, T tokens of a row, n queries of a row, H query heads, K kv heads, E head_dim, N = B T tokens
+# W columns that the heads' gate reads
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from model.attention.bounds import Bounds, segment_bounds, window_bounds
 from model.attention.window import window_attention
 from model.data.packing import Packing
 from model.kernels.dispatch import uses_triton
-from model.layers import exclude_own_value, normalize_and_rotate
+from model.layers import exclude_own_value, gate_heads, normalize_and_rotate
 
 
 class Rows(NamedTuple):
@@ -33,21 +34,29 @@ class Rows(NamedTuple):
     num_queries: int | None = None
 
 
+class HeadGate(NamedTuple):
+    """What decides a factor on each head's output, for each token: see model.layers.gate_heads."""
+
+    columns: Tensor  # (B, n, W): the first ones of what queries, keys and values were made of
+    weights: Tensor  # (H, W)
+
+
 def self_attention(
     qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, rows: Rows, *, num_kv_heads: int, is_value_excluded: bool,
-    backend: str = "auto",
+    gate: HeadGate | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Return the attention output (B, n, H E) of joined projections qkv (B, T, (H + 2 K) E).
 
     Queries and keys are normed and turned by cos and sin (T or B x T, rope_dims / 2), queries multiplied by q_gain
-    (H,); is_value_excluded removes from each head's output its component along the token's own value.
+    (H,); is_value_excluded removes from each head's output its component along the token's own value; gate multiplies
+    what is left.
     """
     batch, time, width = qkv.shape
     num_heads = q_gain.numel()
     head_dim = width // (num_heads + 2 * num_kv_heads)
     if backend != "sdpa" and uses_triton(qkv, head_dim, num_kv_heads, num_heads // num_kv_heads):
         shape = _Shape(batch, time, rows.num_queries or time, num_heads, num_kv_heads, head_dim)
-        return _fused(qkv, cos, sin, q_gain, rows, shape, is_value_excluded, backend)
+        return _fused(qkv, cos, sin, q_gain, rows, shape, is_value_excluded, gate, backend)
     n = rows.num_queries or time
     sizes = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
     q, k, v = torch.split(qkv, sizes, dim=-1)
@@ -60,6 +69,8 @@ def self_attention(
         y = window_attention(q, k, v, rows.left_padding)  # (B, n, H, E)
     if is_value_excluded:
         y = exclude_own_value(y, v[:, -n:])
+    if gate is not None:
+        y = gate_heads(y, *gate)
     return y.reshape(batch, n, num_heads * head_dim)
 
 
@@ -80,6 +91,7 @@ def _fused(
     rows: Rows,
     shape: _Shape,
     is_value_excluded: bool,
+    gate: HeadGate | None,
     backend: str,
 ) -> Tensor:
     name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
@@ -89,19 +101,27 @@ def _fused(
         bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
-    is_recording = torch.is_grad_enabled() and (flat.requires_grad or gain.requires_grad)
-    z: Tensor = _SelfAttention.apply(flat, *tables, gain, bounds, shape, is_value_excluded, name, is_recording)
+    columns, weights = (None, None) if gate is None else (gate.columns.flatten(0, 1).contiguous(), gate.weights)
+    inputs = (x for x in (flat, gain, columns, weights) if x is not None)
+    is_recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    z: Tensor = _SelfAttention.apply(
+        flat, *tables, gain, columns, weights, bounds, shape, is_value_excluded, name, is_recording
+    )
     return z.view(shape.batch, shape.num_queries, -1)
 
 
 class _SelfAttention(torch.autograd.Function):
-    """(qkv (N, W), cos, sin, gain, bounds, shape, is_value_excluded, backend, is_recording) -> z (B n, H E)."""
+    """(qkv, cos, sin, gain, columns, weights, bounds, shape, is_value_excluded, backend, is_recording) -> z (B n, H E).
+
+    qkv (N, (H + 2 K) E); columns (B n, W) and weights (H, W) are the heads' gate, or None.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, bounds: Bounds, shape: _Shape,
-        is_value_excluded: bool, backend: str, is_recording: bool,
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, columns: Tensor | None, weights: Tensor | None,
+        bounds: Bounds, shape: _Shape, is_value_excluded: bool, backend: str, is_recording: bool,
     ) -> Tensor:  # fmt: skip
+        from model.attention.gate_triton import gate
         from model.attention.heads_triton import exclude, rotate
 
         # Copies of key and value heads make attention's backward faster, and its forward a little slower.
@@ -114,19 +134,29 @@ class _SelfAttention(torch.autograd.Function):
             y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
         if is_recording:
             ctx.inner = (q, k, v, y)
-            ctx.save_for_backward(turned, inverse, cos, sin, gain)
+            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights)
             ctx.shape, ctx.is_value_excluded = shape, is_value_excluded
-        z = exclude(y.detach(), _own_values(v, shape)) if is_value_excluded else y.detach()
+        z = y.detach()
+        if columns is not None and weights is not None:
+            z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=is_value_excluded)
+        elif is_value_excluded:
+            z = exclude(z, _own_values(v, shape))
         return z.reshape(z.size(0), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from model.attention.gate_triton import gate_backward
         from model.attention.heads_triton import exclude_backward, rotate_backward
 
-        turned, inverse, cos, sin, gain = ctx.saved_tensors
+        turned, inverse, cos, sin, gain, columns, weights = ctx.saved_tensors
         (q, k, v, y), shape = ctx.inner, ctx.shape
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
-        if ctx.is_value_excluded:
+        grad_columns = grad_weights = None
+        if columns is not None:
+            grad_y, grad_own, grad_columns, grad_weights = gate_backward(
+                grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.is_value_excluded
+            )
+        elif ctx.is_value_excluded:
             grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
         grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
         ctx.inner = None
@@ -140,7 +170,7 @@ class _SelfAttention(torch.autograd.Function):
                 own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
                 grad_own = own.flatten(0, 1)
         grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
-        return grad_qkv, None, None, grad_gain, None, None, None, None, None
+        return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
 
 def _split(turned: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,3 +16,14 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **options: Any) ->
         listeners[-1](kernel, grid, args, options)
     else:
         kernel[grid](*args, **options)
+
+
+def gate_sizes(gate: Any, width: int) -> dict[str, int]:
+    """Return a packed gate's sizes for a kernel: columns that it has numbers for, those of width, a power of two.
+
+    gate (P,): a bias and P - 1 weights, or None.
+    """
+    num_columns = 0 if gate is None else gate.numel() - 1
+    return {
+        "FACTOR": num_columns, "WIDTH": min(num_columns, width), "NEAR": 1 << max(num_columns - 1, 0).bit_length(),
+    }  # fmt: skip

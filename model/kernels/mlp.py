@@ -14,47 +14,48 @@ from torch import Tensor
 from model.kernels.dispatch import uses_triton
 from model.layers import squared_leaky_relu
 
-Up = Callable[[Tensor, Tensor, bool], tuple[Tensor | None, Tensor]]
+Up = Callable[[Tensor, Tensor, bool, float], tuple[Tensor | None, Tensor]]
 Down = Callable[[Tensor, Tensor], Tensor]
 
 
-def mlp(x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down) -> Tensor:
-    """Return leaky_relu(x up^T, 0.5)^2 down^T for x (B, T, D), up (M, D), down (D, M).
+def mlp(x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down, slope: float) -> Tensor:
+    """Return leaky_relu(x up^T, slope)^2 down^T for x (B, T, D), up (M, D), down (D, M).
 
     apply_up is project_and_activate, apply_down(y, down) a matrix product: modules, so that calibration can hook their
     inputs.
     """
     if uses_triton(x) and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, up, down)):
-        y: Tensor = _Mlp.apply(x, up, down, apply_up, apply_down)
+        y: Tensor = _Mlp.apply(x, up, down, apply_up, apply_down, slope)
         return y
-    return apply_down(apply_up(x, up, False)[1], down)
+    return apply_down(apply_up(x, up, False, slope)[1], down)
 
 
-def project_and_activate(x: Tensor, weight: Tensor, needs_hidden: bool) -> tuple[Tensor | None, Tensor]:
-    """Return the hidden state x weight^T and its activation leaky_relu(hidden, 0.5)^2, both (B, T, M).
+def project_and_activate(x: Tensor, weight: Tensor, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
+    """Return the hidden state x weight^T and its activation leaky_relu(hidden, slope)^2, both (B, T, M).
 
     Without needs_hidden the first may be None.
     """
     if not uses_triton(x):
         hidden = F.linear(x, weight)
-        return hidden, squared_leaky_relu(hidden)
+        return hidden, squared_leaky_relu(hidden, slope)
     from model.kernels.mlp_triton import activate, fits_products, up_and_activate
 
     rows, shape = x.reshape(-1, x.size(-1)), (*x.shape[:-1], weight.size(0))
     if fits_products(rows, weight.size(0)):
-        kept, y = up_and_activate(rows, weight, needs_hidden=needs_hidden)
+        kept, y = up_and_activate(rows, weight, needs_hidden=needs_hidden, slope=slope)
         return None if kept is None else kept.view(shape), y.view(shape)
     hidden = F.linear(x, weight)
-    return hidden, activate(hidden)
+    return hidden, activate(hidden, slope)
 
 
 class _Mlp(torch.autograd.Function):
     """The activation is computed again in the backward, in the pass that applies its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down) -> Tensor:
-        hidden, y = apply_up(x, up, True)  # (B, T, M) each
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down, slope: float) -> Tensor:
+        hidden, y = apply_up(x, up, True, slope)  # (B, T, M) each
         ctx.save_for_backward(x, hidden, up, down)
+        ctx.slope = slope
         return apply_down(y, down)
 
     @staticmethod
@@ -62,14 +63,14 @@ class _Mlp(torch.autograd.Function):
         from model.kernels.mlp_triton import activate_backward_, down_backward, fits_products
 
         x, hidden, up, down = ctx.saved_tensors
-        needs_x, needs_up, needs_down, _, _ = ctx.needs_input_grad
+        needs_x, needs_up, needs_down, *_ = ctx.needs_input_grad
         grad, rows, hidden = (y.flatten(0, -2).contiguous() for y in (grads[0], x, hidden))  # (N, D or M)
         if fits_products(grad, hidden.size(1)):
-            grad_hidden, activated = down_backward(grad, down, hidden, needs_y=needs_down)
+            grad_hidden, activated = down_backward(grad, down, hidden, needs_y=needs_down, slope=ctx.slope)
         else:
             grad_hidden = grad @ down  # (N, M)
-            activated = activate_backward_(grad_hidden, hidden, needs_y=needs_down)
+            activated = activate_backward_(grad_hidden, hidden, needs_y=needs_down, slope=ctx.slope)
         grad_down = grad.mT @ activated if activated is not None else None
         grad_up = grad_hidden.mT @ rows if needs_up else None
         grad_x = (grad_hidden @ up).view(x.shape) if needs_x else None
-        return grad_x, grad_up, grad_down, None, None
+        return grad_x, grad_up, grad_down, None, None, None

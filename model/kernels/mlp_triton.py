@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of the MLP's activation, leaky_relu(x, slope 0.5)^2, and of its backward.
+"""Triton kernels of the MLP's activation, leaky_relu(x, slope)^2, and of its backward.
 
 Alone, and at the end of a matrix product: persistent kernels over tiles that come and go by Hopper's bulk copies, the
 activation or its derivative applied to a tile before it leaves, so that no pass over the hidden state remains.
@@ -24,41 +24,43 @@ BLOCK = 4096  # numbers a program
 
 
 @triton.jit
-def _activate(x_ptr, y_ptr, numel, BLOCK: tl.constexpr):
+def _activate(x_ptr, y_ptr, numel, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
-    leaky = tl.where(x >= 0, x, 0.5 * x)
+    leaky = tl.where(x >= 0, x, SLOPE * x)
     tl.store(y_ptr + at, (leaky * leaky).to(y_ptr.dtype.element_ty), mask=at < numel)
 
 
 @triton.jit
-def _activate_backward(grad_ptr, x_ptr, y_ptr, numel, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+def _activate_backward(
+    grad_ptr, x_ptr, y_ptr, numel, SLOPE: tl.constexpr, HAS_Y: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
-    leaky = tl.where(x >= 0, x, 0.5 * x)
-    grad *= tl.where(x >= 0, 2 * leaky, leaky)  # 2 leaky(x) times the slope
+    leaky = tl.where(x >= 0, x, SLOPE * x)
+    grad *= tl.where(x >= 0, 2 * leaky, 2 * SLOPE * leaky)  # 2 leaky(x) times the slope
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=at < numel)
     if HAS_Y:
         tl.store(y_ptr + at, (leaky * leaky).to(y_ptr.dtype.element_ty), mask=at < numel)
 
 
-def activate(x: Tensor) -> Tensor:
-    """Return leaky_relu(x, 0.5)^2."""
+def activate(x: Tensor, slope: float) -> Tensor:
+    """Return leaky_relu(x, slope)^2."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    launch(_activate, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), BLOCK=BLOCK, num_warps=8)
+    launch(_activate, (triton.cdiv(x.numel(), BLOCK),), x, y, x.numel(), SLOPE=slope, BLOCK=BLOCK, num_warps=8)
     return y
 
 
-def activate_backward_(grad: Tensor, x: Tensor, *, needs_y: bool) -> Tensor | None:
+def activate_backward_(grad: Tensor, x: Tensor, *, needs_y: bool, slope: float) -> Tensor | None:
     """Turn grad of the activation into that of x, in place (both contiguous); return the activation if needs_y."""
     assert grad.is_contiguous(), grad.stride()
     assert x.is_contiguous(), x.stride()
     y = torch.empty_like(x) if needs_y else None
     launch(
         _activate_backward, (triton.cdiv(x.numel(), BLOCK),),
-        grad, x, y, x.numel(), HAS_Y=needs_y, BLOCK=BLOCK, num_warps=8,
+        grad, x, y, x.numel(), SLOPE=slope, HAS_Y=needs_y, BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
     return y
 
@@ -99,7 +101,8 @@ def _tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
 @triton.jit
 def _up(
     x_desc, weight_desc, hidden_desc, y_desc, num_rows, num_columns, depth,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr, HAS_HIDDEN: tl.constexpr,
+    SLOPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_HIDDEN: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
@@ -115,14 +118,15 @@ def _up(
             at = [m * M, n * N + half * (N // 2)]
             if HAS_HIDDEN:
                 hidden_desc.store(at, part.to(y_desc.dtype))
-            leaky = tl.where(part >= 0, part, 0.5 * part)
+            leaky = tl.where(part >= 0, part, SLOPE * part)
             y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
 
 
 @triton.jit
 def _down_backward(
     grad_desc, weight_desc, hidden_desc, grad_hidden_desc, y_desc, num_rows, num_columns, depth,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr, HAS_Y: tl.constexpr,
+    SLOPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_Y: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
@@ -137,8 +141,8 @@ def _down_backward(
             part = left if half == 0 else right
             at = [m * M, n * N + half * (N // 2)]
             hidden = hidden_desc.load(at).to(tl.float32)
-            leaky = tl.where(hidden >= 0, hidden, 0.5 * hidden)
-            part *= tl.where(hidden >= 0, 2 * leaky, leaky)
+            leaky = tl.where(hidden >= 0, hidden, SLOPE * hidden)
+            part *= tl.where(hidden >= 0, 2 * leaky, 2 * SLOPE * leaky)
             grad_hidden_desc.store(at, part.to(y_desc.dtype))
             if HAS_Y:
                 y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
@@ -166,7 +170,7 @@ def _grid(out: Tensor, tiling: Tiling) -> tuple[int]:
     return (min(tiles, tiling.programs * torch.cuda.get_device_properties(out.device).multi_processor_count),)
 
 
-def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool) -> tuple[Tensor | None, Tensor]:
+def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
     """Return (x weight^T, its activation) for x (N, D) and weight (M, D); the first only if needs_hidden."""
     x, weight, t = x.contiguous(), weight.contiguous(), UP_TILING
     y = torch.empty(x.size(0), weight.size(0), device=x.device, dtype=x.dtype)
@@ -176,12 +180,15 @@ def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool) -> tuple[T
         _up, _grid(y, t),
         _descriptor(x, t.m, t.k), _descriptor(weight, t.n, t.k),
         out if hidden is None else _descriptor(hidden, t.m, t.n // 2), out, *y.shape, x.size(1),
-        M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_HIDDEN=needs_hidden, num_stages=t.stages, num_warps=t.warps,
+        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_HIDDEN=needs_hidden,
+        num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return hidden, y
 
 
-def down_backward(grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool) -> tuple[Tensor, Tensor | None]:
+def down_backward(
+    grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool, slope: float
+) -> tuple[Tensor, Tensor | None]:
     """Return (gradient of hidden (N, M), its activation if needs_y) from grad (N, D) and weight (D, M)."""
     grad, weight, t = grad.contiguous(), weight.contiguous(), DOWN_TILING
     grad_hidden = torch.empty_like(hidden)
@@ -192,6 +199,6 @@ def down_backward(grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool
         _descriptor(grad, t.m, t.k), _descriptor(weight, t.k, t.n),
         _descriptor(hidden, t.m, t.n // 2), out, out if y is None else _descriptor(y, t.m, t.n // 2),
         *hidden.shape, grad.size(1),
-        M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_Y=needs_y, num_stages=t.stages, num_warps=t.warps,
+        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_Y=needs_y, num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return grad_hidden, y

@@ -1,7 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels of the residual stream: add, merge a skip, mix with the first state, normalize, in one pass."""
+"""Triton kernels of the residual stream: add, merge a skip, mix with the first state, normalize, in one pass.
 
-# N rows (tokens), D columns (model_dim), P programs
+And the first state itself: embeddings smeared over their neighbors and normalized.
+"""
+
+# N rows (tokens), D columns (model_dim), P programs, W columns that a gate reads
 
 from __future__ import annotations
 
@@ -12,18 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.launch import launch
+from model.kernels.launch import gate_sizes, launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
 BACKWARD_PROGRAMS = 132 * 16  # each adds up the column sums of its rows; the host adds the programs
+# where a shift comes in: before a skip is merged, or behind what is kept as the stream's value
+BEFORE_SKIP: tl.constexpr = tl.constexpr(1)
+BEHIND_SUM: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
 def _forward(
-    x_ptr, delta_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, sum_ptr, mixed_ptr, normed_ptr,
+    x_ptr, delta_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
+    sum_ptr, mixed_ptr, normed_ptr, columns_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     HAS_DELTA: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
+    FACTOR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
@@ -31,7 +39,13 @@ def _forward(
     inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        x += tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if FACTOR > 0:
+            over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)[None, :]
+            delta *= tl.sigmoid(tl.sum(x * over, axis=1) + tl.load(factor_ptr))[:, None]
+        x += delta
+    if SHIFT == BEFORE_SKIP:
+        x += tl.load(shift_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if HAS_SKIP:
         weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
         gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=cols < D, other=0.0).to(tl.float32))[None, :]
@@ -39,21 +53,28 @@ def _forward(
         x = (1 - gate) * weight * skip + gate * x
     if HAS_DELTA or HAS_SKIP:
         tl.store(sum_ptr + at, x.to(sum_ptr.dtype.element_ty), mask=inside)
+    if SHIFT == BEHIND_SUM:
+        x += tl.load(shift_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if HAS_MIX:
         a = tl.load(mix_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
         b = tl.load(mix_ptr + D + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
         x = a * x + b * tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
     inverse = scale * tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
-    tl.store(normed_ptr + at, (x * inverse[:, None]).to(normed_ptr.dtype.element_ty), mask=inside)
+    normed = (x * inverse[:, None]).to(normed_ptr.dtype.element_ty)
+    tl.store(normed_ptr + at, normed, mask=inside)
+    if COLUMNS > 0:
+        tl.store(columns_ptr + rows[:, None] * COLUMNS + cols[None, :], normed, mask=inside & (cols < COLUMNS)[None, :])
 
 
 @triton.jit
 def _backward(
-    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, sum_ptr, mixed_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr,
-    gate_ptr, grad_x_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr,
-    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, x_ptr, sum_ptr, mixed_ptr, skip_ptr, first_ptr,
+    mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
+    grad_x_ptr, grad_delta_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr, factor_partial_ptr,
+    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
+    FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.arange(0, COLS)
@@ -70,6 +91,15 @@ def _backward(
     sum_b = tl.zeros((ROWS, COLS), tl.float32)
     sum_weight = tl.zeros((ROWS, COLS), tl.float32)
     sum_gate = tl.zeros((ROWS, COLS), tl.float32)
+    if FACTOR > 0:
+        over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)[None, :]
+        bias = tl.load(factor_ptr)
+        near = tl.arange(0, NEAR)[None, :]
+        sum_factor = tl.zeros((ROWS, NEAR), tl.float32)
+        sum_bias = tl.zeros((ROWS,), tl.float32)
+    if SHIFT > 0:
+        shift = tl.load(shift_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
+        sum_shift = tl.zeros((ROWS, COLS), tl.float32)
     num_tiles = (num_rows + ROWS - 1) // ROWS
     for tile in range(program, num_tiles, tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
@@ -77,6 +107,9 @@ def _backward(
         inside = (rows < num_rows)[:, None] & known[None, :]
         normalized = tl.load(mixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if COLUMNS > 0:
+            place = grad_columns_ptr + rows[:, None] * COLUMNS + cols[None, :]
+            grad += tl.load(place, mask=inside & (cols < COLUMNS)[None, :], other=0.0).to(tl.float32)
         inverse = tl.rsqrt(tl.sum(normalized * normalized, axis=1) / D + EPS)[:, None]
         normalized *= inverse
         along = tl.sum(grad * normalized, axis=1)[:, None] / D
@@ -85,10 +118,15 @@ def _backward(
             grad += tl.load(grad_mixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
             x = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
             first = tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            sum_a += grad * x
+            if SHIFT == BEHIND_SUM:
+                sum_a += grad * (x + shift)
+            else:
+                sum_a += grad * x
             sum_b += grad * first
             tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
             grad = a * grad
+            if SHIFT == BEHIND_SUM:
+                sum_shift += grad
         if HAS_GRAD_SUM:
             grad += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_SKIP:
@@ -97,153 +135,255 @@ def _backward(
             sum_gate += grad * (x - weight * skip)
             grad_skip = (1 - gate) * weight * grad
             tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=inside)
+            if FACTOR > 0:
+                outer = grad
             grad = gate * grad
+        if SHIFT == BEFORE_SKIP:
+            sum_shift += grad
+        if FACTOR > 0:
+            # factor * delta is what the sum holds besides x (and shift and skip): delta need not be kept for it.
+            # With a skip it is there times the skip's gate, and so is this gradient: neither is divided.
+            before = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            made = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_SKIP:
+                made -= (1 - gate) * weight * skip + gate * before
+                if SHIFT == BEFORE_SKIP:
+                    made -= gate * shift
+                along_made = tl.sum(outer * made, axis=1)
+            else:
+                along_made = tl.sum(grad * (made - before), axis=1)
+            factor = tl.sigmoid(tl.sum(before * over, axis=1) + bias)
+            slope = (1 - factor) * along_made  # of the sigmoid's argument
+            grad_delta = factor[:, None] * grad
+            tl.store(grad_delta_ptr + at, grad_delta.to(grad_delta_ptr.dtype.element_ty), mask=inside)
+            seen = (rows < num_rows)[:, None] & (near < WIDTH)
+            read = tl.load(x_ptr + rows[:, None] * D + near, mask=seen, other=0.0).to(tl.float32)
+            sum_factor += slope[:, None] * read
+            sum_bias += slope
+            grad += slope[:, None] * over
         tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    if FACTOR > 0:
+        place = factor_partial_ptr + program * (FACTOR + 1)
+        tl.store(place, tl.sum(sum_bias, axis=0))
+        tl.store(place + 1 + tl.arange(0, NEAR), tl.sum(sum_factor, axis=0), mask=tl.arange(0, NEAR) < FACTOR)
+    if SHIFT > 0:
+        tl.store(partial_ptr + program * PARTS * D + 4 * D + cols, tl.sum(sum_shift, axis=0), mask=known)
     if HAS_MIX:
-        place = partial_ptr + program * 4 * D + cols
+        place = partial_ptr + program * PARTS * D + cols
         tl.store(place, tl.sum(sum_a, axis=0), mask=known)
         tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
     if HAS_SKIP:
-        place = partial_ptr + program * 4 * D + cols
+        place = partial_ptr + program * PARTS * D + cols
         # The gate's share is (x - weight * skip) g (1 - g) for x before the merge; after it the bracket has g in it.
         tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
         tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
 
 
-def launch_forward(
-    x: Tensor, delta: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-    first: Tensor | None, mix: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (sum, mixed, normed) for x (N, D); sum is x itself, and mixed is sum, where nothing was to be done."""
-    num_rows, width = x.shape
-    has_sum = delta is not None or skip is not None
-    total = torch.empty_like(x) if has_sum else x
-    mixed = torch.empty_like(x) if mix is not None else total
-    normed = torch.empty_like(x)
-    launch(
-        _forward, (triton.cdiv(num_rows, ROWS),),
-        x, delta, skip, first, mix, weight, gate, total, mixed, normed, num_rows, scale,
-        D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
-        HAS_DELTA=delta is not None, HAS_SKIP=skip is not None, HAS_MIX=mix is not None, num_warps=4,
-    )  # fmt: skip
-    return total, mixed, normed
+def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
+    """Return where the shift comes in: 0 nowhere, 1 before the skip, 2 behind the sum."""
+    return 0 if shift is None else 1 if skip is not None else 2
 
 
 class MixNorm(torch.autograd.Function):
-    """(x, delta, skip, weight, gate, first, mix, scale) -> (sum, mixed, normed); see model.kernels.residual."""
+    """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> (sum, mixed, normed, columns).
+
+    See model.kernels.residual. The sum is None where it is x, mixed where it is the sum, columns where there are none.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, delta: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
-        first: Tensor | None, mix: Tensor | None, scale: float,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-        total, mixed, normed = launch_forward(x, delta, skip, weight, gate, first, mix, scale)
-        ctx.save_for_backward(total, mixed if mix is not None else None, skip, weight, gate, first, mix)
+        first: Tensor | None, mix: Tensor | None, scale: float, factor: Tensor | None = None,
+        shift: Tensor | None = None, num_columns: int = 0,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        num_rows, width = x.shape
+        factor = None if delta is None else factor
+        total = torch.empty_like(x) if delta is not None or skip is not None else x
+        mixed = torch.empty_like(x) if mix is not None else total
+        normed = torch.empty_like(x)
+        columns = x.new_empty(num_rows, num_columns) if num_columns else None
+        launch(
+            _forward, (triton.cdiv(num_rows, ROWS),),
+            x, delta, skip, first, mix, weight, gate, factor, shift, total, mixed, normed, columns, num_rows, scale,
+            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
+            HAS_DELTA=delta is not None, HAS_SKIP=skip is not None, HAS_MIX=mix is not None,
+            FACTOR=gate_sizes(factor, width)["WIDTH"], SHIFT=_shift_place(shift, skip), COLUMNS=num_columns,
+            num_warps=4,
+        )  # fmt: skip
+        kept = x if factor is not None else None
+        ctx.save_for_backward(
+            total, mixed if mix is not None else None, kept, skip, weight, gate, first, mix, factor, shift
+        )
         ctx.scale, ctx.has_delta = scale, delta is not None
         ctx.set_materialize_grads(False)
-        return (None if total is x else total), (None if mix is None else mixed), normed
+        return (None if total is x else total), (None if mix is None else mixed), normed, columns
 
     @staticmethod
     def backward(
-        ctx: Any, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        total, mixed, skip, weight, gate, first, mix = ctx.saved_tensors
+        ctx: Any, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor | None,
+        grad_columns: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        total, mixed, x, skip, weight, gate, first, mix, factor, shift = ctx.saved_tensors
         num_rows, width = total.shape
-        has_skip, has_mix = skip is not None, mix is not None
+        has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
         if has_mix and grad_mixed is None:
             grad_mixed = torch.zeros_like(total)
-        grads = [None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed)]
-        grad_x = torch.empty_like(total)
-        grad_skip = torch.empty_like(total) if has_skip else None
-        grad_first = torch.empty_like(total) if has_mix else None
+        if grad_normed is None:  # of a stream that was settled: nobody reads its norm
+            grad_normed = torch.zeros_like(total)
+        grads = [None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed, grad_columns)]
+        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_mix)]
         programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-        has_sums = has_mix or has_skip
-        partial = torch.empty(programs, 4, width, device=total.device, dtype=torch.float32) if has_sums else None
+        parts = 5 if has_shift else 4
+        partial = total.new_empty(programs, parts, width, dtype=torch.float32) if has_mix or has_skip else None
+        factor_partial = total.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
         launch(
             _backward, (programs,),
-            *grads, total, mixed if has_mix else total, skip, first, mix, weight, gate,
-            grad_x, grad_skip, grad_first, partial, num_rows, ctx.scale,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
-            HAS_GRAD_SUM=grad_sum is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix, num_warps=4,
+            *grads, x, total, mixed if has_mix else total, skip, first, mix, weight, gate, factor, shift,
+            *made, partial, factor_partial, num_rows, ctx.scale,
+            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, PARTS=parts,
+            HAS_GRAD_SUM=grad_sum is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix, **gate_sizes(factor, width),
+            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grad_columns is None else grad_columns.size(1),
+            num_warps=8 if has_factor else 4,  # twice the rows in flight would not fit the registers
         )  # fmt: skip
+        grad_x, grad_delta, grad_skip, grad_first = made
         sums = partial.sum(0) if partial is not None else None
         grad_mix = sums[:2].to(mix.dtype) if sums is not None and has_mix else None
         grad_weight = sums[2].to(weight.dtype) if sums is not None and has_skip else None
         grad_gate = sums[3].to(gate.dtype) if sums is not None and has_skip else None
+        grad_shift = sums[4].to(shift.dtype) if sums is not None and has_shift else None
+        grad_factor = factor_partial.sum(0).to(factor.dtype) if factor_partial is not None else None
+        grad_delta = (grad_delta if has_factor else grad_x) if ctx.has_delta else None
         return (
-            grad_x, grad_x if ctx.has_delta else None, grad_skip, grad_weight, grad_gate, grad_first, grad_mix, None,
+            grad_x, grad_delta, grad_skip, grad_weight, grad_gate, grad_first, grad_mix, None, grad_factor, grad_shift,
+            None,
         )  # fmt: skip
 
 
 @triton.jit
-def _merge(
-    a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share_ptr, y_ptr, num_rows,
-    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
+def _smeared(
+    x_ptr, tokens_ptr, padding_ptr, over, strength, rows, cols, num_rows, time, bos_id,
+    D: tl.constexpr, HAS_BOS: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    """Return rows of smeared embeddings, the sigmoid's share, the neighbor (zero where there is none), the strength."""
+    is_row = rows < num_rows
+    place = rows % time
+    has_neighbor = is_row & (place > 0)
+    if HAS_PADDING:
+        has_neighbor = has_neighbor & (place > tl.load(padding_ptr + rows // time, mask=is_row, other=0))
+    if HAS_BOS:
+        has_neighbor = has_neighbor & (tl.load(tokens_ptr + rows, mask=is_row, other=0) != bos_id)
+    at = rows[:, None] * D + cols[None, :]
+    known = (cols < D)[None, :]
+    x = tl.load(x_ptr + at, mask=is_row[:, None] & known, other=0.0).to(tl.float32)
+    neighbor = tl.load(x_ptr + (at - D), mask=has_neighbor[:, None] & known, other=0.0).to(tl.float32)
+    share = tl.sigmoid(tl.sum(x * over, axis=1))
+    acting = tl.where(has_neighbor, strength, 0.0)
+    return x + (acting * share)[:, None] * neighbor, share, neighbor, acting
+
+
+@triton.jit
+def _smear(
+    x_ptr, tokens_ptr, padding_ptr, gate_ptr, strength_ptr, y_ptr, num_rows, time, bos_id,
+    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr,
+    HAS_BOS: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, COLS)
-    at = rows[:, None] * D + cols[None, :]
-    inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
-    share = tl.load(share_ptr).to(tl.float32)
-    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = share * a + (1 - share) * b
+    over = tl.load(gate_ptr + cols, mask=cols < W, other=0.0).to(tl.float32)[None, :]
+    strength = tl.load(strength_ptr).to(tl.float32)
+    x, _share, _neighbor, _acting = _smeared(
+        x_ptr, tokens_ptr, padding_ptr, over, strength, rows, cols, num_rows, time, bos_id, D, HAS_BOS, HAS_PADDING
+    )
     inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
+    inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
+    at = rows[:, None] * D + cols[None, :]
     tl.store(y_ptr + at, (x * inverse[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _merge_backward(
-    grad_ptr, a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share_ptr, grad_a_ptr, grad_b_ptr, partial_ptr, num_rows,
-    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.arange(0, COLS)
-    at = rows[:, None] * D + cols[None, :]
+def _norm_backward(grad_ptr, x, rows, cols, num_rows, D: tl.constexpr):
+    """Return the gradient of rows x from that of their norm."""
     inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
-    share = tl.load(share_ptr).to(tl.float32)
-    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    normed = share * a + (1 - share) * b
-    inverse = tl.rsqrt(tl.sum(normed * normed, axis=1) / D + EPS)[:, None]
-    normed *= inverse
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    along = tl.sum(grad * normed, axis=1)[:, None] / D
-    grad = inverse * (grad - normed * along)
-    tl.store(grad_a_ptr + at, (share * grad).to(grad_a_ptr.dtype.element_ty), mask=inside)
-    tl.store(grad_b_ptr + at, ((1 - share) * grad).to(grad_b_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(grad * (a - b), axis=1), axis=0))
+    grad = tl.load(grad_ptr + rows[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None]
+    normed = x * inverse
+    return inverse * (grad - normed * (tl.sum(grad * normed, axis=1)[:, None] / D))
 
 
-class MergeNorm(torch.autograd.Function):
-    """(a, delta_a, b, delta_b, share) -> rms(share (a + delta_a) + (1 - share) (b + delta_b)), all (N, D)."""
+@triton.jit
+def _smear_backward(
+    grad_ptr, x_ptr, tokens_ptr, padding_ptr, gate_ptr, strength_ptr, grad_x_ptr, partial_ptr, num_rows, time, bos_id,
+    D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, W: tl.constexpr, NEAR: tl.constexpr,
+    HAS_BOS: tl.constexpr, HAS_PADDING: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, COLS)
+    near = tl.arange(0, NEAR)
+    over = tl.load(gate_ptr + cols, mask=cols < W, other=0.0).to(tl.float32)[None, :]
+    strength = tl.load(strength_ptr).to(tl.float32)
+    sum_gate = tl.zeros((ROWS, NEAR), tl.float32)
+    sum_strength = tl.zeros((ROWS,), tl.float32)
+    for tile in range(tl.program_id(0), (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        x, share, neighbor, acting = _smeared(
+            x_ptr, tokens_ptr, padding_ptr, over, strength, rows, cols, num_rows, time, bos_id, D, HAS_BOS, HAS_PADDING
+        )
+        grad = _norm_backward(grad_ptr, x, rows, cols, num_rows, D)
+        along = tl.sum(grad * neighbor, axis=1) * share
+        slope = acting * along * (1 - share)  # of the sigmoid's argument
+        # A row's own gradient, and what the row behind it, whose neighbor it is, sends back.
+        behind, share_behind, _neighbor, acting_behind = _smeared(
+            x_ptr, tokens_ptr, padding_ptr, over, strength, rows + 1, cols, num_rows, time, bos_id, D, HAS_BOS,
+            HAS_PADDING,
+        )  # fmt: skip
+        grad_behind = _norm_backward(grad_ptr, behind, rows + 1, cols, num_rows, D)
+        total = grad + slope[:, None] * over + (acting_behind * share_behind)[:, None] * grad_behind
+        inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
+        at = rows[:, None] * D + cols[None, :]
+        tl.store(grad_x_ptr + at, total.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        seen = (rows < num_rows)[:, None] & (near < W)[None, :]
+        read = tl.load(x_ptr + rows[:, None] * D + near[None, :], mask=seen, other=0.0).to(tl.float32)
+        sum_gate += slope[:, None] * read
+        sum_strength += along
+    place = partial_ptr + tl.program_id(0) * (W + 1)
+    tl.store(place, tl.sum(sum_strength, axis=0))
+    tl.store(place + 1 + near, tl.sum(sum_gate, axis=0), mask=near < W)
+
+
+class SmearNorm(torch.autograd.Function):
+    """(x, tokens, left_padding, gate, strength, bos_id, time) -> rms of the smeared x (N, D), rows of time tokens.
+
+    tokens (N,), or None where no token is special; left_padding (N / time,) or None; gate (W,), strength a scalar.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, delta_a: Tensor, b: Tensor, delta_b: Tensor, share: Tensor) -> Tensor:
-        num_rows, width = a.shape
-        y = torch.empty_like(a)
+    def forward(
+        ctx: Any, x: Tensor, tokens: Tensor | None, left_padding: Tensor | None, gate: Tensor, strength: Tensor,
+        bos_id: int | None, time: int,
+    ) -> Tensor:  # fmt: skip
+        num_rows, width = x.shape
+        y = torch.empty_like(x)
+        ctx.options = {
+            "D": width, "COLS": triton.next_power_of_2(width), "ROWS": ROWS, "W": gate.numel(),
+            "HAS_BOS": tokens is not None, "HAS_PADDING": left_padding is not None, "num_warps": 4,
+        }  # fmt: skip
+        ctx.time, ctx.bos_id = time, bos_id or 0
         launch(
-            _merge, (triton.cdiv(num_rows, ROWS),),
-            a, delta_a, b, delta_b, share, y, num_rows,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+            _smear, (triton.cdiv(num_rows, ROWS),),
+            x, tokens, left_padding, gate, strength, y, num_rows, time, ctx.bos_id, **ctx.options,
         )  # fmt: skip
-        ctx.save_for_backward(a, delta_a, b, delta_b, share)
+        ctx.save_for_backward(x, tokens, left_padding, gate, strength)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        a, delta_a, b, delta_b, share = ctx.saved_tensors
-        num_rows, width = a.shape
-        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
-        programs = triton.cdiv(num_rows, ROWS)
-        partial = torch.empty(programs, device=a.device, dtype=torch.float32)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, tokens, left_padding, gate, strength = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        programs = min(BACKWARD_PROGRAMS, triton.cdiv(x.size(0), ROWS))
+        partial = x.new_empty(programs, gate.numel() + 1, dtype=torch.float32)
         launch(
-            _merge_backward, (programs,),
-            grads[0].contiguous(), a, delta_a, b, delta_b, share, grad_a, grad_b, partial, num_rows,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, num_warps=4,
+            _smear_backward, (programs,),
+            grads[0].contiguous(), x, tokens, left_padding, gate, strength, grad_x, partial, x.size(0), ctx.time,
+            ctx.bos_id, NEAR=triton.next_power_of_2(gate.numel()), **ctx.options,
         )  # fmt: skip
-        return grad_a, grad_a, grad_b, grad_b, partial.sum().to(share.dtype)
+        sums = partial.sum(0)
+        return grad_x, None, None, sums[1:].to(gate.dtype), sums[0].to(strength.dtype), None, None

@@ -1,0 +1,216 @@
+"""Kernels of lanes, gates, smearing and slope, run in numpy: each does forward and backward what its plain twin does.
+
+The kernels run in float32 and the twin in float64, on more rows than one program takes, and on an odd number of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import model.kernels
+from model.attention import self_attention
+from model.kernels import lanes, residual
+from model.kernels.lanes import CrossedLanes, cross_norm, mean_norm, merge_norm
+from model.kernels.residual import Mix, Skip, Smear, Stream, add_norm, mix_norm, settle, smear_norm
+from model.layers import exclude_own_value, gate_heads, squared_leaky_relu
+from tests.fake_triton import load_kernels
+
+ROWS, TIME, DIM = 3, 7, 24  # 21 rows, 24 columns of a tile of 32
+Function = Callable[..., Any]
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve float32 by the kernels, which run in numpy by two or three programs, and float64 by the twins."""
+    for module, stem in ((residual, "residual_triton"), (lanes, "lanes_triton")):
+        kernels = load_kernels(Path(residual.__file__).with_name(f"{stem}.py"), monkeypatch)
+        monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+        monkeypatch.setitem(sys.modules, f"model.kernels.{stem}", kernels)
+        monkeypatch.setattr(model.kernels, stem, kernels, raising=False)
+        monkeypatch.setattr(module, "uses_triton", lambda x: x.dtype == torch.float32)
+
+
+def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Return random float32 numbers."""
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parameter(*shape: int, seed: int) -> Tensor:
+    """Return random numbers around one half, away from what would hide a part."""
+    return 0.5 + 0.3 * draw(*shape, seed=seed)
+
+
+def outputs_and_gradients(function: Function, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+    """Return what function gives that is a tensor, and the gradients of a random sum of it."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    found = function(*leaves)
+    outputs = [y for y in ((found,) if isinstance(found, Tensor) else found) if y is not None]
+    loss = sum((y.double() * draw(*y.shape, seed=100 + i).double()).sum() for i, y in enumerate(outputs))
+    assert isinstance(loss, Tensor)
+    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+
+
+def check(function: Function, inputs: Sequence[Tensor | None]) -> None:
+    """Compare function in float32, by kernels, with itself in float64, by its twin."""
+    wide = [x if x is None else x.double() for x in inputs]
+    pairs = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, wide), strict=True)
+    for number, (got, wanted) in enumerate(pairs):
+        assert got.dtype == torch.float32
+        error = float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+        assert error < 2e-5, f"tensor {number} of outputs and gradients"
+
+
+def streams(*seeds: int) -> list[Tensor]:
+    return [draw(ROWS, TIME, DIM, seed=seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("width", [None, 8, 28])  # 28: numbers for more columns than there are, as packing leaves them
+def test_add_norm(fused: None, width: int | None) -> None:
+    gate = None if width is None else parameter(width, seed=3)
+    check(lambda x, d, g: add_norm(Stream(x, d, g), 0.7), [*streams(1, 2), gate])
+
+
+def test_a_settled_stream(fused: None) -> None:
+    check(lambda x, d, g: settle(Stream(x, d, g)), [*streams(1, 2), parameter(8, seed=3)])
+
+
+@pytest.mark.parametrize("has_skip", [False, True])
+@pytest.mark.parametrize("has_shift", [False, True])
+@pytest.mark.parametrize("width", [None, 12])
+@pytest.mark.parametrize("num_columns", [0, 5])
+def test_mix_norm(fused: None, has_skip: bool, has_shift: bool, width: int | None, num_columns: int) -> None:
+    def function(
+        x: Tensor, d: Tensor, first: Tensor, mix: Tensor, g: Tensor, shift: Tensor, *skip: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return mix_norm(Stream(x, d, g), Mix(first, mix, shift), 0.7, Skip(*skip) if skip else None, num_columns)
+
+    gate = None if width is None else parameter(width, seed=5)
+    inputs = [*streams(1, 2, 3), parameter(2, DIM, seed=4), gate, parameter(DIM, seed=6) if has_shift else None]
+    skip = [*streams(7), parameter(DIM, seed=8), parameter(DIM, seed=9)] if has_skip else []
+    check(function, [*inputs, *skip])
+
+
+def test_only_the_norm_of_a_mixture_is_used(fused: None) -> None:
+    """As where crossed lanes part: nothing comes back to the mixture itself."""
+
+    def function(x: Tensor, first: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
+        mixed = mix_norm(Stream(x, None), Mix(first, mix), 0.7, None, 5)
+        assert mixed.columns is not None
+        return mixed.normed, mixed.columns
+
+    check(function, [*streams(1, 2), parameter(2, DIM, seed=3)])
+
+
+def crossed_inputs(width: int | None) -> list[Tensor | None]:
+    gate = None if width is None else parameter(width, seed=6)
+    return [*streams(1, 2, 3, 4), parameter(8, seed=5), gate]
+
+
+@pytest.mark.parametrize("has_skip", [False, True])
+@pytest.mark.parametrize("width", [None, 12, 28])
+@pytest.mark.parametrize("num_columns", [0, 5])
+def test_cross_norm(fused: None, has_skip: bool, width: int | None, num_columns: int) -> None:
+    def function(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+        skip = Skip(*inputs[8:]) if inputs[8:] else None
+        return cross_norm(CrossedLanes(*inputs[:6]), Mix(*inputs[6:8]), 0.7, skip, num_columns)
+
+    skip = [*streams(9), parameter(DIM, seed=10), parameter(DIM, seed=11)] if has_skip else []
+    check(lambda *x: [y for y in function(*x) if y is not None], drop_unused_routes([
+        *crossed_inputs(width), *streams(7), parameter(2, DIM, seed=8), *skip,
+    ]))  # fmt: skip
+
+
+def drop_unused_routes(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    assert inputs[4] is not None
+    inputs[4][6:] = 0
+    return inputs
+
+
+def test_only_the_lanes_norms_are_used(fused: None) -> None:
+    """Then no gradient comes back to the lanes themselves."""
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return cross_norm(CrossedLanes(*inputs[:6]), Mix(*inputs[6:8]), 0.7)[2:4]
+
+    check(function, drop_unused_routes([*crossed_inputs(12), *streams(7), parameter(2, DIM, seed=8)]))
+
+
+@pytest.mark.parametrize("width", [None, 12])
+def test_mean_norm(fused: None, width: int | None) -> None:
+    check(lambda *x: mean_norm(CrossedLanes(*x)), drop_unused_routes(crossed_inputs(width)))
+
+
+@pytest.mark.parametrize("width", [None, 12])
+def test_merge_norm(fused: None, width: int | None) -> None:
+    def function(a: Tensor, da: Tensor, b: Tensor, db: Tensor, share: Tensor, gate: Tensor | None) -> Tensor:
+        return merge_norm(Stream(a, da), Stream(b, db, gate), share)
+
+    gate = None if width is None else parameter(width, seed=6)
+    check(function, [*streams(1, 2, 3, 4), torch.tensor(0.4), gate])
+
+
+@pytest.mark.parametrize("bos_id", [None, 1])
+@pytest.mark.parametrize("padding", [None, [0, 3, 6]])
+def test_smear_norm(fused: None, bos_id: int | None, padding: list[int] | None) -> None:
+    tokens = torch.tensor([[1, 5, 1, 1, 6, 7, 8], [4, 4, 4, 1, 4, 4, 1], [9, 8, 7, 6, 5, 4, 1]])
+    left_padding = None if padding is None else torch.tensor(padding)
+    inputs = [*streams(1), parameter(5, seed=2), torch.tensor(0.6)]
+    check(lambda x, gate, strength: smear_norm(x, tokens, Smear(gate, strength, bos_id), left_padding), inputs)
+
+
+@pytest.mark.parametrize("is_value_excluded", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (4, 4)])
+def test_the_heads_gate(
+    monkeypatch: pytest.MonkeyPatch, is_value_excluded: bool, num_heads: int, num_kv_heads: int
+) -> None:
+    path = Path(self_attention.__file__).with_name("gate_triton.py")
+    kernels = load_kernels(path, monkeypatch)
+    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 2)
+    y, v = draw(21, num_heads, 8, seed=1), draw(21, 2 * num_kv_heads, 8, seed=2)[:, ::2]  # every other head
+    columns, weights, grad = draw(21, 5, seed=3), draw(num_heads, 5, seed=4), draw(21, num_heads, 8, seed=5)
+
+    def twin(y: Tensor, v: Tensor, columns: Tensor, weights: Tensor) -> Tensor:
+        y, v = y.unsqueeze(0), v.unsqueeze(0)
+        return gate_heads(exclude_own_value(y, v) if is_value_excluded else y, columns.unsqueeze(0), weights)[0]
+
+    leaves = [x.double().requires_grad_() for x in (y, v, columns, weights)]
+    wanted = twin(*leaves)
+    grads = torch.autograd.grad(wanted, leaves, grad.double(), allow_unused=True)
+    got = kernels.gate(y, v, columns, weights, is_value_excluded=is_value_excluded)
+    torch.testing.assert_close(got.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    found = kernels.gate_backward(grad, y, v, columns, weights, is_value_excluded=is_value_excluded)
+    for mine, theirs in zip(found, grads, strict=True):
+        assert (mine is None) == (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])
+def test_the_activation_s_slope(monkeypatch: pytest.MonkeyPatch, slope: float) -> None:
+    kernels = load_kernels(Path(residual.__file__).with_name("mlp_triton.py"), monkeypatch)
+    monkeypatch.setattr(kernels, "_grid", lambda _out, _tiling: (3,))
+    tiling = kernels.Tiling(8, 16, 8, 1, 1, 1)
+    monkeypatch.setattr(kernels, "UP_TILING", tiling)
+    monkeypatch.setattr(kernels, "DOWN_TILING", tiling)
+    x, up, down, grad = draw(21, 16, seed=1), draw(24, 16, seed=2), draw(16, 24, seed=3), draw(21, 16, seed=4)
+    hidden = (x.double() @ up.double().T).requires_grad_()
+    y = squared_leaky_relu(hidden, slope)
+    (wanted,) = torch.autograd.grad(y, hidden, grad.double() @ down.double())
+    narrow = hidden.detach().float()
+
+    def same(*pairs: tuple[Tensor, Tensor]) -> None:
+        for got, right in pairs:
+            torch.testing.assert_close(got.double(), right.detach(), rtol=1e-4, atol=1e-4)
+
+    kept, activated = kernels.up_and_activate(x, up, needs_hidden=True, slope=slope)
+    same((kept, hidden), (activated, y), (kernels.activate(narrow, slope), y))
+    same(*zip(kernels.down_backward(grad, down, narrow, needs_y=True, slope=slope), (wanted, y), strict=True))
+    overwritten = grad @ down
+    same((kernels.activate_backward_(overwritten, narrow, needs_y=True, slope=slope), y), (overwritten, wanted))
