@@ -198,17 +198,28 @@ class QuantConfig:
     size_limit_bytes: int = SIZE_LIMIT_BYTES  # model + code, decimal
     on_oversize: Literal["mark", "fail", "fit"] = "mark"
     codec: Literal["rans", "brotli"] = "rans"  # of the artifact's codes; the same weights either way
+    attention_clip_sigmas: float | None = added(None)  # None: matrix_clip_sigmas
+    mlp_clip_sigmas: float | None = added(None)  # None: matrix_clip_sigmas
+    looped_attention_clip_sigmas: float | None = added(None)  # in the repeated block; None: as outside
+    looped_mlp_clip_sigmas: float | None = added(None)  # in the repeated block; None: as outside
+    lqer_rank: int = added(0)  # of the correction of a rounded embedding (LQER, PR #1797); 0: none
+    lqer_group: int = added(64)  # entries of the correction's second factor that share a scale
 
     def __post_init__(self) -> None:
         fit_fields(self, "quant")
         for name in ("matrix_bits", "embedding_bits"):
             require(2 <= getattr(self, name) <= 8, f"quant.{name}={getattr(self, name)} must be between 2 and 8")
-        for name in ("matrix_clip_sigmas", "embedding_clip_sigmas", "damping_frac"):
-            require(getattr(self, name) > 0, f"quant.{name}={getattr(self, name)} must be positive")
-        for name in ("num_calibration_batches", "calibration_windows", "calibration_seq_len", "block_columns"):
+        clips = [field.name for field in dataclasses.fields(self) if field.name.endswith("_clip_sigmas")]
+        for name in (*clips, "damping_frac"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"quant.{name}={value} must be positive")
+        for name in (
+            "num_calibration_batches", "calibration_windows", "calibration_seq_len", "block_columns",
+            "size_limit_bytes", "lqer_group",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"quant.{name}={getattr(self, name)} must be at least 1")
-        require(self.keep_float_numel >= 0, f"quant.keep_float_numel={self.keep_float_numel} must not be negative")
-        require(self.size_limit_bytes >= 1, f"quant.size_limit_bytes={self.size_limit_bytes} must be at least 1")
+        for name in ("keep_float_numel", "lqer_rank"):
+            require(getattr(self, name) >= 0, f"quant.{name}={getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -313,6 +324,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         fit_fields(self, "")
+        quant, entries = self.quant, self.quant.lqer_rank * self.model.model_dim
+        require(
+            quant.lqer_rank <= min(self.model.vocab_size, self.model.model_dim) and entries % quant.lqer_group == 0,
+            f"quant.lqer_rank={quant.lqer_rank} must be at most the embedding's smaller side, and times "
+            f"model.model_dim={self.model.model_dim} a multiple of quant.lqer_group={quant.lqer_group}",
+        )
 
 
 def config_from_plain(content: Mapping[str, Any]) -> RunConfig:

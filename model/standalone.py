@@ -29,6 +29,7 @@ from model.quant.artifact import load_artifact, read_artifact_info
 from model.quant.calibrate import collect_hessians
 from model.quant.quantized import dequantize
 from model.quant.rounded import save_rounded
+from model.quant.sensitivity import LossProbe
 from model.report import Report
 from model.score.plain import evaluate_plain
 from model.train.trainer import Trainer
@@ -117,7 +118,8 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
             "seed": config.seed, "world_size": dist.world_size, "num_threads": torch.get_num_threads(),
             "torch": torch.__version__, "recipe_hash": recipe_hash(config, world_size=dist.world_size),
         }  # fmt: skip
-        metrics |= save_rounded(path, trained.ema, hessians, config, meta=meta, code_bytes=code_bytes)
+        probe = LossProbe(model, loader, config.quant, seed=config.seed)
+        metrics |= save_rounded(path, trained.ema, hessians, config, probe=probe, meta=meta, code_bytes=code_bytes)
     dist.barrier()
     model.load_state_dict(dequantize(load_artifact(path)[1]))
     warm_up_scoring(model, tokenizer.byte_table, config, dist)

@@ -173,7 +173,11 @@ RUN_COLUMNS = (
     Column("artifact_bytes", "int64", "model_bytes + code_bytes"),
     Column("size_limit_bytes", "int64", "limit on artifact_bytes"),
     Column("within_limit", "bool", "artifact_bytes <= size_limit_bytes"),
-    Column("matrix_clip_sigmas", "float64", "row scale in standard deviations, as used"),
+    Column(
+        "matrix_clip_sigmas",
+        "float64",
+        "row scale in standard deviations, as used; null where groups of matrices differ",
+    ),
     Column(
         "attention_backend", "string", "attention kernel of training; each later stage names its own in its metrics"
     ),

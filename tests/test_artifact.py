@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -12,6 +13,7 @@ import brotli
 import pytest
 import torch
 
+from model.audit.reproduction import compare_artifacts
 from model.banks import EMBEDDING, parameter_shapes, tensor_shapes
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -26,6 +28,7 @@ from model.quant.artifact import (
     save_artifact,
 )
 from model.quant.artifact_header import tensor_entries
+from model.quant.low_rank import LowRank
 from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
 from tests.fuzz.mutations import changed, fuzz_artifact_once, header_of, places, seal, with_header
 from tests.memory import peak_bytes
@@ -34,6 +37,7 @@ SMALL = ModelConfig(
     vocab_size=24, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4, xsa_last_n=2,
     loop_start=0, loop_end=0, num_loops=1, parallel_start_layer=1,
 )  # fmt: skip
+FIRST_FORMAT_SHA256 = "816438ccdf1ae1f186903f6f1ee4a53f270bf666de9f01d2cd587b1f6e5ecd0b"
 META = {"seed": 7, "config_hash": "ab" * 32}
 
 
@@ -54,10 +58,30 @@ def random_quantized(config: ModelConfig, seed: int, *, keep: tuple[str, ...] = 
     return QuantizedState(matrices=matrices, floats=floats)
 
 
+def corrected(state: QuantizedState, seed: int, *, rank: int = 2, group: int = 8) -> QuantizedState:
+    """Return state with a low-rank correction of its embedding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = state.matrices[EMBEDDING].codes.shape
+    correction = LowRank(
+        torch.randint(-2, 2, (rows, rank), generator=generator).to(torch.int8),
+        torch.tensor([0.01]).half(),
+        torch.randint(-8, 8, (rank, columns), generator=generator).to(torch.int8),
+        (0.01 + torch.rand(rank * columns // group, generator=generator)).half(),
+    )
+    embedding = state.matrices[EMBEDDING]._replace(correction=correction)
+    return replace(state, matrices={**state.matrices, EMBEDDING: embedding})
+
+
 @pytest.fixture(scope="module")
 def small_artifact() -> bytes:
     """Return the bytes of a small artifact."""
     return pack_artifact(random_quantized(SMALL, 0), SMALL, META)
+
+
+@pytest.fixture(scope="module")
+def corrected_artifact() -> bytes:
+    """Return the bytes of a small artifact whose embedding has a correction."""
+    return pack_artifact(corrected(random_quantized(SMALL, 0), 0), SMALL, META)
 
 
 def refusal(data: bytes, folder: Path) -> str:
@@ -170,7 +194,36 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_artifact(tmp_path / "absent.ssq")
 
 
-def test_no_header_value_can_be_changed_unnoticed(small_artifact: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["rans", "brotli"])
+def test_a_correction_comes_back_exactly(tmp_path: Path, codec: str) -> None:
+    state, path = corrected(random_quantized(SMALL, 1), 1), tmp_path / "model.ssq"
+    save_artifact(path, state, SMALL, META, codec=codec)
+    loaded = load_artifact(path)[1]
+    written, read = state.matrices[EMBEDDING].correction, loaded.matrices[EMBEDDING].correction
+    assert written is not None
+    assert read is not None
+    assert all(torch.equal(*pair) for pair in zip(written, read, strict=True))
+    for name, tensor in dequantize(state).items():
+        assert torch.equal(tensor, dequantize(loaded)[name]), name
+    assert [name for name, weight in loaded.matrices.items() if weight.correction is not None] == [EMBEDDING]
+
+
+def test_the_format_is_the_lowest_that_can_hold_the_tensors(small_artifact: bytes, corrected_artifact: bytes) -> None:
+    plain, with_correction = header_of(small_artifact), header_of(corrected_artifact)
+    assert plain["format"] == 1
+    assert all(len(row) == 3 for row in plain["tensors"])
+    assert with_correction["format"] == 2
+    assert [row[3:] for row in with_correction["tensors"] if len(row) == 5] == [[2, 8]]
+
+
+def test_an_artifact_without_a_correction_has_the_bytes_of_the_first_format() -> None:
+    """The digest is of the file that the version before corrections wrote for the same state (codec brotli 1.2)."""
+    assert hashlib.sha256(pack_artifact(random_quantized(SMALL, 0), SMALL, META)).hexdigest() == FIRST_FORMAT_SHA256
+
+
+@pytest.mark.parametrize("made", ["small_artifact", "corrected_artifact"])
+def test_no_header_value_can_be_changed_unnoticed(made: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    small_artifact = request.getfixturevalue(made)
     header = header_of(small_artifact)
     free = {("model", name) for name in ("rope_base", "logit_softcap", "q_gain_init", "embedding_init_std")}
     free |= {("model", name) for name in ("rope_dims", "xsa_last_n", "parallel_start_layer", "loop_end", "loop_start")}
@@ -190,7 +243,8 @@ def test_no_header_value_can_be_changed_unnoticed(small_artifact: bytes, tmp_pat
 @pytest.mark.parametrize(
     ("place", "new", "message"),
     [
-        (("format",), 2, "format=2 is unknown"),
+        (("format",), 3, "format=3 is unknown"),
+        (("format",), 2, "format=2 is not that of its tensors"),
         (("model", "num_layers"), 2**30, "parameters; at most"),
         (("model", "num_loops"), 2**30, "parameters; at most"),
         (("model", "mlp_mult"), 1e300, "model.mlp_mult='1e\\+300' must be a float below"),
@@ -213,6 +267,49 @@ def test_a_header_that_lies_is_told_so(
     path.write_bytes(broken)
     with pytest.raises(ValueError, match=message):
         load_artifact(path)
+
+
+EMBEDDING_ROW = 12  # after the six matrices of two layers
+
+
+@pytest.mark.parametrize(
+    ("place", "new", "message"),
+    [
+        (("format",), 1, "format=1 is not that of its tensors"),
+        (("tensors", EMBEDDING_ROW, 3), 0, "correction of rank 0 in runs of 8"),
+        (("tensors", EMBEDDING_ROW, 3), 17, "correction of rank 17"),
+        (("tensors", EMBEDDING_ROW, 3), 2**62, "correction of rank 4611686018427387904"),
+        (("tensors", EMBEDDING_ROW, 3), 1, "streams of codes declare"),
+        (("tensors", EMBEDDING_ROW, 3), True, r"tensors\[12\] is malformed"),
+        (("tensors", EMBEDDING_ROW, 4), 0, "correction of rank 2 in runs of 0"),
+        (("tensors", EMBEDDING_ROW, 4), -8, "correction of rank 2 in runs of -8"),
+        (("tensors", EMBEDDING_ROW, 4), 7, "correction of rank 2 in runs of 7"),
+        (("tensors", EMBEDDING_ROW, 4), 16, "streams of scales declare"),
+        (("tensors", EMBEDDING_ROW, 1), 16, "correction of rank 2"),
+        (("tensors", EMBEDDING_ROW), ["embedding", 8, [24, 16]], "streams of codes declare"),
+        (("tensors", 13), ["attn_scale", 16, [2, 16], 2, 8], "attn_scale cannot have a correction"),
+    ],
+)
+def test_a_header_that_lies_about_a_correction_is_told_so(
+    corrected_artifact: bytes, tmp_path: Path, place: tuple[Any, ...], new: Any, message: str
+) -> None:
+    header = changed(header_of(corrected_artifact), place, new)
+    path = tmp_path / "lying.ssq"
+    path.write_bytes(with_header(corrected_artifact, json.dumps(header).encode()))
+    with pytest.raises(ValueError, match=message):
+        load_artifact(path)
+
+
+def test_bad_numbers_in_a_correction_are_refused(tmp_path: Path) -> None:
+    for field, value, message in (
+        ("a_codes", 2, "correction beyond its levels"), ("b_codes", -9, "correction beyond its levels"),
+        ("a_scale", 0.0, "scale that is not positive"), ("b_scales", torch.inf, "scale that is not positive"),
+    ):  # fmt: skip
+        state = corrected(random_quantized(SMALL, 8), 8)
+        correction = state.matrices[EMBEDDING].correction
+        assert correction is not None
+        getattr(correction, field).view(-1)[0] = value
+        assert message in refusal(pack_artifact(state, SMALL, {}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -258,9 +355,24 @@ def test_bad_numbers_are_refused(tmp_path: Path) -> None:
     assert "layers.0.q holds codes beyond 6 bits" in refusal(pack_artifact(state, SMALL, {}), tmp_path)
 
 
+@pytest.mark.parametrize("is_corrected", [False, True])
 @pytest.mark.parametrize("codec", ["rans", "brotli"])
-def test_mutated_files_are_refused_or_load(tmp_path: Path, codec: str) -> None:
-    data = pack_artifact(random_quantized(SMALL, 9), SMALL, META, codec=codec)
+def test_mutated_files_are_refused_or_load(tmp_path: Path, codec: str, is_corrected: bool) -> None:
+    state = random_quantized(SMALL, 9)
+    data = pack_artifact(corrected(state, 9) if is_corrected else state, SMALL, META, codec=codec)
     refusals = [fuzz_artifact_once(data, seed, tmp_path) for seed in range(300)]
     assert all("\n" not in message for message in refusals)
     assert sum(bool(message) for message in refusals) > 240
+
+
+def test_a_comparison_of_artifacts_sees_another_correction(tmp_path: Path) -> None:
+    for number, seed in enumerate((0, 0, 1, None)):
+        state = random_quantized(SMALL, 0)
+        (tmp_path / str(number)).mkdir()
+        written = state if seed is None else corrected(state, seed)
+        save_artifact(tmp_path / str(number) / "model.ssq", written, SMALL, META)
+    assert compare_artifacts(tmp_path / "0", tmp_path / "1") == (True, "same file")
+    for other in ("2", "3"):
+        is_equal, detail = compare_artifacts(tmp_path / "0", tmp_path / other)
+        assert not is_equal
+        assert "1 tensors have other scales, corrections or floats" in detail

@@ -16,9 +16,10 @@ from model.banks import join_banks, parameter_shapes, split_banks, tensor_shapes
 from model.config import QuantConfig
 from model.gpt import GPT
 from model.presets import tiny
-from model.quant.gptq import fit_to_limit, quantize_state, quantize_weight, quantize_weights
+from model.quant.gptq import quantize_weight, quantize_weights
 from model.quant.hessians import HessianCollector
 from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
+from model.quant.state import quantize_state
 from tests.rounding import round_to_nearest
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq.npz"
@@ -251,43 +252,6 @@ def test_splitting_and_joining_banks_are_inverse() -> None:
     assert torch.equal(split["layers.1.v"], state["kv_bank"][tiny().model.num_layers + 1])
     for name, tensor in join_banks(split).items():
         assert torch.equal(tensor, state[name]), name
-
-
-def entropy_bytes(quantized: QuantizedState) -> int:
-    """Return an ideal coder's bytes for all codes: a smooth stand-in for a real artifact."""
-    total = 0.0
-    for weight in quantized.matrices.values():
-        share = torch.bincount(weight.codes.flatten().int() + 128, minlength=256) / weight.codes.numel()
-        total += float(-(share[share > 0].log2() * share[share > 0]).sum()) * weight.codes.numel() / 8
-    return int(total)
-
-
-def test_fit_raises_the_clip_no_further_than_needed() -> None:
-    state, hessians = random_state(5)
-    config = tiny().quant
-    at_default = entropy_bytes(quantize_state(state, hessians, config))
-    limit = int(0.95 * at_default)
-    fitted = fit_to_limit(state, hessians, QuantConfig(keep_float_numel=4096, size_limit_bytes=limit), entropy_bytes)
-    assert fitted.artifact_bytes <= limit
-    assert fitted.matrix_clip_sigmas > config.matrix_clip_sigmas
-    again = quantize_state(state, hessians, config, matrix_clip_sigmas=fitted.matrix_clip_sigmas)
-    assert entropy_bytes(again) == fitted.artifact_bytes
-    finer = quantize_state(state, hessians, config, matrix_clip_sigmas=fitted.matrix_clip_sigmas * 0.998)
-    assert entropy_bytes(finer) > limit
-
-
-def test_fit_keeps_the_clip_when_it_already_fits() -> None:
-    state, hessians = random_state(6)
-    fitted = fit_to_limit(state, hessians, tiny().quant, entropy_bytes)
-    assert fitted.num_tries == 1
-    assert fitted.matrix_clip_sigmas == tiny().quant.matrix_clip_sigmas
-
-
-def test_fit_refuses_a_limit_out_of_reach() -> None:
-    state, hessians = random_state(6)
-    config = QuantConfig(keep_float_numel=4096, size_limit_bytes=1000)
-    with pytest.raises(ValueError, match=r"size_limit_bytes=1000 cannot be met: \d+ bytes are left"):
-        fit_to_limit(state, hessians, config, entropy_bytes)
 
 
 class Projection(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 from jobs.cli import main
 from model.banks import tensor_shapes
 from model.quant.artifact import save_artifact
-from tests.test_artifact import META, SMALL, random_quantized
+from tests.test_artifact import META, SMALL, corrected, random_quantized
 
 
 @pytest.fixture
@@ -43,6 +43,20 @@ def test_text_shows_model_tensors_and_total(artifact: Path, capsys: pytest.Captu
     for expected in ("format 1", "num_layers=2", "meta: seed=7", "layers.1.down", "lane_merge", "scalar", "rans"):
         assert expected in text
     assert f"{artifact.stat().st_size:,}" in text.splitlines()[-1]
+
+
+def test_a_correction_is_shown_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "corrected.ssq"
+    save_artifact(path, corrected(random_quantized(SMALL, 0), 0, rank=4, group=16), SMALL, META)
+    assert main(["inspect", str(path), "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["format"] == 2
+    found = {row["name"]: row["correction"] for row in content["tensors"] if "correction" in row}
+    assert found == {"embedding": {"rank": 4, "group": 16}}
+    assert content["totals"]["raw_bytes"] == sum(row["raw_bytes"] for row in content["tensors"])
+    assert main(["inspect", str(path)]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("embedding")]
+    assert line.endswith("and a correction of rank 4")
 
 
 @pytest.mark.parametrize("content", [b"", b"not an artifact", b"SSQMODEL"])

@@ -23,8 +23,9 @@ from model.pipeline import seed as pipeline
 from model.pipeline import stage_quantize
 from model.pipeline.records import read_records
 from model.pipeline.seed import RunMismatch, SeedResult, run_seed
-from model.quant.artifact import load_artifact
+from model.quant.artifact import load_artifact, read_artifact_info
 from model.quant.quantized import dequantize
+from model.quant.rounded import META_ROOM_BYTES
 from model.report import STAGES, Interrupted
 from model.score.bpb import bits_per_byte
 from tests.micro_model import ignore, micro_model, micro_run, micro_train, micro_ttt
@@ -379,12 +380,16 @@ def test_an_artifact_over_the_limit_fails_the_seed_where_asked(corpus: Corpus, t
 
 
 def test_an_artifact_is_made_to_fit_where_asked(corpus: Corpus, finished: SeedResult, tmp_path: Path) -> None:
-    limit = finished.metrics["artifact_bytes"] - 500
+    limit = finished.metrics["artifact_bytes"] + 100
     metrics = quantized_only(with_limit(corpus.config, limit, "fit"), tmp_path)
     assert metrics["within_limit"] is True
-    assert metrics["artifact_bytes"] <= limit
-    assert metrics["matrix_clip_sigmas"] > corpus.config.quant.matrix_clip_sigmas
+    assert limit - 250 - META_ROOM_BYTES <= metrics["artifact_bytes"] <= limit
     assert metrics["model_bytes"] == (tmp_path / "model.ssq").stat().st_size
-    assert 0 < metrics["solve_s"] < metrics["quantize_s"]
+    assert read_artifact_info(tmp_path / "model.ssq").header.meta["clip_sigmas"] == metrics["clip_sigmas"]
+    assert metrics["clip_sigmas"].keys() == metrics["rounding_nats"].keys() == metrics["clip_sigmas_configured"].keys()
+    assert metrics["clip_sigmas"] != metrics["clip_sigmas_configured"]
+    assert metrics["fit_passes"] >= 2
+    assert 0 < metrics["solve_s"] < metrics["solve_s"] + metrics["sensitivity_s"] < metrics["quantize_s"]
+    assert "clip_sigmas" not in read_artifact_info(finished.workdir / "model.ssq").header.meta
     with pytest.raises(ValueError, match=r"quant\.size_limit_bytes=1000 cannot be met"):
         run(with_limit(corpus.config, 1000, "fit"), tmp_path / "impossible")

@@ -38,8 +38,8 @@ from model.pipeline.rehearsal import compile_kernels
 from model.quant.artifact import ArtifactSizes, load_artifact, pack_artifact, read_artifact_info, save_artifact
 from model.quant.calibrate import collect_hessians
 from model.quant.compression import compress
-from model.quant.gptq import quantize_state
 from model.quant.quantized import QuantizedState, dequantize
+from model.quant.state import looped_layers, quantize_state
 from model.score.plain import RowScorer, evaluate_plain
 from model.ttt.documents import TTTResult, score_documents
 from model.ttt.score_ledger import SCORE
@@ -83,7 +83,8 @@ def _quantize_once(
         model.load_state_dict(dequantize(load_artifact(path)[1]))
 
     hessian_s, hessians = timed_s(work.device, calibrate)
-    solve_s, state = timed_s(work.device, partial(quantize_state, weights, hessians, quant))
+    looped = looped_layers(run.config.model)
+    solve_s, state = timed_s(work.device, partial(quantize_state, weights, hessians, quant, looped=looped))
     save = partial(save_artifact, path, state, run.config.model, {}, codec=quant.codec)
     compress_s, sizes = timed_s(work.device, save)
     reload_s, _ = timed_s(work.device, reload)

@@ -28,7 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
     import dataclasses
 
     from model.quant.artifact import load_artifact, read_artifact_info
-    from model.quant.artifact_header import FORMAT
+    from model.quant.artifact_header import raw_sizes
 
     header, sizes = read_artifact_info(path)
     _, state = load_artifact(path)
@@ -38,14 +38,15 @@ def describe(path: Path) -> dict[str, Any]:
             "shape": list(entry.shape),
             "bits": entry.bits,
             "numel": entry.numel,
-            "raw_bytes": 2 * entry.numel if entry.is_float else entry.numel + 2 * entry.shape[0],
+            "raw_bytes": sum(raw_sizes([entry]).values()),
             "entropy_bits": None if entry.is_float else round(entropy_bits(state.matrices[entry.name].codes), 4),
+            **({"correction": {"rank": entry.rank, "group": entry.group}} if entry.rank else {}),
         }
         for entry in header.tensors
     ]
     return {
         "path": str(path),
-        "format": FORMAT,
+        "format": header.format,
         "model": dataclasses.asdict(header.config),
         "meta": header.meta,
         "tensors": tensors,
@@ -83,6 +84,7 @@ def render(content: dict[str, Any]) -> str:
         entropy = "-" if row["entropy_bits"] is None else f"{row['entropy_bits']:.3f}"
         lines.append(
             f"{row['name']:<18} {shape:<16} {row['bits']:>5} {row['numel']:>12,} {row['raw_bytes']:>12,} {entropy:>14}"
+            + (f"  and a correction of rank {row['correction']['rank']}" if "correction" in row else "")
         )
     lines += ["", f"{'part':<8} {'codec':<8} {'streams':>7} {'raw bytes':>12} {'bytes':>12}"]
     for part, codec in dict.fromkeys((row["part"], row["codec"]) for row in content["streams"]):

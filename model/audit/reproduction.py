@@ -95,6 +95,14 @@ def _equal_bits(first: Any, second: Any) -> bool:
     return first.dtype == second.dtype and bool(torch.equal(first, second))
 
 
+def _equal_corrections(first: Any, second: Any) -> bool:
+    """Return whether two quantized matrices have the same low-rank correction, or none."""
+    one, two = first.correction, second.correction
+    if one is None or two is None:
+        return one is two
+    return all(_equal_bits(*pair) for pair in zip(one, two, strict=True))
+
+
 def compare_artifacts(before: Path, after: Path) -> tuple[bool, str]:
     """Compare what the artifacts hold; their headers also name code and data, and may differ."""
     from model.quant.artifact import load_artifact
@@ -108,12 +116,12 @@ def compare_artifacts(before: Path, after: Path) -> tuple[bool, str]:
         other = second.matrices[name]
         moved += int((matrix.codes != other.codes).sum())
         total += matrix.codes.numel()
-        if not _equal_bits(matrix.scales, other.scales):
+        if not _equal_bits(matrix.scales, other.scales) or not _equal_corrections(matrix, other):
             differing.append(name)
     if not moved and not differing:
         is_same_file = (before / "model.ssq").read_bytes() == (after / "model.ssq").read_bytes()
         return True, "same file" if is_same_file else "same codes, scales and floats; other header"
-    return False, f"{moved} of {total} codes differ, {len(differing)} tensors have other scales or floats"
+    return False, f"{moved} of {total} codes differ, {len(differing)} tensors have other scales, corrections or floats"
 
 
 def compare_evaluations(before: Path, after: Path) -> tuple[bool, str]:

@@ -86,14 +86,15 @@ def _train(model: GPT, config: RunConfig) -> None:
 
 @torch.no_grad()
 def _quantize(model: GPT, config: RunConfig) -> None:
-    """Forward over calibration windows, packed or as whole rows."""
+    """Forward over calibration windows, packed or as whole rows; with the loss where the artifact is made to fit."""
     device = model.qo_bank.device
-    windows = torch.from_numpy(_documents(config, ROW_TOKENS)).to(device)
+    windows, packing = torch.from_numpy(_documents(config, ROW_TOKENS)).to(device).view(4, -1), None
     if config.quant.calibration_documents == "masked":
-        packing = pack_row(windows.cpu(), bos_id=BOS_ID, max_segment=config.quant.calibration_seq_len)
-        model.visit(windows.unsqueeze(0), is_looped=True, packing=packing.to(device))
-    else:
-        model.visit(windows.view(4, -1), is_looped=True)
+        windows = windows.view(1, -1)
+        packing = pack_row(windows[0].cpu(), bos_id=BOS_ID, max_segment=config.quant.calibration_seq_len).to(device)
+    model.visit(windows, is_looped=True, packing=packing)
+    if config.quant.on_oversize == "fit":
+        model(windows, windows, is_looped=True, packing=packing, reduction="none")
 
 
 @torch.no_grad()

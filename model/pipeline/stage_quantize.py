@@ -26,6 +26,7 @@ from model.pipeline.rehearsal import compile_kernels
 from model.pipeline.run import Run
 from model.quant.calibrate import collect_hessians
 from model.quant.rounded import save_rounded
+from model.quant.sensitivity import LossProbe
 
 
 def run_quantize(run: Run, ledger: Ledger) -> Outcome:
@@ -47,13 +48,16 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
     metrics: dict[str, Any] = {}
     if dist.is_main:
         with run.long_call():
-            metrics = _round_and_save(run, ledger, weights, hessians)
+            probe = LossProbe(model, loader, config.quant, seed=config.seed)
+            metrics = _round_and_save(run, ledger, weights, hessians, probe)
     compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
+    sensitivity_s = ledger.seconds("sensitivity")
     metrics |= {
         "quantize_attention_backend": attention_backend_name(run, model),
         "hessian_s": ledger.seconds("hessians"),
-        "solve_s": rounding_s - compress_s,
+        "solve_s": rounding_s - compress_s - sensitivity_s,
         "compress_s": compress_s,
+        **({"sensitivity_s": sensitivity_s} if sensitivity_s else {}),
         "quantize_s": rounding_s
         + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "program", "reload")),
     }
@@ -61,7 +65,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
 
 
 def _round_and_save(
-    run: Run, ledger: Ledger, weights: dict[str, Tensor], hessians: dict[str, Tensor]
+    run: Run, ledger: Ledger, weights: dict[str, Tensor], hessians: dict[str, Tensor], probe: LossProbe
 ) -> dict[str, Any]:
     """Write the artifact and the program that scores it, and return the size metrics (rank 0)."""
     with ledger.span("program"):
@@ -75,7 +79,7 @@ def _round_and_save(
 
     metrics = save_rounded(
         run.workdir / ARTIFACT, weights, hessians, run.config,
-        meta=artifact_meta(run), code_bytes=program.num_bytes, span=span,
+        probe=probe, meta=artifact_meta(run), code_bytes=program.num_bytes, span=span,
     )  # fmt: skip
     return {**metrics, "code_bytes_readable": program.readable_bytes, "code_bytes_convention": CONVENTION}
 

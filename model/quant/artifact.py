@@ -1,8 +1,8 @@
 """The artifact: one file with a quantized model, readable without executing anything that it contains.
 
 Layout: 8 bytes magic, uint32 length of the header, the header (JSON), the compressed streams end to end, sha256 of all
-before it. Codes, scales and float16 tensors each lie end to end in the order of the header's tensor list. The
-same input gives the same bytes.
+before it. Codes, scales and float16 tensors each lie end to end in the order of the header's tensor list; the factors
+of a low-rank correction follow the matrix that they correct. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from model.quant.artifact_header import (
     tensor_entries,
 )
 from model.quant.compression import SHUFFLE_HEADER_BYTES, byte_shuffle, byte_unshuffle, compress, decompress
+from model.quant.low_rank import A_LEVELS, B_LEVELS, LowRank
 from model.quant.quantized import QuantizedState, QuantizedWeight
 
 MAGIC = b"SSQMODEL"
@@ -91,7 +92,7 @@ def pack_artifact(
 def _jobs(state: QuantizedState, tensors: list[TensorEntry], codec: str) -> list[_Job]:
     """Return the streams to compress: codes in one rans stream or in brotli pieces, scales, floats."""
     integers = [state.matrices[entry.name] for entry in tensors if not entry.is_float]
-    codes = [weight.codes.cpu().contiguous().numpy().reshape(-1) for weight in integers]
+    codes = [array.cpu().contiguous().numpy().reshape(-1) for weight in integers for array in _code_arrays(weight)]
     jobs = []
     if codes and codec == "rans":
         jobs.append(_Job("codes", "rans", sum(array.size for array in codes), partial(rans.encode, codes)))
@@ -100,7 +101,7 @@ def _jobs(state: QuantizedState, tensors: list[TensorEntry], codec: str) -> list
         pieces = [data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES)]
         jobs += [_Job("codes", "brotli", len(piece), partial(compress, piece)) for piece in pieces]
     halves = {
-        "scales": [weight.scales for weight in integers],
+        "scales": [array for weight in integers for array in _scale_arrays(weight)],
         "floats": [state.floats[entry.name] for entry in tensors if entry.is_float],
     }
     for part, group in halves.items():
@@ -108,6 +109,18 @@ def _jobs(state: QuantizedState, tensors: list[TensorEntry], codec: str) -> list
         if data:
             jobs.append(_Job(part, "brotli", len(data), partial(compress, byte_shuffle(data, HALF_BYTES))))
     return jobs
+
+
+def _code_arrays(weight: QuantizedWeight) -> list[Tensor]:
+    """Return the integers of a matrix, its correction's included, in the order of TensorEntry.code_shapes."""
+    extra = weight.correction
+    return [weight.codes] if extra is None else [weight.codes, extra.a_codes, extra.b_codes]
+
+
+def _scale_arrays(weight: QuantizedWeight) -> list[Tensor]:
+    """Return the scales of a matrix, its correction's included, in the order of TensorEntry.scale_shapes."""
+    extra = weight.correction
+    return [weight.scales] if extra is None else [weight.scales, extra.a_scale, extra.b_scales]
 
 
 def save_artifact(
@@ -189,16 +202,9 @@ def _unpack_state(file: BinaryIO, header: Header) -> QuantizedState:
     for stream in header.streams:
         raw[stream.part] += _unpack_stream(file.read(stream.num_bytes), stream, integers)
     parts: dict[str, NDArray[Any]] = {part: np.concatenate(arrays or [np.empty(0)]) for part, arrays in raw.items()}
-    codes = _cut(parts["codes"], [entry.shape for entry in integers])
-    scales = _cut(parts["scales"], [entry.shape[:1] for entry in integers])
-    matrices = {}
-    for entry, code, scale in zip(integers, codes, scales):
-        qmax = (1 << (entry.bits - 1)) - 1
-        if int(code.max()) > qmax or int(code.min()) < -qmax:
-            raise ValueError(f"tensor {entry.name} holds codes beyond {entry.bits} bits")
-        if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"tensor {entry.name} holds a scale that is not positive and finite")
-        matrices[entry.name] = QuantizedWeight(code, scale, entry.bits)
+    codes = iter(_cut(parts["codes"], [shape for entry in integers for shape in entry.code_shapes]))
+    scales = iter(_cut(parts["scales"], [shape for entry in integers for shape in entry.scale_shapes]))
+    matrices = {entry.name: _unpack_matrix(entry, codes, scales) for entry in integers}
     small = [entry for entry in header.tensors if entry.is_float]
     floats = {entry.name: t for entry, t in zip(small, _cut(parts["floats"], [entry.shape for entry in small]))}
     for name, tensor in floats.items():
@@ -207,10 +213,27 @@ def _unpack_state(file: BinaryIO, header: Header) -> QuantizedState:
     return QuantizedState(matrices=matrices, floats=floats)
 
 
+def _unpack_matrix(entry: TensorEntry, codes: Iterator[Tensor], scales: Iterator[Tensor]) -> QuantizedWeight:
+    """Take the arrays of one matrix, and check that its integers and scales are such as rounding gives."""
+    qmax = (1 << (entry.bits - 1)) - 1
+    levels = [(-qmax, qmax), A_LEVELS, B_LEVELS]
+    integers = [next(codes) for _ in entry.code_shapes]
+    steps = [next(scales) for _ in entry.scale_shapes]
+    for array, (lowest, highest) in zip(integers, levels):
+        if int(array.max()) > highest or int(array.min()) < lowest:
+            what = f"codes beyond {entry.bits} bits" if array is integers[0] else "a correction beyond its levels"
+            raise ValueError(f"tensor {entry.name} holds {what}")
+    if not all((torch.isfinite(scale) & (scale > 0)).all() for scale in steps):
+        raise ValueError(f"tensor {entry.name} holds a scale that is not positive and finite")
+    if not entry.rank:
+        return QuantizedWeight(integers[0], steps[0], entry.bits)
+    return QuantizedWeight(integers[0], steps[0], entry.bits, LowRank(integers[1], steps[1], integers[2], steps[2]))
+
+
 def _unpack_stream(data: bytes, stream: StreamEntry, integers: list[TensorEntry]) -> list[NDArray[Any]]:
     """Return the arrays of one stream, int8 or float16."""
     if stream.codec == "rans":
-        return [*rans.decode(data, [entry.numel for entry in integers])]
+        return [*rans.decode(data, [math.prod(shape) for entry in integers for shape in entry.code_shapes])]
     if stream.part == "codes":
         return [np.frombuffer(decompress(data, num_bytes=stream.raw_bytes), dtype=np.int8)]
     shuffled = decompress(data, num_bytes=stream.raw_bytes + SHUFFLE_HEADER_BYTES)

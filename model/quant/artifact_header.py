@@ -17,6 +17,7 @@ from model.fields import plain_settings
 from model.quant.quantized import QuantizedState
 
 FORMAT = 1
+FORMAT_CORRECTED = 2  # of a file with a low-rank correction; every other file is of the first format
 MAX_HEADER_BYTES = 1 << 20
 MAX_NUMEL = 1 << 28  # numbers in one model that we agree to unpack: 256 MiB of codes
 MAX_FIELD = 1 << 31  # of any integer in the model configuration
@@ -26,16 +27,37 @@ PARTS = ("codes", "scales", "floats")  # in this order in the file
 
 
 class TensorEntry(NamedTuple):
-    """One tensor of the artifact; bits 16 means float16, fewer mean integers with a float16 scale a row."""
+    """One tensor of the artifact; bits 16 means float16, fewer mean integers with a float16 scale a row.
+
+    A correction of rank K adds integer factors (R, K) and (K, C), and the scales of LowRank.
+    """
 
     name: str
     bits: int
     shape: tuple[int, ...]
+    rank: int = 0  # of the correction; 0: none
+    group: int = 0  # entries of its second factor that share a scale
 
     @property
     def is_float(self) -> bool:
         """Whether it is stored as float16."""
         return self.bits == 16
+
+    @property
+    def code_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the integer arrays, in the order in which they are stored."""
+        factors = [(self.shape[0], self.rank), (self.rank, self.shape[1])] if self.rank else []
+        return [] if self.is_float else [self.shape, *factors]
+
+    @property
+    def scale_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the arrays of scales, in the order in which they are stored."""
+        of_factors = [(1,), (self.rank * self.shape[1] // self.group,)] if self.rank else []
+        return [] if self.is_float else [self.shape[:1], *of_factors]
+
+    def to_row(self) -> list[Any]:
+        """Return the entry as it stands in the header."""
+        return list(self if self.rank else self[:3])
 
     @property
     def numel(self) -> int:
@@ -60,13 +82,18 @@ class Header(NamedTuple):
     tensors: list[TensorEntry]
     streams: list[StreamEntry]
 
+    @property
+    def format(self) -> int:
+        """Number of the format, the lowest that can hold these tensors."""
+        return FORMAT_CORRECTED if any(entry.rank for entry in self.tensors) else FORMAT
+
     def to_json(self) -> bytes:
         """Return the header as it stands in the file: canonical JSON, so equal headers are equal bytes."""
         content = {
-            "format": FORMAT,
+            "format": self.format,
             "model": plain_settings(self.config),
             "meta": self.meta,
-            "tensors": [list(entry) for entry in self.tensors],
+            "tensors": [entry.to_row() for entry in self.tensors],
             "streams": [list(entry) for entry in self.streams],
         }
         return canonical_json(content).encode()
@@ -76,19 +103,21 @@ def tensor_entries(config: ModelConfig, state: QuantizedState) -> list[TensorEnt
     """Return the entries of state's tensors in the artifact's order; asserts that they are the model's."""
     entries = []
     for name, shape in tensor_shapes(config).items():
-        tensor = state.matrices[name].codes if name in state.matrices else state.floats[name]
+        matrix = state.matrices.get(name)
+        tensor = state.floats[name] if matrix is None else matrix.codes
         assert tuple(tensor.shape) == shape, f"{name} is {tuple(tensor.shape)}, the model wants {shape}"
-        entries.append(TensorEntry(name, state.matrices[name].bits if name in state.matrices else 16, shape))
+        correction = None if matrix is None else matrix.correction
+        factors = (0, 0) if correction is None else (correction.rank, correction.group)
+        entries.append(TensorEntry(name, 16 if matrix is None else matrix.bits, shape, *factors))
     assert len(entries) == len(state.matrices) + len(state.floats), "state has tensors that the model does not have"
     return entries
 
 
 def raw_sizes(tensors: list[TensorEntry]) -> dict[str, int]:
     """Return part -> bytes before compression."""
-    integers = [entry for entry in tensors if not entry.is_float]
     return {
-        "codes": sum(entry.numel for entry in integers),
-        "scales": 2 * sum(entry.shape[0] for entry in integers),
+        "codes": sum(math.prod(shape) for entry in tensors for shape in entry.code_shapes),
+        "scales": 2 * sum(math.prod(shape) for entry in tensors for shape in entry.scale_shapes),
         "floats": 2 * sum(entry.numel for entry in tensors if entry.is_float),
     }
 
@@ -103,14 +132,19 @@ def parse_header(raw: bytes, *, stream_bytes: int) -> Header:
         raise ValueError(f"header is not JSON: {error}") from None
     if not isinstance(content, dict) or set(content) != set(KEYS):
         raise ValueError(f"header must have exactly the keys {', '.join(KEYS)}")
-    if content["format"] != FORMAT or isinstance(content["format"], bool):
-        raise ValueError(f"format={content['format']!r} is unknown; this version reads format {FORMAT}")
+    if type(content["format"]) is not int or content["format"] not in (FORMAT, FORMAT_CORRECTED):
+        raise ValueError(
+            f"format={content['format']!r} is unknown; this version reads formats {FORMAT} and {FORMAT_CORRECTED}"
+        )
     if not isinstance(content["meta"], dict):
         raise ValueError("meta must be an object")
     config = _parse_config(content["model"])
     tensors = _parse_tensors(content["tensors"], config)
     streams = _parse_streams(content["streams"], tensors, stream_bytes)
-    return Header(config, content["meta"], tensors, streams)
+    header = Header(config, content["meta"], tensors, streams)
+    if header.format != content["format"]:
+        raise ValueError(f"format={content['format']} is not that of its tensors, {header.format}")
+    return header
 
 
 def _refuse_constant(name: str) -> None:
@@ -157,7 +191,7 @@ def _parse_tensors(content: object, config: ModelConfig) -> list[TensorEntry]:
     rows = _parse_rows(
         content,
         "tensors",
-        lambda row: len(row) == 3 and type(row[0]) is str and type(row[1]) is int and isinstance(row[2], list),
+        lambda row: len(row) in (3, 5) and [type(item) for item in row] == [str, int, list, int, int][: len(row)],
     )
     # counted before they are listed: a lying num_layers must not make us list millions of names
     num_expected = len(BANK_OF_KIND) * config.num_layers + len(parameter_shapes(config)) - len(BANKS)
@@ -170,8 +204,18 @@ def _parse_tensors(content: object, config: ModelConfig) -> list[TensorEntry]:
         is_matrix = name == EMBEDDING or name.startswith("layers.")
         if row[1] != 16 and not (is_matrix and 2 <= row[1] <= 8):
             raise ValueError(f"tensor {name} cannot have {row[1]} bits")
-        entries.append(TensorEntry(name, row[1], shape))
+        entry = TensorEntry(name, row[1], shape, *row[3:])
+        if len(row) == 5 and not _can_correct(entry):
+            raise ValueError(f"tensor {name} cannot have a correction of rank {entry.rank} in runs of {entry.group}")
+        entries.append(entry)
     return entries
+
+
+def _can_correct(entry: TensorEntry) -> bool:
+    """Return whether a correction as announced is one that could have been written."""
+    if entry.is_float or not 1 <= entry.rank <= min(entry.shape):
+        return False
+    return entry.group >= 1 and entry.rank * entry.shape[1] % entry.group == 0
 
 
 def _parse_streams(content: object, tensors: list[TensorEntry], stream_bytes: int) -> list[StreamEntry]:

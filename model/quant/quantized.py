@@ -12,18 +12,21 @@ from typing import NamedTuple
 from torch import Tensor
 
 from model.banks import join_banks
+from model.quant.low_rank import LowRank
 
 
 class QuantizedWeight(NamedTuple):
-    """One matrix in integers: weight = codes * scales[:, None]."""
+    """One matrix in integers: weight = codes * scales[:, None], plus a low-rank correction where there is one."""
 
     codes: Tensor  # (out, in) int8
     scales: Tensor  # (out,) float16
     bits: int
+    correction: LowRank | None = None
 
     def dequantize(self) -> Tensor:
         """Return the matrix (out, in) in float32."""
-        return self.codes.float() * self.scales.float()[:, None]
+        rounded = self.codes.float() * self.scales.float()[:, None]
+        return rounded if self.correction is None else rounded + self.correction.product()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import RunConfig
+from model.banks import EMBEDDING
+from model.config import RunConfig, canonical_json
 from model.quant.artifact import load_artifact, save_artifact
-from model.quant.gptq import fit_to_limit, quantize_state
+from model.quant.fit import fit_to_limit
 from model.quant.quantized import QuantizedState, dequantize
+from model.quant.sensitivity import LossProbe
+from model.quant.state import StateQuantizer, configured_clips, looped_layers
+
+# What fit leaves for the artifact's meta, whatever it says: a program that trains on its own knows fewer hashes than a
+# sweep does, and would otherwise choose other weights.
+META_ROOM_BYTES = 640
 
 
 def save_rounded(
@@ -22,33 +29,61 @@ def save_rounded(
     hessians: Mapping[str, Tensor],
     config: RunConfig,
     *,
+    probe: LossProbe,
     meta: Mapping[str, Any],
     code_bytes: int,
     span: Callable[[str], AbstractContextManager[object]] = lambda _name: nullcontext(),
 ) -> dict[str, Any]:
-    """Round weights by GPTQ, write the artifact to path, read it back, and return the size metrics.
+    """Round weights by GPTQ, write the artifact to path, read it back, and return the metrics of size and rounding.
 
-    meta: what the artifact holds besides its model. code_bytes count towards quant.size_limit_bytes. span(name)
-    encloses "round", inside it each "compress", and "reload".
+    probe: holds a model with these weights; asked only where quant.on_oversize is "fit". meta: what the artifact holds
+    besides its model; where it is made to fit, the clip_sigmas that were chosen are added. code_bytes count towards
+    quant.size_limit_bytes. span(name) encloses "round", inside it each "compress" and "sensitivity", and "reload".
     Raises ValueError if the artifact does not reload, or is over the limit where quant.on_oversize is "fail".
     """
 
-    def write(state: QuantizedState) -> int:
+    def write(state: QuantizedState, chosen: Mapping[str, float] | None = None) -> int:
+        full = {**meta, **({} if chosen is None else {"clip_sigmas": dict(chosen)})}
         with span("compress"):
-            save_artifact(path, state, config.model, dict(meta), codec=config.quant.codec)
-        return path.stat().st_size + code_bytes
+            save_artifact(path, state, config.model, full, codec=config.quant.codec)
+        meta_bytes = len(canonical_json(full))
+        return path.stat().st_size + code_bytes + max(META_ROOM_BYTES - meta_bytes, 0)
 
     with span("round"):  # what it writes on the way included
+        quantizer = StateQuantizer(dict(weights), dict(hessians), config.quant, looped=looped_layers(config.model))
         if config.quant.on_oversize == "fit":
-            fitted = fit_to_limit(dict(weights), dict(hessians), config.quant, write)
-            state, sigmas = fitted.state, fitted.matrix_clip_sigmas
+            state, metrics = _fit(quantizer, probe, write, span)
         else:
-            state = quantize_state(dict(weights), dict(hessians), config.quant)
-            sigmas = config.quant.matrix_clip_sigmas
-        write(state)
+            clips = configured_clips(config.quant)
+            state, metrics = quantizer.quantize(clips), clip_metrics(clips)
+            write(state)
     with span("reload"):
         check_reload(path, state)
-    return {**weigh(config, model_bytes=path.stat().st_size, code_bytes=code_bytes), "matrix_clip_sigmas": sigmas}
+    return {**weigh(config, model_bytes=path.stat().st_size, code_bytes=code_bytes), **metrics}
+
+
+def _fit(
+    quantizer: StateQuantizer,
+    probe: LossProbe,
+    write: Callable[[QuantizedState, Mapping[str, float]], int],
+    span: Callable[[str], AbstractContextManager[object]],
+) -> tuple[QuantizedState, dict[str, Any]]:
+    """Round so that the artifact fills its limit, write it, and return what it holds and the metrics of the choice."""
+
+    def measure_rises(state: QuantizedState) -> dict[str, float]:
+        with span("sensitivity"):
+            return probe.measure_rises(quantizer.members(), quantizer.changes(state))
+
+    fitted = fit_to_limit(quantizer, write, measure_rises)
+    write(fitted.state, fitted.clips)  # the last pass need not have been the best
+    chosen = {"clip_sigmas_configured": configured_clips(quantizer.config), "rounding_nats": fitted.rises}
+    return fitted.state, {**clip_metrics(fitted.clips), **chosen, "fit_passes": fitted.num_passes}
+
+
+def clip_metrics(clips: Mapping[str, float]) -> dict[str, Any]:
+    """Return the clip_sigmas as used: by group, and as one number for all matrices but the embedding, if it is one."""
+    of_matrices = {value for group, value in clips.items() if group != EMBEDDING}
+    return {"clip_sigmas": dict(clips), "matrix_clip_sigmas": of_matrices.pop() if len(of_matrices) == 1 else None}
 
 
 def weigh(config: RunConfig, *, model_bytes: int, code_bytes: int) -> dict[str, Any]:

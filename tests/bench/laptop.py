@@ -90,7 +90,7 @@ def _quantize_tiny(probe: Probe) -> None:
 
     from model.banks import KINDS_OF_HESSIAN, parameter_shapes, tensor_shapes
     from model.presets import tiny
-    from model.quant.gptq import quantize_state
+    from model.quant.state import quantize_state
 
     config = tiny()
     generator = torch.Generator().manual_seed(0)

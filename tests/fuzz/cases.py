@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.banks import parameter_shapes, tensor_shapes
+from model.banks import EMBEDDING, parameter_shapes, tensor_shapes
 from model.config import ModelConfig
 from model.corpus.shard_file import shard_header
 from model.corpus.vocabulary import train_vocabulary
@@ -22,6 +22,7 @@ from model.data.tokenizer import load_tokenizer
 from model.files.checkpoint import CheckpointStore
 from model.files.tensors import load_tensors, save_tensors
 from model.quant.artifact import load_artifact, pack_artifact
+from model.quant.low_rank import LowRank
 from model.quant.quantized import QuantizedState, QuantizedWeight
 from results.store.reader import read_attempt, read_runs
 from results.store.writer import commit_attempt
@@ -90,7 +91,7 @@ class Case:
 
 
 class ArtifactCase(Case):
-    """Artifacts of both codecs; what loads has the shapes of the configuration that it announces."""
+    """Artifacts of both codecs, corrected and not; what loads has the shapes of the configuration that it announces."""
 
     def prepare(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -102,7 +103,16 @@ class ArtifactCase(Case):
             else:
                 floats[name] = torch.randn(shape, generator=generator).half()
         state = QuantizedState(matrices=matrices, floats=floats)
-        self.valid = [pack_artifact(state, SMALL, {"seed": 7}, codec=codec) for codec in ("rans", "brotli")]
+        factors = (torch.ones(SMALL.vocab_size, 2).to(torch.int8), torch.ones(2, SMALL.model_dim).to(torch.int8))
+        scales = torch.ones(1).half(), torch.ones(2 * SMALL.model_dim // 8).half()
+        correction = LowRank(factors[0], scales[0], factors[1], scales[1])
+        embedding = matrices[EMBEDDING]._replace(correction=correction)
+        corrected = QuantizedState(matrices={**matrices, EMBEDDING: embedding}, floats=floats)
+        self.valid = [
+            pack_artifact(each, SMALL, {"seed": 7}, codec=codec)
+            for each in (state, corrected)
+            for codec in ("rans", "brotli")
+        ]
 
     def mutated(self, rng: random.Random) -> tuple[Path, bytes]:
         return self.folder / "mutated.ssq", mutate_artifact(rng.choice(self.valid), rng)
