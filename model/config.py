@@ -255,6 +255,10 @@ class TTTConfig:
     adapter_key: Literal["seed", "document"] = "seed"  # what A's starting value depends on besides visit and kind
     order: Literal["stream", "sorted"] = "stream"  # sorted: by length over the whole set, as published
     batch_documents: int = 64  # adapter slots held at once
+    lora_alpha: float | None = added(None)  # an adapter's result is multiplied by alpha / rank; None: by 1
+    # (limit, chunk): documents of at most limit tokens, the next one's first counted, have chunks of so many; the first
+    # limit that holds counts, chunk_tokens above all
+    chunk_by_length: tuple[tuple[int, int], ...] = added(())
 
     def __post_init__(self) -> None:
         fit_fields(self, "ttt")
@@ -267,6 +271,15 @@ class TTTConfig:
         for name in ("lr", "weight_decay"):
             require(getattr(self, name) >= 0, f"ttt.{name}={getattr(self, name)} must not be negative")
         require(self.eps > 0, f"ttt.eps={self.eps} must be positive")
+        alpha, limits = self.lora_alpha, [limit for limit, _ in self.chunk_by_length]
+        require(alpha is None or alpha > 0, f"ttt.lora_alpha={alpha} must be positive, or left out for a scale of 1")
+        shown = f"ttt.chunk_by_length={[list(pair) for pair in self.chunk_by_length]}"
+        require(limits == sorted({0, *limits})[1:], f"{shown}: limits must be positive, each above the one before it")
+        for _, chunk in self.chunk_by_length:
+            require(
+                1 <= chunk <= self.window_tokens,
+                f"{shown}: a chunk of {chunk} must be at least 1 and at most ttt.window_tokens={self.window_tokens}",
+            )
         require(0 < self.beta2 < 1, f"ttt.beta2={self.beta2} must be between 0 and 1")
         kinds = self.adapter_kinds
         require(0 < len(set(kinds)) == len(kinds), f"ttt.adapter_kinds={list(kinds)} must be one or more, none twice")

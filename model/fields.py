@@ -88,8 +88,9 @@ def checked(value: object, hint: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _check_union(value, arguments, path)
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"{path} must be a list, not {describe(value)}")
+        size = None if arguments[-1] is ... else len(arguments)
+        if not isinstance(value, list | tuple) or size not in (None, len(value)):
+            raise ValueError(f"{path} must be a list{'' if size is None else f' of {size}'}, not {describe(value)}")
         return tuple(checked(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return _check_float(value, path)

@@ -6,6 +6,7 @@ Denormal numbers are flushed to zero, as a GPU's exponential does. Only what the
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import types
 from pathlib import Path
@@ -112,7 +113,7 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
     language = types.ModuleType("triton.language")
     language.__dict__.update(
         constexpr=Constant, int64=np.int64, float32=np.float32, load=_load, store=_store, exp=_exp, log=_log,
-        program_id=lambda _axis: as_value(program[0]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
+        program_id=lambda axis: as_value(program[axis]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
         arange=lambda first, end: as_value(np.arange(first, end)), zeros=lambda shape, t: as_value(np.zeros(shape, t)),
         full=lambda shape, value, dtype: as_value(np.full(shape, value, dtype)),
         sum=lambda x, axis: as_value(np.sum(np.asarray(x), axis=axis, dtype=np.float32)),
@@ -130,7 +131,7 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
 
 def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
-    program, count = [0], [0]
+    program, count = [0, 0], [0]
     language = _language(program, count)
     triton = types.ModuleType("triton")
     triton.__dict__.update(jit=lambda function: function, language=language, cdiv=_divide_up)
@@ -150,7 +151,7 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             options.pop(name, None)
         given = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
         count[0] = grid[0]
-        for program[0] in range(grid[0]):
+        for program[:] in itertools.product(range(grid[0]), range(grid[1] if len(grid) > 1 else 1)):
             kernel(*given, **options)
 
     monkeypatch.setattr(module, "launch", launch)

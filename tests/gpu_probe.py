@@ -252,7 +252,8 @@ def probe_ttt(_pattern: str) -> dict[str, Any]:
         tokens = np.random.default_rng(0).integers(2, 8192, 64 * 2049)
         learning = LearningStep(model, tokens, CONFIG.ttt, slots, is_looped=True)
         for length in (256, 1024, 2048):
-            table = torch.tensor([(slot * 2049 + length, slot) for slot in range(64)], device=DEVICE)
+            rows = [(slot * 2049 + length, slot, length, CONFIG.ttt.chunk_tokens) for slot in range(64)]
+            table = torch.tensor(rows, device=DEVICE)
             step = partial(learning.score_and_learn, table, length)
             torch.cuda.reset_peak_memory_stats()
             figures: dict[str, Any] = time_ms(step, warm=2, timed=6)

@@ -104,7 +104,7 @@ def measure(validation: ValidationSet, write: Any) -> None:
 def measure_steps(recorder: RecordedStep, write: Any) -> None:
     """Time single recorded steps of several sizes, and profile the largest operation by operation."""
     for rows, length in STEPS:
-        table = torch.tensor([(length + 64 * row, row) for row in range(rows)]).pin_memory()
+        table = torch.tensor([(length + 64 * row, row, length, 64) for row in range(rows)]).pin_memory()
         run = partial(recorder.run, table, length)
         figures: dict[str, Any] = time_ms(run, warm=3, timed=7)
         figures["window_tokens_per_s"] = rows * length / figures["median_ms"] * 1000

@@ -134,7 +134,7 @@ def check_ttt(golden: GoldenSet) -> None:
     """Set 9: scores with and without adaptation, in both float types, and three variants of the adapters."""
     settings = golden.settings("ttt_config")
     config = ttt_config(settings)
-    validation, table = _stream(golden), _byte_table(golden)
+    validation, table = read_stream(golden), read_byte_table(golden)
     ranges = validation.document_ranges
     golden.compare("doc_start", ranges[:, 0], tolerance=0)
     golden.compare("doc_len", ranges[:, 1] - ranges[:, 0], tolerance=0)
@@ -153,13 +153,13 @@ def check_ttt(golden: GoldenSet) -> None:
     on, off = score(config), score(config, is_adapting=False)
     golden.compare("doc_tokens", on.scores.tokens, tolerance=0)
     golden.compare("doc_bytes", on.scores.bytes, tolerance=0)
-    _compare_scores(golden, "on", on)
-    _compare_scores(golden, "off", off)
-    _compare_scores(golden, "off", score(replace(config, lr=0.0)))
-    _compare_scores(golden, "on64", score(config, dtype=torch.float64), doc_tolerance=1e-6, token_tolerance=1e-6)
-    _compare_scores(golden, "var_grad_steps2", score(replace(config, updates_per_chunk=2)))
-    _compare_scores(golden, "var_no_k_mlp_o", score(replace(config, adapter_kinds=("q", "v", "head"))))
-    _compare_scores(golden, "var_plain_layers", score(config, is_looped=False))
+    compare_scores(golden, "on", on)
+    compare_scores(golden, "off", off)
+    compare_scores(golden, "off", score(replace(config, lr=0.0)))
+    compare_scores(golden, "on64", score(config, dtype=torch.float64), doc_tolerance=1e-6, token_tolerance=1e-6)
+    compare_scores(golden, "var_grad_steps2", score(replace(config, updates_per_chunk=2)))
+    compare_scores(golden, "var_no_k_mlp_o", score(replace(config, adapter_kinds=("q", "v", "head"))))
+    compare_scores(golden, "var_plain_layers", score(config, is_looped=False))
 
 
 def ttt_config(settings: Mapping[str, Any]) -> TTTConfig:
@@ -181,7 +181,7 @@ def ttt_config(settings: Mapping[str, Any]) -> TTTConfig:
     )
 
 
-def _compare_scores(
+def compare_scores(
     golden: GoldenSet,
     prefix: str,
     result: TTTResult,
@@ -201,7 +201,7 @@ def check_evaluation(golden: GoldenSet) -> None:
     """Set 10: plain evaluation by the published rule, with the tail scored too, and in one row."""
     num_sequences, seq_len = (int(value) for value in golden.read("batch_seqs_seq_len"))
     rows = EvalConfig(row_tokens=num_sequences * seq_len, seq_len=seq_len, tail="dropped")
-    validation, table = _stream(golden), _byte_table(golden)
+    validation, table = read_stream(golden), read_byte_table(golden)
     num_targets = validation.num_targets
     bounds = row_bounds(num_targets, rows)
     num_scored = bounds[-1][1]
@@ -234,12 +234,12 @@ def check_evaluation(golden: GoldenSet) -> None:
         golden.compare(f"{mode}_onepack_loss_bpb", _loss_and_bpb(onepack, counts), tolerance=1e-5)
 
 
-def _stream(golden: GoldenSet) -> ValidationSet:
+def read_stream(golden: GoldenSet) -> ValidationSet:
     tokens = np.asarray(golden.read("stream")).astype(np.uint16)
     return ValidationSet(tokens, find_documents(tokens, bos_id=BOS_ID))
 
 
-def _byte_table(golden: GoldenSet) -> ByteTable:
+def read_byte_table(golden: GoldenSet) -> ByteTable:
     return ByteTable(*(golden.read(name) for name in ("base_bytes", "has_leading_space", "is_boundary")))
 
 

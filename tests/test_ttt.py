@@ -1,5 +1,6 @@
 """model/ttt/documents.py: a chunk is scored before it is learned from, and a score depends on its own document only."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +19,12 @@ from model.lora import Layout, initial_a
 from model.ttt.documents import TTTResult, score_documents
 from model.ttt.ledger_reading import times_scored
 from model.ttt.score_ledger import SCORE, UPDATE
-from model.ttt.windows import chunk_window, share_documents, unadapted_windows, window_cost
+from model.ttt.windows import chunk_length, chunk_window, share_documents, unadapted_windows, window_cost
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_ttt, micro_validation, random_model
 
 LENGTHS = (30, 5, 61, 2, 17, 44, 9)
+BY_LENGTH = ((9, 3), (31, 5), (50, 11))  # chunks that do not divide each other, nor the window
+CHUNKS = [{}, {"chunk_by_length": BY_LENGTH}]
 FLOAT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -48,11 +51,13 @@ def reordered(validation: ValidationSet, order: list[int]) -> ValidationSet:
 
 @pytest.mark.parametrize("num_predictions", [1, 7, 8, 9, 24, 25, 63, 64, 65])
 @pytest.mark.parametrize("window_tokens", [8, 20, 24, 100])
+@pytest.mark.parametrize(("by_length", "size"), [((), 8), (((8, 2), (64, 7)), None)])
 def test_chunks_cover_every_prediction_once_in_windows_of_the_stated_size(
-    num_predictions: int, window_tokens: int
+    num_predictions: int, window_tokens: int, by_length: tuple[tuple[int, int], ...], size: int | None
 ) -> None:
-    config = micro_ttt(window_tokens=window_tokens)
-    chunks = [chunk_window(0, num_predictions, c, config) for c in range(-(-num_predictions // 8))]
+    config = micro_ttt(window_tokens=window_tokens, chunk_by_length=by_length)
+    size = size or (2 if num_predictions < 8 else 7 if num_predictions < 64 else 8)
+    chunks = [chunk_window(0, num_predictions, c, config) for c in range(-(-num_predictions // size))]
     covered = [p for w in chunks for p in range(w.end - w.num_scored, w.end)]
     assert covered == list(range(num_predictions))
     assert [w.start for w in chunks] == [max(0, w.end - window_tokens) for w in chunks]
@@ -63,14 +68,34 @@ def test_chunks_cover_every_prediction_once_in_windows_of_the_stated_size(
 
 @pytest.mark.parametrize("num_predictions", [1, 8, 23, 24, 25, 40, 64, 65])
 @pytest.mark.parametrize("window_tokens", [8, 20, 24, 100])
-def test_without_adaptation_every_prediction_sees_the_same_context(num_predictions: int, window_tokens: int) -> None:
-    config = micro_ttt(window_tokens=window_tokens)
+@pytest.mark.parametrize("by_length", [(), ((41, 7),)])
+def test_without_adaptation_every_prediction_sees_the_same_context(
+    num_predictions: int, window_tokens: int, by_length: tuple[tuple[int, int], ...]
+) -> None:
+    config = micro_ttt(window_tokens=window_tokens, chunk_by_length=by_length)
+    size = chunk_length(num_predictions, config)
 
     def contexts(windows: list[Any]) -> dict[int, int]:
         return {p: w.start for w in windows for p in range(w.end - w.num_scored, w.end)}
 
-    chunks = [chunk_window(0, num_predictions, c, config) for c in range(-(-num_predictions // 8))]
+    chunks = [chunk_window(0, num_predictions, c, config) for c in range(-(-num_predictions // size))]
     assert contexts(list(unadapted_windows(0, num_predictions, config))) == contexts(chunks)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(2, 3), (9, 3), (10, 5), (31, 5), (32, 11), (50, 11), (51, 8), (9000, 8)]
+)
+def test_the_first_limit_that_a_document_keeps_decides_its_chunk(num_tokens: int, size: int) -> None:
+    assert chunk_length(num_tokens - 1, micro_ttt(chunk_by_length=BY_LENGTH)) == size  # the next BOS is counted
+    assert chunk_length(num_tokens - 1, micro_ttt()) == 8
+
+
+def test_each_document_is_learned_from_in_chunks_of_its_own_length() -> None:
+    validation = micro_validation(*LENGTHS)
+    events = score(validation, micro_ttt(chunk_by_length=BY_LENGTH)).events.of_kind(UPDATE)
+    sizes = events.column("end_prediction") - events.column("first_prediction")
+    found = {int(document): set(sizes[events.column("document") == document].tolist()) for document in range(7)}
+    assert found == {0: {5}, 1: {3}, 2: {8}, 3: set(), 4: {5}, 5: {11}, 6: {3}}
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -86,21 +111,24 @@ def test_every_target_is_scored_once(is_adapting: bool) -> None:
     assert float(result.scores.nats.sum()) == pytest.approx(float(result.nll.sum()), rel=1e-12)
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("dtype", FLOAT_TOLERANCE)
-def test_batching_and_order_of_work_change_nothing(dtype: torch.dtype) -> None:
+def test_batching_and_order_of_work_change_nothing(dtype: torch.dtype, chunks: dict[str, Any]) -> None:
     validation = micro_validation(*LENGTHS)
-    expected = score(validation, micro_ttt(), dtype=dtype).nll
+    expected = score(validation, micro_ttt(**chunks), dtype=dtype).nll
     for changes in ({"batch_documents": 1}, {"batch_documents": 50}, {"order": "sorted"}):
-        nll = score(validation, micro_ttt(**changes), dtype=dtype).nll
+        nll = score(validation, micro_ttt(**changes, **chunks), dtype=dtype).nll
         assert np.abs(nll - expected).max() < FLOAT_TOLERANCE[dtype], changes
 
 
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("dtype", FLOAT_TOLERANCE)
-def test_the_order_of_documents_changes_nothing(dtype: torch.dtype) -> None:
+def test_the_order_of_documents_changes_nothing(dtype: torch.dtype, chunks: dict[str, Any]) -> None:
     validation, order = micro_validation(*LENGTHS), [3, 5, 0, 1, 4, 2, 6]  # the last stays last: it has no next BOS
-    expected = by_document(validation, score(validation, micro_ttt(), dtype=dtype).nll)
+    config = micro_ttt(**chunks)
+    expected = by_document(validation, score(validation, config, dtype=dtype).nll)
     other = reordered(validation, order)
-    found = by_document(other, score(other, micro_ttt(), dtype=dtype).nll)
+    found = by_document(other, score(other, config, dtype=dtype).nll)
     for place, document in enumerate(order):
         assert np.abs(found[place] - expected[document]).max() < FLOAT_TOLERANCE[dtype]
 
@@ -115,11 +143,12 @@ def test_adapters_drawn_by_document_change_the_scores_but_not_with_the_batch() -
     assert np.abs(score(validation, micro_ttt(), seed=2).nll - by_seed).max() > 1e-6
 
 
-def test_a_learning_rate_of_zero_equals_the_unadapted_path() -> None:
+@pytest.mark.parametrize("changes", [*CHUNKS, {"lora_alpha": 7.0}])
+def test_a_learning_rate_of_zero_equals_the_unadapted_path(changes: dict[str, Any]) -> None:
     validation = micro_validation(*LENGTHS)
-    unadapted = score(validation, micro_ttt(), is_adapting=False)
-    frozen = score(validation, micro_ttt(lr=0.0))
-    adapted = score(validation, micro_ttt())
+    unadapted = score(validation, micro_ttt(**changes), is_adapting=False)
+    frozen = score(validation, micro_ttt(lr=0.0, **changes))
+    adapted = score(validation, micro_ttt(**changes))
     assert np.abs(unadapted.nll - frozen.nll).max() < 1e-12
     assert np.abs(unadapted.nll - adapted.nll).max() > 1e-3
 
@@ -144,6 +173,9 @@ def test_adaptation_helps_where_a_document_repeats_itself() -> None:
 
 def adapt_by_hand(model: GPT, tokens: Tensor, config: TTTConfig) -> np.ndarray:
     """Return the nll of one document (1, N + 1), by what PyTorch brings: no slots, batches, buffers or kernels."""
+    scale = 1.0 if config.lora_alpha is None else config.lora_alpha / config.lora_rank
+    limits = [*config.chunk_by_length, (math.inf, config.chunk_tokens)]
+    size = next(chunk for limit, chunk in limits if tokens.size(1) <= limit)
     num_visits = visit_plan(model.config, is_looped=True).num_visits
     layout = Layout(model.config, num_visits, config.lora_rank, config.adapter_kinds)
     drawn = initial_a(
@@ -155,11 +187,12 @@ def adapt_by_hand(model: GPT, tokens: Tensor, config: TTTConfig) -> np.ndarray:
     betas, weight_decay = (0.0, config.beta2), config.weight_decay
     adamw = torch.optim.AdamW([row], lr=config.lr, betas=betas, eps=config.eps, weight_decay=weight_decay)
     found, num_predictions = [], tokens.size(1) - 1
-    for first in range(0, num_predictions, config.chunk_tokens):
-        end = min(first + config.chunk_tokens, num_predictions)
+    for first in range(0, num_predictions, size):
+        end = min(first + size, num_predictions)
         window = tokens[:, max(0, end - config.window_tokens) : end + 1]
         for update in range(1 if end == num_predictions else config.updates_per_chunk):
             adapters = layout.view(row)
+            adapters = replace(adapters, b={kind: scale * b for kind, b in adapters.b.items()})
             nll = model(window[:, :-1], window[:, 1:], is_looped=True, adapters=adapters, reduction="none")
             chunk = nll[0, first - end :]
             if update == 0:
@@ -171,9 +204,15 @@ def adapt_by_hand(model: GPT, tokens: Tensor, config: TTTConfig) -> np.ndarray:
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("updates_per_chunk", [1, 2])
-def test_adaptation_is_autograd_and_adamw_on_each_document_alone(updates_per_chunk: int) -> None:
-    validation, config = micro_validation(*LENGTHS), micro_ttt(updates_per_chunk=updates_per_chunk)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"updates_per_chunk": 2}, {"lora_alpha": 5.0}, {"chunk_by_length": BY_LENGTH},
+        {"chunk_by_length": BY_LENGTH, "lora_alpha": 0.5, "updates_per_chunk": 2, "adapter_kinds": ("q", "o", "head")},
+    ],
+)  # fmt: skip
+def test_adaptation_is_autograd_and_adamw_on_each_document_alone(changes: dict[str, Any]) -> None:
+    validation, config = micro_validation(*LENGTHS), micro_ttt(**changes)
     model = random_model(dtype=torch.float64).requires_grad_(False)
     found = by_document(validation, score(validation, config, model=model).nll)
     for (start, end), nll in zip(validation.document_ranges, found, strict=True):

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention.bounds import window_bounds
 from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
+from model.kernels import adapter_update
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
 from model.ttt.document_pass import DocumentPass
+from model.ttt.learning_step import LearningStep
 from model.ttt.ledger_reading import times_scored
-from model.ttt.recorded_pass import PADDING_TOKENS, RecordedPass, RecordedStep
+from model.ttt.recorded_pass import PADDING_TOKENS, RecordedPass, RecordedStep, learn_step
 from model.ttt.score_ledger import SCORE, UPDATE
 from model.ttt.slots import Slots
-from model.ttt.windows import share_documents, window_cost
+from model.ttt.windows import longest_chunk, share_documents, window_cost
 from tests.fake_recorder import FakeRecorder
-from tests.micro_model import ignore, micro_ttt, micro_validation, random_model
+from tests.fake_triton import load_kernels
+from tests.micro_model import FRONTIER_PARTS, ignore, micro_model, micro_ttt, micro_validation, random_model
 
 LENGTHS = (70, 5, 33, 12, 2, 57, 9, 40)
 DOCUMENTS = range(len(LENGTHS))
@@ -48,18 +55,29 @@ def run(
     return work
 
 
-@pytest.mark.parametrize("updates_per_chunk", [1, 2])
-@pytest.mark.parametrize("kinds", [("q", "k", "v", "o", "mlp", "head"), ("v", "o"), ("mlp",), ("q", "head")])
-def test_steps_of_fixed_size_score_what_steps_of_any_size_score(kinds: tuple[str, ...], updates_per_chunk: int) -> None:
-    config = micro_ttt(adapter_kinds=kinds, updates_per_chunk=updates_per_chunk)
+BY_LENGTH = ((9, 3), (40, 5), (60, 11))
+FULL = {"adapter_kinds": ("q", "k", "v", "o", "mlp", "head")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"adapter_kinds": kinds, "updates_per_chunk": count}
+          for kinds in (FULL["adapter_kinds"], ("v", "o"), ("mlp",), ("q", "head")) for count in (1, 2)),
+        FULL | {"lora_alpha": 3.0}, FULL | {"chunk_by_length": BY_LENGTH},
+        {"adapter_kinds": ("v",), "chunk_tokens": 2, "window_tokens": 80, "lr": 1e-4},
+    ],
+)  # fmt: skip
+def test_steps_of_fixed_size_score_what_steps_of_any_size_score(changes: dict[str, Any]) -> None:
+    config = micro_ttt(**changes)
     plain, fixed = run(DocumentPass, config), run(RecordedPass, config, num_slots=len(LENGTHS))
     assert float(plain.nll.abs().min()) > 0
     assert torch.allclose(fixed.nll, plain.nll, rtol=0, atol=1e-12)
 
 
 def test_the_ledger_holds_every_target_once_and_an_update_after_each_chunk_but_the_last() -> None:
-    for kind in (DocumentPass, RecordedPass):
-        work = run(kind, micro_ttt())
+    for kind, changes in itertools.product((DocumentPass, RecordedPass), ({}, {"chunk_by_length": BY_LENGTH})):
+        work = run(kind, micro_ttt(**changes))
         events, validation = work.close_ledger(), work.validation
         assert (times_scored(events, validation.document_starts, validation.num_targets) == 1).all()
         chunks = Counter(events.of_kind(SCORE).column("document").tolist())
@@ -69,8 +87,11 @@ def test_the_ledger_holds_every_target_once_and_an_update_after_each_chunk_but_t
 
 @pytest.mark.parametrize("num_slots", [1, 2, 8])
 def test_scores_do_not_depend_on_the_number_of_slots(num_slots: int) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        first, second = (run(RecordedPass, micro_ttt(), num_slots=n, dtype=dtype) for n in (3, num_slots))
+    for by_length, (dtype, tolerance) in itertools.product(
+        ((), BY_LENGTH), ((torch.float64, 1e-12), (torch.float32, 1e-5))
+    ):
+        config = micro_ttt(chunk_by_length=by_length)
+        first, second = (run(RecordedPass, config, num_slots=n, dtype=dtype) for n in (3, num_slots))
         assert torch.allclose(first.nll, second.nll, rtol=0, atol=tolerance)
 
 
@@ -84,8 +105,12 @@ def test_the_spare_slot_stays_zero() -> None:
     assert not slots.values[:2].any()
 
 
-def test_a_size_that_cannot_be_recorded_scores_the_same_step_by_step(caplog: pytest.LogCaptureFixture) -> None:
-    config, expected = micro_ttt(), run(RecordedPass, micro_ttt(), num_slots=8).nll
+@pytest.mark.parametrize("changes", [{}, {"chunk_by_length": BY_LENGTH}])
+def test_a_size_that_cannot_be_recorded_scores_the_same_step_by_step(
+    changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = micro_ttt(**changes)
+    expected = run(RecordedPass, config, num_slots=8).nll
     for broken in (set(), {1, 2}, set(range(100))):
         work, recorder = recorded_pass(config, is_broken=lambda table, broken=broken: table.size(0) in broken)
         assert torch.equal(work.nll, expected), broken
@@ -102,6 +127,31 @@ def test_few_recordings_are_kept_and_scores_do_not_depend_on_how_many(most_recor
     assert torch.equal(work.nll, run(RecordedPass, micro_ttt(), num_slots=8).nll)
 
 
+class NoHostCopies(TorchDispatchMode):
+    """Refuses what a recording cannot hold: numbers taken from the host's memory, or given to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation unless it is one of those."""
+        assert func not in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_padded_step_can_be_recorded() -> None:
+    config = micro_ttt(chunk_by_length=BY_LENGTH)
+    model = random_model(micro_model(**FRONTIER_PARTS["all"])).requires_grad_(False)
+    slots = Slots(model, config, 7, 2, num_spare=1)
+    step = LearningStep(model, micro_validation(70).tokens, config, slots, is_looped=True, is_padded=True)
+    table = torch.from_numpy(step.fill_table(3, 22))
+    table[:2] = torch.tensor([[14, 0, 14, 3], [50, 1, 20, 11]])
+    with NoHostCopies():
+        losses = step.score_and_learn(table, 22)
+        bounds = window_bounds(22 - table[:, 2], 3, 22, 11, table.device)  # as the kernels of a GPU take it
+    assert losses.shape == (3, 11)
+    assert bounds.keys.tolist() == [0, 8, 22, 24, 44, 44, 66]
+    assert bounds.queries.tolist() == [0, 0, 11, 11, 22, 22, 33]
+    assert window_bounds(torch.tensor([8, 2]), 2, 10, 4, table.device).queries.tolist() == [0, 2, 4, 4, 8]
+
+
 # ---- what runs together ----------------------------------------------------------------------------------------------
 
 
@@ -111,14 +161,18 @@ def recorded_pass(
     """Adapt all documents with steps recorded by a fake recorder."""
     model, validation = random_model(dtype=torch.float64).requires_grad_(False), micro_validation(*LENGTHS)
     slots = Slots(model, config, 7, len(LENGTHS), num_spare=1)
-    recorder = FakeRecorder(lambda table: (table.size(0), config.chunk_tokens), is_broken, **options)
+    recorder = FakeRecorder(lambda table: (table.size(0), longest_chunk(config)), is_broken, **options)
     work = RecordedPass(model, validation, config, ignore, label="test")
-    work.learning = RecordedStep(model, validation.tokens, config, slots, is_looped=True, recorder=recorder)
+    work.learning = RecordedStep(
+        model, validation.tokens, config, slots, is_looped=True, is_padded=learn_step(config) is not None,
+        recorder=recorder,
+    )  # fmt: skip
     work.run_adapted(DOCUMENTS, slots)
     return work, recorder
 
 
 def plan(lengths: list[int], config: TTTConfig, num_slots: int, limits: Limits) -> list[tuple[int, bool, int]]:
+    """Run a schedule to its end and return its batches: length, whether they are last chunks, windows."""
     schedule = Schedule(range(len(lengths)), lengths.__getitem__, config, num_slots, limits)
     held: dict[int, int] = {}
     batches, ends = [], dict.fromkeys(range(len(lengths)), 0)
@@ -136,11 +190,14 @@ def plan(lengths: list[int], config: TTTConfig, num_slots: int, limits: Limits) 
     return batches
 
 
+@pytest.mark.parametrize("by_length", [(), BY_LENGTH])
 @pytest.mark.parametrize("num_slots", [1, 3, 50])
-def test_every_chunk_runs_once_in_order_within_the_limits(num_slots: int) -> None:
+def test_every_chunk_runs_once_in_order_within_the_limits(
+    num_slots: int, by_length: tuple[tuple[int, int], ...]
+) -> None:
     lengths = np.random.default_rng(3).integers(1, 90, 50).tolist()
-    limits = Limits(rows=6, tokens=80, last_step=16)
-    batches = plan(lengths, micro_ttt(), num_slots, limits)
+    limits = Limits(rows=6, tokens=80, last_step=16, learn_step=11 if by_length else None)
+    batches = plan(lengths, micro_ttt(chunk_by_length=by_length), num_slots, limits)
     assert all(count <= limits.max_rows(length) for length, _, count in batches)
 
 
@@ -165,15 +222,32 @@ def web_lengths(num_documents: int, seed: int = 0) -> list[int]:
     return np.clip(np.random.default_rng(seed).lognormal(6.2, 1.0, num_documents), 20, 18_000).astype(int).tolist()
 
 
+@pytest.mark.parametrize(
+    "config", [
+        TTTConfig(), TTTConfig(chunk_tokens=48), TTTConfig(chunk_tokens=48, chunk_by_length=((256, 8), (2000, 24))),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(("num_slots", "tokens"), MACHINES)
-def test_thousands_of_documents_meet_few_sizes_and_little_padding(num_slots: int, tokens: int) -> None:
-    limits = Limits(rows=256, tokens=tokens, **LADDERED)
-    batches = [each for each in plan(web_lengths(6250), TTTConfig(), num_slots, limits) if not each[1]]
+def test_thousands_of_documents_meet_few_sizes_and_little_padding(
+    num_slots: int, tokens: int, config: TTTConfig
+) -> None:
+    limits = Limits(rows=256, tokens=tokens, learn_step=learn_step(config), **LADDERED)
+    lengths = web_lengths(6250)
+    batches = [each for each in plan(lengths, config, num_slots, limits) if not each[1]]
     sizes = {(limits.pad_rows(count, length), length) for length, _, count in batches}
-    assert len(sizes) <= 130 < MOST_RECORDINGS
-    work = sum(length * count for length, _, count in batches)
-    assert sum(length * limits.pad_rows(count, length) for length, _, count in batches) < 1.1 * work
-    assert len(batches) < 1.3 * work / tokens + 500
+    assert len(sizes) < MOST_RECORDINGS
+    work = sum(window_cost(length, config) for length in lengths)
+    padded = sum(length * limits.pad_rows(count, length) for length, _, count in batches)
+    assert padded < 1.1 * work
+    assert padded + 8000 * len(batches) < (1.4 if config.chunk_by_length else 1.3) * work  # 8,000: about what one costs
+
+
+def test_rows_that_would_be_padding_take_shorter_windows() -> None:
+    limits = Limits(rows=8, tokens=10_000, last_step=16, padding_tokens=1000, learn_step=16)  # 1, 2, 4, 6 or 8 rows
+    config, lengths = micro_ttt(chunk_by_length=((20, 4),), chunk_tokens=16, window_tokens=32), [40] * 5 + [15] * 3
+    batches = plan(lengths, config, 7, limits)
+    assert batches[:2] == [(16, False, 7), (32, False, 6)]  # five of 32 tokens leave a row for one of 8
+    assert plan(lengths, config, 7, limits._replace(padding_tokens=None))[:2] == [(16, False, 7), (32, False, 5)]
 
 
 def test_no_lengths_can_bring_more_sizes_than_are_kept() -> None:
@@ -288,3 +362,26 @@ def test_stepping_rows_is_adam_without_momentum_on_those_rows_only(rows: list[in
     assert torch.allclose(gather_rows(values, index, torch.float64).float(), torch.stack([*reference]), atol=1e-5)
     others = [row for row in range(4) if row not in rows]
     assert torch.equal(values[others], kept[others])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+def test_the_kernels_gather_and_step_as_plain_pytorch_does(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = load_kernels(Path(adapter_update.__file__).with_name("adapter_update_triton.py"), monkeypatch)
+    generator, index = torch.Generator().manual_seed(9), torch.tensor([3, 1])
+    values, moments = (torch.rand(4, 5000, generator=generator) for _ in range(2))  # more than a program takes
+    gradients, correction = torch.randn(2, 5000, generator=generator), torch.tensor([0.01, 0.2])
+    gathered = kernels.launch_gather(values, index, torch.float32, factor)
+    assert torch.equal(gathered, gather_rows(values, index, torch.float32, factor))
+    expected = values.clone(), moments.clone()
+    settings = AdamSettings(0.1, 0.5, 0.99, 1e-10)
+    adam_rows_(*expected, index, gradients, correction, settings, factor)
+    kernels.launch_adam(values, moments, index, gradients, correction, *settings, factor)
+    assert torch.allclose(moments, expected[1], rtol=1e-6, atol=0)
+    assert torch.allclose(values, expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_scaled_adapter_is_taken_through_its_scale() -> None:
+    index, gradients = torch.tensor([0]), torch.full((1, 3), 2.0)
+    values, moments = torch.ones(1, 3), torch.zeros(1, 3)
+    adam_rows_(values, moments, index, gradients, torch.tensor([1.0]), AdamSettings(0.0, 0.0, 0.5, 1e-10), 3.0)
+    assert moments.tolist() == [[18.0] * 3]  # (1 - beta2) (3 x 2)^2

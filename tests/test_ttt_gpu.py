@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import EvalConfig
+from model.config import EvalConfig, TTTConfig
 from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -26,6 +26,7 @@ from tests.micro_model import ignore
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 CONFIG = replace(published().ttt, batch_documents=16)
+BY_LENGTH = replace(CONFIG, lora_alpha=144.0, chunk_tokens=48, chunk_by_length=((100, 8), (700, 24)))
 
 
 def full_model(dtype: torch.dtype) -> GPT:
@@ -47,12 +48,15 @@ def documents(*lengths: int) -> ValidationSet:
     return ValidationSet(tokens, find_documents(tokens))
 
 
-def adapt(kind: type[DocumentPass], model: GPT, validation: ValidationSet) -> np.ndarray:
+def adapt(kind: type[DocumentPass], model: GPT, validation: ValidationSet, config: TTTConfig = CONFIG) -> np.ndarray:
     """Return the nll (N,) of every target."""
-    work = kind(model, validation, CONFIG, ignore, label="gpu")
+    work = kind(model, validation, config, ignore, label="gpu")
     everyone = range(validation.num_documents)
-    spare = Slots(model, CONFIG, 1, validation.num_documents)
-    work.run_adapted(everyone, make_slots(model, CONFIG, everyone, seed=1) if kind is RecordedPass else spare)
+    spare = Slots(model, config, 1, validation.num_documents)
+    work.run_adapted(everyone, make_slots(model, config, everyone, seed=1) if kind is RecordedPass else spare)
+    if isinstance(work.learning, RecordedStep):
+        assert work.learning.recorded
+        assert not work.learning.recorder.failed
     return np.asarray(work.nll.cpu().numpy())
 
 
@@ -64,9 +68,11 @@ def test_the_kernels_gather_and_step_as_plain_pytorch_does() -> None:
     correction = 1 - 0.999 ** torch.tensor([1.0, 2.0, 9.0])
     settings = AdamSettings(1e-4, 0.5, 0.999, 1e-10)
     ours, sums, at, steps, factors = (x.to(CUDA) for x in (values, moments, index, gradients, correction))
-    assert torch.equal(gather_rows(ours, at, torch.bfloat16).cpu(), values[index].bfloat16())
-    adam_rows_(values, moments, index, gradients, correction, settings)
-    adam_rows_(ours, sums, at, steps, factors, settings)
+    for factor in (1.0, 1.3):
+        gathered = gather_rows(ours, at, torch.bfloat16, factor).cpu()
+        assert torch.equal(gathered, gather_rows(values, index, torch.bfloat16, factor))
+        adam_rows_(values, moments, index, gradients, correction, settings, factor)
+        adam_rows_(ours, sums, at, steps, factors, settings, factor)
     assert torch.allclose(ours.cpu(), values, rtol=1e-6, atol=1e-8)
     assert torch.allclose(sums.cpu(), moments, rtol=1e-6, atol=1e-12)
 
@@ -85,7 +91,7 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
         losses = []
         for chunk in range(3):
             ends = [int(start) + 256 + 64 * chunk for start, _ in validation.document_ranges]
-            table = torch.tensor([*zip(ends, range(3)), (256, 3)])
+            table = torch.tensor([*((end, slot, 256, 64) for slot, end in enumerate(ends)), (256, 3, 256, 64)])
             run = recorder.run(table, 256) if is_recorded else recorder.score_and_learn(table.to(CUDA), 256)
             losses.append(run[:3].clone())
         assert len(recorder.recorded) == is_recorded
@@ -148,10 +154,11 @@ def test_work_that_waits_for_the_host_runs_unrecorded_and_leaves_the_gpu_sane() 
     assert torch.isfinite(torch.rand(4, device=CUDA)).all()
 
 
-def test_bf16_graphs_agree_with_float32_steps() -> None:
+@pytest.mark.parametrize("config", [CONFIG, BY_LENGTH], ids=["published", "by_length"])
+def test_bf16_graphs_agree_with_float32_steps(config: TTTConfig) -> None:
     validation = documents(400, 90, 2300, 30, 641, 5)
-    plain = adapt(DocumentPass, full_model(torch.float32), validation)
-    fast = adapt(RecordedPass, full_model(torch.bfloat16), validation)
+    plain = adapt(DocumentPass, full_model(torch.float32), validation, config)
+    fast = adapt(RecordedPass, full_model(torch.bfloat16), validation, config)
     assert np.isfinite(fast).all()
     ranges = validation.document_ranges
     gaps = [abs(float((fast - plain)[start : end - 1].mean())) for start, end in ranges if end - start > 64]

@@ -43,6 +43,7 @@ from model.quant.state import looped_layers, quantize_state
 from model.score.plain import RowScorer, evaluate_plain
 from model.ttt.documents import TTTResult, score_documents
 from model.ttt.score_ledger import SCORE
+from model.ttt.windows import chunk_length
 
 NUM_GPTQ_PASSES = 2
 NUM_EVAL_PASSES = 5  # after the first
@@ -205,7 +206,9 @@ def _measure_step(work: Workplace, model: GPT, table: ByteTable) -> None:
     passes = [full_documents(work, count) for count in chunks]
     for validation in passes:
         _adapt(work, model, validation, table)
-    num_steps = (chunks[1] - chunks[0]) * config.updates_per_chunk
+    sizes = [int(each.document_ranges[0][1]) - 1 for each in passes]  # predictions of each document
+    fewer, more = (-(-n // chunk_length(n, config)) for n in sizes)
+    num_steps = (more - fewer) * config.updates_per_chunk
     samples = []
     for _ in range(NUM_STEP_SAMPLES):
         shorter, longer = (timed_s(device, partial(_adapt, work, model, each, table))[0] for each in passes)

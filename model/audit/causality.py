@@ -35,9 +35,8 @@ def probe_causality(system: System) -> Result:
 
 def probe_chunk_borders(system: System) -> Result:
     """With test-time training on: flip from just before, at and just behind a chunk's first target."""
-    chunk = system.config.ttt.chunk_tokens
     return _probe_adapted(
-        system, "chunk_borders", ([_border(system, document, chunk) + shift for document in system.documents]
+        system, "chunk_borders", ([_border(system, document) + shift for document in system.documents]
                                   for shift in (0, 1, 2)), "flips at chunk borders, test-time training on"
     )  # fmt: skip
 
@@ -52,8 +51,8 @@ def probe_ttt_causality(system: System) -> Result:
     return _probe_adapted(system, "ttt_causality", cuts(), "flips, test-time training on")
 
 
-def _border(system: System, document: int, chunk: int) -> int:
-    start, end = system.bounds(document)
+def _border(system: System, document: int) -> int:
+    (start, end), chunk = system.bounds(document), system.chunk(document)
     return chunk * int(system.generator.integers(1, (end - start - 3) // chunk + 1))
 
 
@@ -71,7 +70,10 @@ def _probe_adapted(system: System, probe: str, rounds: Iterable[list[int]], samp
             measured = max(measured, largest(moved[start : first - 1]))
             effect = max(effect, largest(moved[first - 1 : end - 1]))
         num_flips += len(cuts)
-    return _verdict(probe, system.adapted_noise, measured, effect, num_flips, sample_of)
+    lengths = (
+        "; another length of the same document, by which its chunks go" if system.config.ttt.chunk_by_length else ""
+    )
+    return _verdict(probe, system.adapted_noise, measured, effect, num_flips, sample_of, f"{FLOAT_NOTE}{lengths}")
 
 
 def probe_across_documents(system: System) -> Result:
@@ -112,11 +114,13 @@ def probe_independence(system: System) -> Result:
     return _verdict("independence", system.adapted_noise, measured, effect, len(pairs), "pairs through one slot")
 
 
-def _verdict(probe: str, noise: float, measured: float, effect: float, size: int, sample_of: str) -> Result:
+def _verdict(
+    probe: str, noise: float, measured: float, effect: float, size: int, sample_of: str, note: str = FLOAT_NOTE
+) -> Result:
     if effect <= noise:
         return not_run(probe, RULE, "the changes moved no score at all, not even their own: the probe has no power")
     return judge(
         probe, RULE, measured=measured, limit=noise, unit="nats, largest change", sample_size=size, sample_of=sample_of,
         detail=f"scores behind the change moved by up to {effect:.3g}; identical reruns allow {noise:.3g}",
-        not_checked=f"other documents and places than the sampled ones; {FLOAT_NOTE}",
+        not_checked=f"other documents and places than the sampled ones; {note}",
     )  # fmt: skip

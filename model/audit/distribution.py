@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.audit.system import System, join_documents
+from model.audit.system import DOCUMENT_TOKENS, System, join_documents
 from model.audit.verdicts import Result, judge, not_run
 from model.data.validation import ValidationSet
 from model.lora import Adapters
@@ -20,7 +20,6 @@ from model.ttt.windows import Window
 
 RULE = "C2"
 LIMIT = 1e-4  # of RULES.md: sum of p = 1 +- 1e-4
-DOCUMENT_TOKENS = 16  # of the short documents that differ in one token
 NUM_PREFIXES = 2
 NUM_SWAPS = 16
 CPU_PRODUCTS = 2e12  # multiplications that a CPU may spend on the adapted sum; a GPU spends what it needs
@@ -38,7 +37,7 @@ def probe_normalization(system: System) -> Result:
         fresh = system.adapted_nll(variants, range(variants.num_documents - 1))
         sums[f"fresh adapters, document {document}"] = add_probabilities(fresh[at])
     document = system.documents[0]
-    vocab_size, chunk = system.config.model.vocab_size, system.config.ttt.chunk_tokens
+    vocab_size, chunk = system.config.model.vocab_size, system.chunk(document)
     products = vocab_size * (chunk + DOCUMENT_TOKENS) * sum(p.numel() for p in system.model.parameters())
     skipped = ""
     if system.model.qo_bank.is_cuda or products <= CPU_PRODUCTS:
@@ -70,7 +69,7 @@ def add_probabilities(nll: np.ndarray) -> float:
 def add_adapted_probabilities(system: System, document: int) -> float:
     """Return the sum over all ids at one place of the second chunk, with the adapters that the first one left."""
     adapters = capture_adapters(system, document)
-    end = system.config.ttt.chunk_tokens + DOCUMENT_TOKENS
+    end = system.chunk(document) + DOCUMENT_TOKENS
     variants, _ = make_variants(system, system.validation.document(document)[:end])
     work, losses = system.make_pass(variants), []
     for first in range(0, variants.num_documents - 1, 64):
@@ -110,7 +109,7 @@ def probe_gold_swap(system: System) -> Result:
         return not_run("gold_swap", RULE, "no validation document has three chunks; nothing to probe")
     document = system.documents[0]
     adapters = capture_adapters(system, document)
-    length = 2 * system.config.ttt.chunk_tokens
+    length = 2 * system.chunk(document)
     tokens = torch.from_numpy(system.validation.document(document)[: length + 1].astype(np.int64))
     row = tokens.to(system.model.qo_bank.device).unsqueeze(0)
     measured = 0.0

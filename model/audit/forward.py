@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.audit.distribution import DOCUMENT_TOKENS, NUM_PREFIXES
-from model.audit.system import System, join_documents, largest, read_nll
+from model.audit.distribution import NUM_PREFIXES
+from model.audit.system import DOCUMENT_TOKENS, System, join_documents, largest, read_nll
 from model.audit.verdicts import Result, judge, not_run
 from model.data.shards import BOS_ID
 from model.data.validation import ValidationSet
@@ -47,10 +47,9 @@ def probe_target_gate(system: System) -> Result:
     """
     if not system.documents:
         return not_run("target_gate", "C2", NO_DOCUMENT)
-    end = system.config.ttt.chunk_tokens + DOCUMENT_TOKENS
     measured, num_swaps = 0.0, 0
     for document in system.documents[:NUM_PREFIXES]:
-        tokens = system.validation.document(document)
+        tokens, end = system.validation.document(document), system.chunk(document) + DOCUMENT_TOKENS
         ids = pick_tempting_ids(system, tokens[:end], realized=int(tokens[end]))
         gaps = measure_swaps(system, tokens[:end], ids)
         measured, num_swaps = max(measured, largest(gaps)), num_swaps + gaps.size
@@ -129,10 +128,11 @@ def probe_two_forwards(system: System) -> Result:
     ttt, evaluation = system.config.ttt, system.config.evaluation
     still = replace(system, config=replace(system.config, ttt=replace(ttt, lr=0.0)))
     adapted = still.adapted_nll(system.validation)
-    reach = min(ttt.window_tokens, evaluation.seq_len, evaluation.row_tokens)
     mean, token, where, size = 0.0, 0.0, -1, 0
     for document in system.documents:
-        start, end = system.bounds(document)
+        (start, end), chunk = system.bounds(document), system.chunk(document)
+        # whole chunks: one that reaches over the window's end is scored from a window that begins later
+        reach = min(ttt.window_tokens // chunk * chunk, evaluation.seq_len, evaluation.row_tokens)
         count = min(end - start - 1, reach)
         plain = system.score_plain(join_documents([system.validation.tokens[start : start + count + 1]]))
         gaps = np.abs(plain[:count].astype(np.float64) - adapted[start : start + count])
@@ -144,6 +144,6 @@ def probe_two_forwards(system: System) -> Result:
         limit=MEAN_LIMITS.get(system.model.compute_dtype, MEAN_LIMITS[torch.float32]),
         unit="nats a token, largest mean over documents", sample_size=size, sample_of="predictions scored both ways",
         detail=f"largest: document {where}; a single prediction differs by up to {token:.3g}",
-        not_checked=f"predictions behind the first {reach} of a document, which the two paths make from other tokens; "
+        not_checked="predictions behind a document's first window, which the two paths make from other tokens; "
         "parts whose absence moves scores by less than the limit",
     )  # fmt: skip

@@ -25,8 +25,10 @@ from model.score.plain import score_rows
 from model.ttt.document_pass import DocumentPass
 from model.ttt.recorded_pass import RecordedPass
 from model.ttt.slots import Slots
+from model.ttt.windows import chunk_length
 
 NUM_RERUNS = 2  # identical repetitions that the noise is measured on
+DOCUMENT_TOKENS = 16  # of a made-up document, and what a probe reads behind a first chunk
 NOISE_FACTOR = 2.0  # two repetitions show about half of the largest difference that more would
 
 
@@ -53,7 +55,8 @@ class System:
         """Documents under probe: spread over the stream, of at least three chunks, one longer than the window."""
         lengths = np.diff(self.validation.document_ranges, axis=1)[:, 0] - 1  # predictions
         ttt = self.config.ttt
-        enough = np.flatnonzero(lengths > 2 * ttt.chunk_tokens)
+        chunks = np.array([chunk_length(int(n), ttt) for n in lengths])
+        enough = np.flatnonzero(lengths > chunks + np.maximum(chunks, DOCUMENT_TOKENS))
         short = enough[lengths[enough] <= 2 * ttt.window_tokens]
         long = enough[lengths[enough] > ttt.window_tokens]
         pool = short if short.size else enough
@@ -121,6 +124,11 @@ class System:
     def adapted_noise(self) -> float:
         """Largest difference that counts as none, with test-time training on."""
         return NOISE_FACTOR * max(largest(self.adapted_nll(self.validation) - self.adapted) for _ in range(NUM_RERUNS))
+
+    def chunk(self, document: int) -> int:
+        """Return how many predictions a chunk of a document has."""
+        start, end = self.validation.document_ranges[document]
+        return chunk_length(int(end - start) - 1, self.config.ttt)
 
     def bounds(self, document: int) -> tuple[int, int]:
         """Return first token and one past the last token of a document's own text (the next BOS left out)."""

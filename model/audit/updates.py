@@ -52,7 +52,8 @@ def watch_states(system: System, documents: Sequence[int], *, num_slots: int | N
     dtype = system.model.compute_dtype
 
     def hash_slot(slots: Slots, slot: int) -> str:
-        return state_hash(slots.layout.view(slots.values[slot : slot + 1]), 0, dtype)
+        here = torch.tensor([slot], device=slots.values.device)
+        return state_hash(system.slots_type.gather(slots, here), 0, dtype)
 
     class WatchedSlots(system.slots_type):  # type: ignore[misc,name-defined]
         def reset(self, slot: int, document: int) -> None:
@@ -129,14 +130,15 @@ def _probe_updates(system: System, probe: str, change: Any, *, reach: int) -> Re
     if not system.documents:
         return not_run(probe, RULE, NO_DOCUMENT)
     ttt, measured, effect, size = system.config.ttt, 0.0, 0.0, 0
-    chunks = [-(-(b - a) // ttt.chunk_tokens) for a, b in map(system.bounds, system.documents)]
+    chunks = [-(-(b - a) // system.chunk(d)) for d in system.documents for a, b in [system.bounds(d)]]
     for k in sorted({0, max(0, max(chunks) // 2 - 1)}):
         changed = system.adapted_nll(
             system.validation, slots_type=change(system.slots_type, (k + 1) * ttt.updates_per_chunk)
         )
         moved = np.abs(changed - system.adapted)
-        for start, end in map(system.bounds, system.documents):
-            border = min(start + (k + 1 + reach) * ttt.chunk_tokens, end - 1)
+        for document in system.documents:
+            start, end = system.bounds(document)
+            border = min(start + (k + 1 + reach) * system.chunk(document), end - 1)
             measured = max(measured, largest(moved[start:border]))
             effect = max(effect, largest(moved[border : end - 1]))
         size += len(system.documents)

@@ -51,7 +51,9 @@ from model.controls.systems import (
     NeighborGPT,
     Rescoring,
     Skipping,
+    SmearingGPT,
     StaleSlots,
+    UngatedHeadsGPT,
     UnnormalizedGPT,
     UnpackedGPT,
     UpdateFirst,
@@ -97,6 +99,11 @@ def leak_through_batch(audit: Audit) -> Iterator[Result]:
 def leak_through_row(audit: Audit) -> Iterator[Result]:
     """Documents of a packed row see each other."""
     yield probe_across_documents(rebuild(audit.system, UnpackedGPT))
+
+
+def smear_across_documents(audit: Audit) -> Iterator[Result]:
+    """The gate that adds the token before does so at a document's start."""
+    yield probe_across_documents(rebuild(audit.system, SmearingGPT))
 
 
 def unnormalized_head(audit: Audit) -> Iterator[Result]:
@@ -171,6 +178,11 @@ def gate_on_target(audit: Audit) -> Iterator[Result]:
 def second_forward(audit: Audit) -> Iterator[Result]:
     """The forward for adaptation lacks a gate."""
     yield probe_two_forwards(rebuild(audit.system, GatelessGPT))
+
+
+def ungated_heads(audit: Audit) -> Iterator[Result]:
+    """The forward for adaptation lacks the gates of the attention heads."""
+    yield probe_two_forwards(rebuild(audit.system, UngatedHeadsGPT))
 
 
 def double_counted_space(audit: Audit) -> Iterator[Result]:
@@ -317,6 +329,7 @@ CONTROLS: Sequence[Control] = (
     Control("leak_through_mask", "the causal mask lets each token see the next one", leak_through_mask),
     Control("leak_through_batch", "hidden states of neighbors in the batch are mixed in", leak_through_batch),
     Control("leak_through_row", "documents of a packed row see each other", leak_through_row),
+    Control("smear_across_documents", "a document's first token takes from the one before it", smear_across_documents),
     Control("unnormalized_head", "0.05 of probability is added for a repeated token", unnormalized_head),
     Control("gold_peeking_head", "the realized token's logit is raised by 0.05", gold_peeking_head),
     Control("update_before_score", "a chunk is learned from first, and the ledger denies it", update_before_score),
@@ -331,6 +344,7 @@ CONTROLS: Sequence[Control] = (
     Control("hints_against_order", "that, with hints from the documents before in the stream", hints_against_order),
     Control("gate_on_target", "mixed with a second score where the realized token was seen before", gate_on_target),
     Control("second_forward", "adaptation's forward lacks the gates of the skip connections", second_forward),
+    Control("ungated_heads", "adaptation's forward lacks the gates of the attention heads", ungated_heads),
     Control("double_counted_space", "a leading space is counted twice", double_counted_space),
     Control("fallback_as_three", "a byte piece counts as 3 bytes", fallback_as_three),
     Control("validation_in_warm_up", "warm-up reads a validation shard undeclared", validation_in_warm_up),

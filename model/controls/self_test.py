@@ -221,12 +221,13 @@ def make_corpus(folder: Path) -> Path:
 
 
 def micro_config(tokenizer: Path) -> RunConfig:
-    """Return a recipe of three layers that runs all stages in seconds."""
+    """Return a recipe of three layers and every part that a recipe can have, which runs all stages in seconds."""
     folder, vocab_size = tokenizer.parent, load_tokenizer(tokenizer).vocab_size
     return RunConfig(
         model=ModelConfig(
             vocab_size=vocab_size, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=8,
-            xsa_last_n=3, loop_start=1, loop_end=1, num_loops=1, parallel_start_layer=2,
+            xsa_last_n=3, loop_start=1, loop_end=1, num_loops=1, parallel_start_layer=2, lane_routing="full",
+            attn_gate_width=8, smear_gate_width=8, leaky_slope=0.3, mlp_gate_width=8, pass_embeddings=True,
         ),
         train=TrainConfig(
             max_steps=8, budget_s=None, batch_tokens=512, micro_batch_tokens=256, seq_len=64, span_group=1,
@@ -236,7 +237,10 @@ def micro_config(tokenizer: Path) -> RunConfig:
             num_calibration_batches=1, calibration_windows=4, calibration_seq_len=64, keep_float_numel=512
         ),
         evaluation=EvalConfig(row_tokens=1024, seq_len=64),
-        ttt=TTTConfig(lora_rank=2, lr=1e-2, chunk_tokens=16, window_tokens=64, batch_documents=4),
+        ttt=TTTConfig(
+            lora_rank=2, lr=1e-2, chunk_tokens=16, window_tokens=64, batch_documents=4, lora_alpha=3.0,
+            chunk_by_length=((96, 12), (128, 14)),
+        ),
         data=DataConfig(
             train=str(folder / "*_train_*.bin"), val=str(folder / "*_val_*.bin"), tokenizer=str(tokenizer)
         ),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from model import gpt
 from model.audit.system import System
+from model.config import ModelConfig
 from model.data.tokenizer import ByteTable
 from model.gpt import GPT
 from model.ttt.batches import Batch
@@ -198,17 +199,33 @@ class Gated(DocumentPass):
 class GatelessGPT(GPT):
     """Its forward for adaptation was written a second time, and the gates of the skip connections were forgotten."""
 
+    forgotten, stand_in = "skip_gates", -math.inf  # sigmoid 0: the skip connection takes all
+
     def _run_visits(
         self, tokens: Tensor, is_looped: bool, packing: Any, left_padding: Any, adapters: Any, n: Any
     ) -> Tensor:
         if adapters is None:
             return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n)
-        kept = self.skip_gates.data
-        self.skip_gates.data = torch.full_like(kept, -math.inf)  # sigmoid 0: the skip connection takes all
+        part = self.get_parameter(self.forgotten)
+        kept = part.data
+        part.data = torch.full_like(kept, self.stand_in)
         try:
             return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n)
         finally:
-            self.skip_gates.data = kept
+            part.data = kept
+
+
+class UngatedHeadsGPT(GatelessGPT):
+    """Its forward for adaptation lacks the gates of the attention heads."""
+
+    forgotten, stand_in = "attn_gate", 0.0  # a factor of 1
+
+
+class SmearingGPT(GPT):
+    """Adds a share of the token before to every token, also where that one ends another document."""
+
+    def __init__(self, config: ModelConfig, **options: Any) -> None:
+        super().__init__(replace(config, smear_bos_mask=False), **options)
 
 
 def record_events(system: System, pass_type: type[DocumentPass]) -> tuple[Events, np.ndarray]:

@@ -25,29 +25,36 @@ class AdamSettings(NamedTuple):
     eps: float
 
 
-def gather_rows(values: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows index (B,) of values (S, P) in dtype."""
+def gather_rows(values: Tensor, index: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """Return rows index (B,) of values (S, P) times factor, in dtype."""
     if _is_served(values):
         from model.kernels.adapter_update_triton import launch_gather
 
-        return launch_gather(values, index, dtype)
-    return values.index_select(0, index).to(dtype)
+        return launch_gather(values, index, dtype, factor)
+    return values.index_select(0, index).mul_(factor).to(dtype)
 
 
 def adam_rows_(
-    values: Tensor, moments: Tensor, index: Tensor, gradients: Tensor, correction: Tensor, settings: AdamSettings
+    values: Tensor,
+    moments: Tensor,
+    index: Tensor,
+    gradients: Tensor,
+    correction: Tensor,
+    settings: AdamSettings,
+    factor: float = 1.0,
 ) -> None:
     """Step rows index (B,) of values and their second moments (S, P), in place.
 
-    gradients (B, P) of any float type; correction (B,) is 1 - beta2^t. A row named twice has an undefined result.
+    gradients (B, P) of any float type, for what gather_rows returned with this factor; correction (B,) is
+    1 - beta2^t. A row named twice has an undefined result.
     """
     if _is_served(values):
         from model.kernels.adapter_update_triton import launch_adam
 
-        launch_adam(values, moments, index, gradients, correction, *settings)
+        launch_adam(values, moments, index, gradients, correction, *settings, factor)
         return
     lr, weight_decay, beta2, eps = settings
-    gradient = gradients.to(values.dtype)
+    gradient = gradients.to(values.dtype) * factor
     moment = moments[index].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     moments[index] = moment
     root = (moment / correction.to(values.dtype).unsqueeze(1)).sqrt_().add_(eps)

@@ -27,7 +27,9 @@ from model.lora import Layout
 from model.pipeline.compile_clock import COMPILE
 from model.pipeline.run import Run
 from model.ttt.learning_step import LearningStep
+from model.ttt.recorded_pass import learn_step
 from model.ttt.slots import Slots
+from model.ttt.windows import longest_chunk
 
 ROW_TOKENS = 2048
 WINDOW_CHUNKS = 4  # of a rehearsed window
@@ -108,15 +110,16 @@ def _evaluate(model: GPT, config: RunConfig) -> None:
 def _adapt(model: GPT, config: RunConfig) -> None:
     """Learn from windows, then score: with and without adapters, with and without padding; one row and several."""
     ttt, device = config.ttt, model.qo_bank.device
-    length = WINDOW_CHUNKS * ttt.chunk_tokens
+    columns = longest_chunk(ttt)
+    length = WINDOW_CHUNKS * columns
     num_visits = visit_plan(model.config, is_looped=True).num_visits
     layout = Layout(model.config, num_visits, ttt.lora_rank, ttt.adapter_kinds)
     zeros = layout.view(torch.zeros(1, layout.num_parameters)).a
     slots = Slots(model, ttt, 0, 1, {kind: value[0] for kind, value in zeros.items()}, num_spare=1)
     tokens = _documents(config, 2 * length)
-    learning = LearningStep(model, tokens, ttt, slots, is_looped=True)
-    for rows, time in ((1, ttt.chunk_tokens), (4, ttt.chunk_tokens), (4, length)):
-        table = torch.tensor([[length, 0]] * rows, device=device)
+    learning = LearningStep(model, tokens, ttt, slots, is_looped=True, is_padded=learn_step(ttt) is not None)
+    for rows, time in ((1, columns), (4, columns), (4, length)):
+        table = torch.from_numpy(learning.fill_table(rows, time)).to(device)
         learning.score_and_learn(table, time)
         windows = torch.from_numpy(np.resize(tokens, (rows, time))).to(device)
         for padding in (None, torch.ones(rows, dtype=torch.int64, device=device)):
@@ -124,11 +127,11 @@ def _adapt(model: GPT, config: RunConfig) -> None:
                 with torch.no_grad():
                     model(
                         windows,
-                        windows[:, -ttt.chunk_tokens :],
+                        windows[:, -columns:],
                         is_looped=True,
                         left_padding=padding,
                         adapters=adapters,
-                        num_scored=ttt.chunk_tokens,
+                        num_scored=columns,
                         reduction="none",
                     )
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from model.config import TTTConfig
-from model.ttt.windows import Window, chunk_window
+from model.ttt.windows import Window, chunk_length, chunk_window, round_up
 
 LADDER = (1 / 16, 1 / 4, 1 / 2, 3 / 4)  # of the most rows of a length: with those, five numbers of rows a length
 
@@ -25,6 +25,8 @@ class Limits(NamedTuple):
     The most rows of a length are whole numbers of round_rows where more than that many are there. Where padding_tokens
     is given, few sizes are wanted: a batch of learning windows has as many rows as a step of LADDER or the most, the
     missing ones made up for, unless that takes more than padding_tokens; then some windows are left for later.
+    Where learn_step is given, windows that learn are padded to multiples of it, so that those of documents with other
+    chunks run with them; without it only windows of one length run together, and all chunks must be equal.
     """
 
     rows: int
@@ -32,11 +34,16 @@ class Limits(NamedTuple):
     last_step: int  # windows that learn nothing are padded to multiples of this many tokens
     round_rows: int = 1
     padding_tokens: int | None = None
+    learn_step: int | None = None
 
     def max_rows(self, length: int) -> int:
         """Return how many windows of this length fit."""
         count = max(1, min(self.rows, self.tokens // length))
         return count if count < self.round_rows else count // self.round_rows * self.round_rows
+
+    def pad_length(self, length: int, window_tokens: int) -> int:
+        """Return the length of the batch in which a window of this length learns."""
+        return length if self.learn_step is None else min(round_up(length, self.learn_step), window_tokens)
 
     def pad_rows(self, count: int, length: int) -> int:
         """Return the rows of the batch that holds count windows of this length that learn."""
@@ -62,7 +69,10 @@ class Task(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Windows that run together: all of this length, or no longer where is_last (the documents' last chunks)."""
+    """Windows that run together: all of this length, or no longer where they are padded.
+
+    is_last: the documents' last chunks.
+    """
 
     length: int
     is_last: bool
@@ -97,10 +107,25 @@ class Schedule:
         queue = self.ready[key]
         length, is_last = key
         count = min(len(queue), self.limits.max_rows(length)) if is_last else self.limits.take_rows(len(queue), length)
-        tasks = [queue.popleft() for _ in range(count)]
+        tasks = self._take(key, count)
+        if not is_last and self.limits.learn_step is not None:
+            tasks += self._take_shorter(length, self.limits.pad_rows(count, length) - count)
+        return Batch(*key, tasks)
+
+    def _take(self, key: tuple[int, bool], count: int) -> list[Task]:
+        queue = self.ready[key]
+        tasks = [queue.popleft() for _ in range(min(count, len(queue)))]
         if not queue:
             del self.ready[key]
-        return Batch(*key, tasks)
+        return tasks
+
+    def _take_shorter(self, length: int, count: int) -> list[Task]:
+        """Return up to count windows that learn and are shorter, the longest first: rows that would be padding else."""
+        tasks: list[Task] = []
+        for key in sorted((key for key in self.ready if key < (length, False) and not key[1]), reverse=True):
+            if len(tasks) < count:
+                tasks += self._take(key, count - len(tasks))
+        return tasks
 
     def complete(self, batch: Batch) -> None:
         """Queue the next chunk of each document of a batch that ran, or free its slot."""
@@ -108,13 +133,16 @@ class Schedule:
             if window.is_last:
                 self.free.append(slot)
             else:
-                self._queue(slot, window.document, window.end // self.config.chunk_tokens)
+                size = chunk_length(self.num_predictions(window.document), self.config)
+                self._queue(slot, window.document, window.end // size)
 
     def _queue(self, slot: int, document: int, chunk: int) -> None:
         window = chunk_window(document, self.num_predictions(document), chunk, self.config)
         length = window.end - window.start
         if window.is_last:
-            length = -(-length // self.limits.last_step) * self.limits.last_step
+            length = round_up(length, self.limits.last_step)
+        else:
+            length = self.limits.pad_length(length, self.config.window_tokens)
         self.ready.setdefault((length, window.is_last), deque()).append(Task(slot, window))
 
     def _choose(self) -> tuple[int, bool]:

@@ -22,7 +22,7 @@ from model.ttt.batches import Batch, Limits, Schedule
 from model.ttt.learning_step import LearningStep
 from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain
 from model.ttt.slots import Slots
-from model.ttt.windows import Window, unadapted_windows
+from model.ttt.windows import Window, chunk_length, longest_chunk, round_up, unadapted_windows
 
 LEDGER_LAG = 64  # batches of a GPU whose loss sums may wait there, so that the ledger never stalls it
 
@@ -69,7 +69,8 @@ class DocumentPass:
             for window in unadapted_windows(document, self.num_predictions(document), self.config):
                 length = window.end - window.start
                 # a window that is scored whole may have any length; the others differ in their last chunk only
-                step = self.limits.last_step if window.num_scored == length else self.config.chunk_tokens
+                chunk = chunk_length(self.num_predictions(document), self.config)
+                step = self.limits.last_step if window.num_scored == length else chunk
                 key = (round_up(length, step), round_up(window.num_scored, step))
                 groups[key].append(window)
                 if len(groups[key]) * key[0] >= budget:
@@ -82,7 +83,8 @@ class DocumentPass:
         """How large a batch may be: no larger than what one batch of full windows reads."""
         config = self.config
         tokens = config.batch_documents * config.window_tokens
-        return Limits(rows=config.batch_documents, tokens=tokens, last_step=config.chunk_tokens)
+        learn_step = longest_chunk(config) if config.chunk_by_length else None
+        return Limits(rows=config.batch_documents, tokens=tokens, last_step=config.chunk_tokens, learn_step=learn_step)
 
     def run_adapted(self, documents: Sequence[int], slots: Slots) -> None:
         """Score and adapt documents, up to slots.num_slots of them at once."""
@@ -96,7 +98,10 @@ class DocumentPass:
 
     def _make_step(self, _documents: Sequence[int], slots: Slots) -> LearningStep:
         """Return what scores and learns from whole chunks in these slots."""
-        return LearningStep(self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped)
+        is_padded = self.limits.learn_step is not None
+        return LearningStep(
+            self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped, is_padded=is_padded
+        )
 
     def _advance(self, slots: Slots, batch: Batch) -> None:
         """Score one chunk of each document, then, unless it is the last, learn from it."""
@@ -105,22 +110,19 @@ class DocumentPass:
             self._score(windows, slots.gather(self._upload(np.array([task.slot for task in batch.tasks]))))
             return
         assert self.learning is not None
-        table = self._make_table(batch, spare_slot=slots.num_slots)
+        table = self._make_table(self.learning, batch)
         for repeat in range(self.config.updates_per_chunk):
             losses = self.learning.run(table, batch.length)
             if repeat == 0:  # later ones come from adapters that know the chunk
                 self._note(windows, losses[: len(windows)])
             self._log_updates(windows, repeat)
 
-    def _make_table(self, batch: Batch, *, spare_slot: int) -> Tensor:
-        """Return where each window ends in the stream, and its slot (B, 2) int64; pinned where a GPU will copy it.
-
-        Rows too many read the stream's first tokens and adapt the spare slot.
-        """
-        num_rows = self.limits.pad_rows(len(batch.tasks), batch.length)
-        table = np.tile(np.array([batch.length, spare_slot]), (num_rows, 1))
+    def _make_table(self, learning: LearningStep, batch: Batch) -> Tensor:
+        """Return what a learning step reads (B, 4) int64; pinned where a GPU will copy it. Rows too many are spare."""
+        table = learning.fill_table(self.limits.pad_rows(len(batch.tasks), batch.length), batch.length)
         for row, (slot, window) in enumerate(batch.tasks):
-            table[row] = int(self.ranges[window.document][0]) + window.end, slot
+            end = int(self.ranges[window.document][0]) + window.end
+            table[row] = end, slot, window.end - window.start, window.num_scored
         tensor = torch.from_numpy(table)
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
@@ -132,12 +134,12 @@ class DocumentPass:
     def forward(self, windows: list[Window], adapters: Adapters | None) -> Tensor:
         """Return the losses (B, C) of windows of any lengths as one batch, padded on the left.
 
-        C is the most predictions that one of them scores, in whole chunks; each row's own are its last.
+        C is the most predictions that one of them scores, in whole chunks where those fit; each row's own are its last.
         """
         length = max(window.end - window.start for window in windows)
         if any(window.is_last for window in windows):  # the others' lengths are few
             length = round_up(length, self.config.chunk_tokens)
-        columns = round_up(max(window.num_scored for window in windows), self.config.chunk_tokens)
+        columns = min(length, round_up(max(window.num_scored for window in windows), self.config.chunk_tokens))
         # Padding on the left: the predictions that count then lie in the last columns of every row.
         tokens, targets = np.zeros((len(windows), length), np.int64), np.zeros((len(windows), columns), np.int64)
         for row, window in enumerate(windows):
@@ -159,16 +161,20 @@ class DocumentPass:
 
     def _note(self, windows: list[Window], losses: Tensor) -> None:
         """Store the scores; from here on nothing changes them."""
-        columns = losses.size(1)
-        ends = [int(self.ranges[window.document][0]) + window.end for window in windows]
-        if all(window.num_scored == columns for window in windows):  # one write for the whole batch
-            self.nll[self._upload(np.add.outer(ends, np.arange(-columns, 0)))] = losses.to(self.nll.dtype)
+        columns, counts = losses.size(1), np.array([window.num_scored for window in windows])
+        is_scored = np.arange(columns) >= columns - counts[:, None]  # (B, C)
+        row, column = np.nonzero(is_scored)
+        ends = np.array([int(self.ranges[window.document][0]) + window.end for window in windows])
+        if is_scored.all():
+            scores, sums = losses.flatten(), losses.sum(dim=1, dtype=torch.float64)
         else:
-            for row, (end, window) in enumerate(zip(ends, windows, strict=True)):
-                self.nll[end - window.num_scored : end] = losses[row, columns - window.num_scored :]
+            scores = losses.flatten()[self._upload(row * columns + column)]
+            sums = (losses * self._upload(is_scored)).sum(dim=1, dtype=torch.float64)
+        self.nll[self._upload(ends[row] - columns + column)] = scores.to(self.nll.dtype)
         self.pace.step()
-        self.num_scored += sum(window.num_scored for window in windows)
-        self._log(SCORE, windows, loss_sums(losses, [window.num_scored for window in windows]))
+        self.num_scored += int(counts.sum())
+        # in float64, as the ledger stores them: the audit compares them with sums over the stored nll
+        self._log(SCORE, windows, sums)
         elapsed = time.monotonic() - self.started
         rate = self.num_scored / elapsed if elapsed > 0 else 0.0
         left = (self.num_total - self.num_scored) / rate if rate > 0 else 0.0
@@ -205,18 +211,3 @@ class DocumentPass:
         """Return an array on the device, without waiting for the work before it."""
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
-
-
-def round_up(length: int, step: int) -> int:
-    """Return the smallest multiple of step that is not below length."""
-    return -(-length // step) * step
-
-
-def loss_sums(losses: Tensor, num_scored: Sequence[int]) -> Tensor:
-    """Return the sum (B,) float64 of the last num_scored losses of each row of losses (B, C)."""
-    # in float64, as the ledger stores them: the audit compares them with sums over the stored nll
-    columns = losses.size(1)
-    if all(count == columns for count in num_scored):
-        return losses.sum(dim=1, dtype=torch.float64)
-    is_counted = torch.arange(columns) >= columns - torch.tensor(num_scored).unsqueeze(1)  # (B, C)
-    return (losses * is_counted.to(losses.device)).sum(dim=1, dtype=torch.float64)

@@ -22,10 +22,12 @@ from model.ttt.batches import Limits
 from model.ttt.document_pass import DocumentPass
 from model.ttt.learning_step import LearningStep
 from model.ttt.slots import Slots
+from model.ttt.windows import chunk_length, longest_chunk
 
 SHORT_ROWS = 4  # times batch_documents: to launch a batch of short windows takes longer than to compute it
 ROUND_ROWS = 4  # the most rows of a length are a multiple of it
 PADDING_TOKENS = 12_000  # of rows too many: about what a batch costs, whatever its size
+MOST_LENGTHS = 32  # of windows that learn: each is recorded with up to five numbers of rows
 LAST_STEP_CHUNKS = 4  # windows that learn nothing are padded to multiples of this many chunks
 ACTIVATIONS_FRAC, SLOTS_FRAC = 0.25, 0.3  # of the device's memory
 ACTIVATION_WIDTHS = 16  # numbers kept per token and visit, in model_dim: measured 260 kB a token at full size
@@ -41,6 +43,14 @@ def memory_rows(model: GPT, config: TTTConfig, num_documents: int, num_parameter
     return max(1, min(num_documents, max(config.batch_documents, affordable)))
 
 
+def learn_step(config: TTTConfig) -> int | None:
+    """Return what windows that learn are padded to multiples of; None where their lengths are few and equal chunks."""
+    step = -(-config.window_tokens // MOST_LENGTHS)
+    if config.chunk_by_length or config.chunk_tokens < step:
+        return max(step, longest_chunk(config))
+    return None
+
+
 class RecordedStep(LearningStep):
     """A learning step of which each size of batch is recorded when it is first met, where the device can record."""
 
@@ -52,9 +62,10 @@ class RecordedStep(LearningStep):
         slots: Slots,
         *,
         is_looped: bool,
+        is_padded: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
-        super().__init__(model, tokens, config, slots, is_looped=is_looped)
+        super().__init__(model, tokens, config, slots, is_looped=is_looped, is_padded=is_padded)
         self.is_recording = recorder is not None or self.stream.device.type == "cuda"
         self.recorder = recorder if recorder is not None else Recorder()
         self.recorded = self.recorder.recorded
@@ -73,8 +84,9 @@ class RecordedStep(LearningStep):
 
         It runs once as it is, and so does the smallest, for nothing must be set up or loaded inside a recording.
         """
-        table = torch.tensor([[length, self.slots.num_slots]] * rows)
-        for batch, time in ((table, length), (table[:1], self.config.chunk_tokens)):
+        table = torch.from_numpy(self.fill_table(rows, length))
+        smallest = torch.from_numpy(self.fill_table(1, self.num_columns))
+        for batch, time in ((table, length), (smallest, self.num_columns)):
             self.score_and_learn(batch.to(self.stream.device), time)
         if self.stream.device.type == "cuda":
             torch.cuda.synchronize()
@@ -104,15 +116,20 @@ class RecordedPass(DocumentPass):
             last_step=LAST_STEP_CHUNKS * config.chunk_tokens,
             round_rows=ROUND_ROWS,
             padding_tokens=PADDING_TOKENS,
+            learn_step=learn_step(config),
         )
 
     def _make_step(self, documents: Sequence[int], slots: Slots) -> RecordedStep:
         """Return the step with the largest batch that these documents can bring recorded already."""
         assert slots.num_spare >= 1, slots.num_spare
-        step = RecordedStep(self.model, self.validation.tokens, self.config, slots, is_looped=self.is_looped)
-        longest = max((self.num_predictions(document) for document in documents), default=0)
-        length = min(self.config.window_tokens, longest // self.config.chunk_tokens * self.config.chunk_tokens)
+        limits = self.limits
+        step = RecordedStep(
+            self.model, self.validation.tokens, self.config, slots,
+            is_looped=self.is_looped, is_padded=limits.learn_step is not None,
+        )  # fmt: skip
+        sizes = [(n, chunk_length(n, self.config)) for n in map(self.num_predictions, documents)]
+        longest = max((n // chunk * chunk for n, chunk in sizes), default=0)
+        length = limits.pad_length(min(self.config.window_tokens, longest), self.config.window_tokens)
         if length:
-            most = self.limits.max_rows(length)
-            step.prepare(self.limits.pad_rows(min(len(documents), most), length), length)
+            step.prepare(limits.pad_rows(min(len(documents), limits.max_rows(length)), length), length)
         return step

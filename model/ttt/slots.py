@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -55,6 +56,16 @@ class Slots:
         """Type of the adapters."""
         return torch.float64 if self.model.compute_dtype == torch.float64 else torch.float32
 
+    @property
+    def factor(self) -> float:
+        """What every stored number is multiplied by when the model reads it: the root of lora_alpha / lora_rank.
+
+        A times it and B times it give (lora_alpha / lora_rank) (h A^T) B^T: one factor for a whole row of numbers, in
+        a pass over them that is made anyway, and no place in the model that could forget it.
+        """
+        alpha, rank = self.config.lora_alpha, self.config.lora_rank
+        return 1.0 if alpha is None else math.sqrt(alpha / rank)
+
     def _draw(self, document: int | None) -> Mapping[str, Tensor]:
         """Return A by kind before a document's first update, given or drawn on the slots' device."""
         if self.initial is not None:
@@ -86,11 +97,11 @@ class Slots:
         self.num_updates[slot].zero_()
 
     def gather(self, slots: Tensor, gradients: Tensor | None = None) -> Adapters:
-        """Return a copy of the adapters of the given slots (B,) in the model's compute type.
+        """Return a copy of the adapters of the given slots (B,), times factor, in the model's compute type.
 
         gradients (B, P) of that type: where a backward through them leaves theirs.
         """
-        rows = gather_rows(self.values, slots, self.model.compute_dtype)
+        rows = gather_rows(self.values, slots, self.model.compute_dtype, self.factor)
         if gradients is None:
             return self.layout.view(rows)
         anchor = torch.zeros((), dtype=rows.dtype, device=rows.device, requires_grad=True)
@@ -98,13 +109,15 @@ class Slots:
 
     @torch.no_grad()
     def step(self, slots: Tensor, gradients: Tensor) -> None:
-        """Apply one AdamW step (beta1 0, decoupled decay) to the adapters of slots (B,); gradients (B, P).
+        """Apply one AdamW step (beta1 0, decoupled decay) to the adapters of slots (B,).
+
+        gradients (B, P): with respect to what gather returned.
 
         TRAP: A's first gradient is exactly zero, for B is, yet its decay and its step count run from the first update.
         """
         config = self.config
         settings = AdamSettings(config.lr, config.weight_decay, config.beta2, config.eps)
-        adam_rows_(self.values, self.moments, slots, gradients, self._count_update(slots), settings)
+        adam_rows_(self.values, self.moments, slots, gradients, self._count_update(slots), settings, self.factor)
 
     def _count_update(self, slots: Tensor) -> Tensor:
         """Count one more update of each slot and return 1 - beta2^count (B,)."""

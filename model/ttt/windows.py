@@ -25,10 +25,24 @@ class Window(NamedTuple):
     is_last: bool
 
 
+def chunk_length(num_predictions: int, config: TTTConfig) -> int:
+    """Return how many predictions a chunk has in a document with num_predictions: its own length decides, no other's.
+
+    A limit counts tokens, of which a document has one more than predictions: its last is the next document's first.
+    """
+    return next((chunk for limit, chunk in config.chunk_by_length if num_predictions < limit), config.chunk_tokens)
+
+
+def longest_chunk(config: TTTConfig) -> int:
+    """Return the most predictions that a chunk of any document has."""
+    return max([config.chunk_tokens, *(chunk for _, chunk in config.chunk_by_length)])
+
+
 def chunk_window(document: int, num_predictions: int, chunk: int, config: TTTConfig) -> Window:
     """Return the window that scores one chunk of a document with num_predictions predictions."""
-    first = chunk * config.chunk_tokens
-    end = min(first + config.chunk_tokens, num_predictions)
+    size = chunk_length(num_predictions, config)
+    first = chunk * size
+    end = min(first + size, num_predictions)
     return Window(
         document,
         max(0, end - config.window_tokens),
@@ -44,20 +58,24 @@ def unadapted_windows(document: int, num_predictions: int, config: TTTConfig) ->
 
     All chunks that end inside the first window_tokens see the document from its start, so one pass scores them all.
     """
-    whole_chunks = config.window_tokens // config.chunk_tokens * config.chunk_tokens
-    covered = min(num_predictions, whole_chunks)
+    size = chunk_length(num_predictions, config)
+    covered = min(num_predictions, config.window_tokens // size * size)
     if covered:
         yield Window(document, 0, covered, covered, 0, covered == num_predictions)
-    for chunk in range(covered // config.chunk_tokens, -(-num_predictions // config.chunk_tokens)):
-        if chunk * config.chunk_tokens >= covered:
+    for chunk in range(covered // size, -(-num_predictions // size)):
+        if chunk * size >= covered:
             yield chunk_window(document, num_predictions, chunk, config)._replace(num_updates=0)
+
+
+def round_up(length: int, step: int) -> int:
+    """Return the smallest multiple of step that is not below length."""
+    return -(-length // step) * step
 
 
 def window_cost(num_predictions: int, config: TTTConfig) -> int:
     """Return the window tokens that a document's chunks read: what adapting it costs."""
-    ends = np.minimum(
-        np.arange(config.chunk_tokens, num_predictions + config.chunk_tokens, config.chunk_tokens), num_predictions
-    )
+    size = chunk_length(num_predictions, config)
+    ends = np.minimum(np.arange(size, num_predictions + size, size), num_predictions)
     return int(np.minimum(ends, config.window_tokens).sum())
 
 
