@@ -39,6 +39,16 @@ def add_frontier(base: RunConfig) -> RunConfig:
     """Return base with every part of the frontier on; batch, steps and budget stay."""
     return replace(
         base,
+        model=replace(
+            base.model,
+            lane_routing="full",
+            parallel_start_layer=8,
+            attn_gate_width=24,
+            smear_gate_width=12,
+            leaky_slope=0.3,
+            mlp_gate_width=12,
+            pass_embeddings=True,
+        ),
         train=replace(
             base.train,
             ema_horizon_frac=0.07,  # 0.997 over the 4,820 steps of the published run
@@ -50,8 +60,25 @@ def add_frontier(base: RunConfig) -> RunConfig:
             adam_beta2=0.99,
             embedding_weight_decay=0.085,
         ),
-        quant=replace(base.quant, embedding_bits=7, embedding_clip_sigmas=15.0, on_oversize="fit"),
-        ttt=replace(base.ttt, lora_rank=80, beta2=0.99, adapter_kinds=("q", "v", "o", "mlp", "head")),
+        quant=replace(
+            base.quant,
+            embedding_bits=7,
+            embedding_clip_sigmas=15.0,
+            attention_clip_sigmas=13.0,
+            mlp_clip_sigmas=12.0,
+            looped_attention_clip_sigmas=12.85,
+            looped_mlp_clip_sigmas=11.0,
+            lqer_rank=4,
+            on_oversize="fit",
+        ),
+        ttt=replace(
+            base.ttt,
+            lora_rank=80,
+            lora_alpha=144.0,
+            beta2=0.99,
+            adapter_kinds=("q", "v", "o", "mlp", "head"),
+            chunk_by_length=((256, 16), (1024, 32)),
+        ),
     )
 
 

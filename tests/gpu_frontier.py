@@ -5,7 +5,7 @@ one trains base and whole recipe at the spec's length and adds the variants that
 artifact; the `screening` one trains each single part for one epoch. Each job is one seed of some variants, run by
 `seedsweep run --local` on a GPU of its own; the most valuable job that will end within the limit begins first.
 After each job OUT gets all rows again, in one archive that is always whole: a call that is killed leaves what was done.
-At the end tables and reports. Exit code 1 if a job failed or was left out.
+At the end come the tables. Exit code 1 if a job failed or was left out.
 `--gpus 0 --slots 2 --preset tiny` rehearses it on CPUs.
 """
 
@@ -230,21 +230,14 @@ def end_all(campaign: Campaign) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the tables and leave them with the reports in OUT."""
+    """Print the tables and leave them in OUT; reports are made of the same rows wherever they are needed."""
     for sweep in ("final", "screening"):
         rows = args.work / "rows" / sweep
-        if not (rows / "results").is_dir():
-            continue
-        for name, command in (
-            (f"table_{sweep}.txt", ["table", str(rows)]),
-            (f"report_{sweep}.html", ["report", str(rows), "-o", str(args.out / f"report_{sweep}.html")]),
-        ):
-            done = subprocess.run(
-                [sys.executable, "-m", "seedsweep", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
-            )
-            if name.endswith(".txt"):
-                (args.out / name).write_text(done.stdout + done.stderr)
-                print(done.stdout, flush=True)
+        if (rows / "results").is_dir():
+            command = [sys.executable, "-m", "seedsweep", "table", str(rows)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+            (args.out / f"table_{sweep}.txt").write_text(done.stdout + done.stderr)
+            print(done.stdout, flush=True)
 
 
 def drive(campaign: Campaign, plain: dict[str, Any], args: argparse.Namespace) -> None:
@@ -315,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     drive(campaign, plain, args)
     show(args)
     well = sum(code == 0 for code in campaign.ended.values())
-    print(json.dumps({"jobs": wanted, "well": well, "not_begun": [job.name for job in campaign.jobs]}), flush=True)
+    cut, not_begun = ([item.job.name for item in campaign.running], [job.name for job in campaign.jobs])
+    print(json.dumps({"jobs": wanted, "well": well, "cut": cut, "not_begun": not_begun}), flush=True)
     return 0 if well == wanted else 1
 
 

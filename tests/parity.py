@@ -19,7 +19,10 @@ from pathlib import Path
 
 from tests.parity_core import Comparison, GoldenSet
 from tests.parity_facts import check_facts
+from tests.parity_frontier_model import check_extras, check_gates, check_two_lane
 from tests.parity_frontier_parts import check_polar_express
+from tests.parity_frontier_quant import check_quant
+from tests.parity_frontier_ttt import check_ttt_scaled
 from tests.parity_model import check_model
 from tests.parity_parts import check_bytes, check_gptq, check_muon, check_packing, check_schedule
 from tests.parity_runs import check_evaluation, check_training, check_ttt
@@ -80,7 +83,12 @@ SETS = (
     ParitySet("8 training", ("train_tiny.npz", "train_tiny_params.npz", "train_tiny_f32ns.npz"), check_training),
     ParitySet("9 adaptation", ("doc_ttt_tiny.npz",), check_ttt),
     ParitySet("10 evaluation", ("eval_doc.npz",), check_evaluation, borrowed=("doc_ttt_tiny.npz",)),
+    ParitySet("F1 two lanes", ("model_two_lane.npz",), check_two_lane),
+    ParitySet("F2 gates", ("model_gates.npz",), check_gates),
+    ParitySet("F3 extras", ("model_extras.npz",), check_extras),
     ParitySet("F4 polar express", ("polar_express.npz",), check_polar_express),
+    ParitySet("F5 scaled adapters", ("ttt_scaled.npz",), check_ttt_scaled, borrowed=("model_gates.npz",)),
+    ParitySet("F6 groups", ("quant.npz",), check_quant),
 )
 
 

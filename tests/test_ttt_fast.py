@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model.attention.bounds import window_bounds
 from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -25,6 +27,7 @@ from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
 from model.ttt.document_pass import DocumentPass
+from model.ttt.learning_step import LearningStep
 from model.ttt.ledger_reading import times_scored
 from model.ttt.recorded_pass import PADDING_TOKENS, RecordedPass, RecordedStep, learn_step
 from model.ttt.score_ledger import SCORE, UPDATE
@@ -32,7 +35,7 @@ from model.ttt.slots import Slots
 from model.ttt.windows import longest_chunk, share_documents, window_cost
 from tests.fake_recorder import FakeRecorder
 from tests.fake_triton import load_kernels
-from tests.micro_model import ignore, micro_ttt, micro_validation, random_model
+from tests.micro_model import FRONTIER_PARTS, ignore, micro_model, micro_ttt, micro_validation, random_model
 
 LENGTHS = (70, 5, 33, 12, 2, 57, 9, 40)
 DOCUMENTS = range(len(LENGTHS))
@@ -122,6 +125,31 @@ def test_few_recordings_are_kept_and_scores_do_not_depend_on_how_many(most_recor
     assert len(recorder.recorded) == most_recordings
     assert recorder.num_made > most_recordings
     assert torch.equal(work.nll, run(RecordedPass, micro_ttt(), num_slots=8).nll)
+
+
+class NoHostCopies(TorchDispatchMode):
+    """Refuses what a recording cannot hold: numbers taken from the host's memory, or given to it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation unless it is one of those."""
+        assert func not in (torch.ops.aten.lift_fresh.default, torch.ops.aten._local_scalar_dense.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_padded_step_can_be_recorded() -> None:
+    config = micro_ttt(chunk_by_length=BY_LENGTH)
+    model = random_model(micro_model(**FRONTIER_PARTS["all"])).requires_grad_(False)
+    slots = Slots(model, config, 7, 2, num_spare=1)
+    step = LearningStep(model, micro_validation(70).tokens, config, slots, is_looped=True, is_padded=True)
+    table = torch.from_numpy(step.fill_table(3, 22))
+    table[:2] = torch.tensor([[14, 0, 14, 3], [50, 1, 20, 11]])
+    with NoHostCopies():
+        losses = step.score_and_learn(table, 22)
+        bounds = window_bounds(22 - table[:, 2], 3, 22, 11, table.device)  # as the kernels of a GPU take it
+    assert losses.shape == (3, 11)
+    assert bounds.keys.tolist() == [0, 8, 22, 24, 44, 44, 66]
+    assert bounds.queries.tolist() == [0, 0, 11, 11, 22, 22, 33]
+    assert window_bounds(torch.tensor([8, 2]), 2, 10, 4, table.device).queries.tolist() == [0, 2, 4, 4, 8]
 
 
 # ---- what runs together ----------------------------------------------------------------------------------------------

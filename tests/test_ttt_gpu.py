@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import EvalConfig
+from model.config import EvalConfig, TTTConfig
 from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -26,6 +26,7 @@ from tests.micro_model import ignore
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 CONFIG = replace(published().ttt, batch_documents=16)
+BY_LENGTH = replace(CONFIG, lora_alpha=144.0, chunk_tokens=48, chunk_by_length=((100, 8), (700, 24)))
 
 
 def full_model(dtype: torch.dtype) -> GPT:
@@ -47,12 +48,15 @@ def documents(*lengths: int) -> ValidationSet:
     return ValidationSet(tokens, find_documents(tokens))
 
 
-def adapt(kind: type[DocumentPass], model: GPT, validation: ValidationSet) -> np.ndarray:
+def adapt(kind: type[DocumentPass], model: GPT, validation: ValidationSet, config: TTTConfig = CONFIG) -> np.ndarray:
     """Return the nll (N,) of every target."""
-    work = kind(model, validation, CONFIG, ignore, label="gpu")
+    work = kind(model, validation, config, ignore, label="gpu")
     everyone = range(validation.num_documents)
-    spare = Slots(model, CONFIG, 1, validation.num_documents)
-    work.run_adapted(everyone, make_slots(model, CONFIG, everyone, seed=1) if kind is RecordedPass else spare)
+    spare = Slots(model, config, 1, validation.num_documents)
+    work.run_adapted(everyone, make_slots(model, config, everyone, seed=1) if kind is RecordedPass else spare)
+    if isinstance(work.learning, RecordedStep):
+        assert work.learning.recorded
+        assert not work.learning.recorder.failed
     return np.asarray(work.nll.cpu().numpy())
 
 
@@ -150,10 +154,11 @@ def test_work_that_waits_for_the_host_runs_unrecorded_and_leaves_the_gpu_sane() 
     assert torch.isfinite(torch.rand(4, device=CUDA)).all()
 
 
-def test_bf16_graphs_agree_with_float32_steps() -> None:
+@pytest.mark.parametrize("config", [CONFIG, BY_LENGTH], ids=["published", "by_length"])
+def test_bf16_graphs_agree_with_float32_steps(config: TTTConfig) -> None:
     validation = documents(400, 90, 2300, 30, 641, 5)
-    plain = adapt(DocumentPass, full_model(torch.float32), validation)
-    fast = adapt(RecordedPass, full_model(torch.bfloat16), validation)
+    plain = adapt(DocumentPass, full_model(torch.float32), validation, config)
+    fast = adapt(RecordedPass, full_model(torch.bfloat16), validation, config)
     assert np.isfinite(fast).all()
     ranges = validation.document_ranges
     gaps = [abs(float((fast - plain)[start : end - 1].mean())) for start, end in ranges if end - start > 64]

@@ -29,6 +29,7 @@ from model.ttt.document_pass import DocumentPass
 from model.ttt.recorded_pass import RecordedPass
 from model.ttt.slots import Slots
 from tests.micro_model import (
+    FRONTIER_PARTS,
     ignore,
     micro_bytes,
     micro_model,
@@ -38,17 +39,8 @@ from tests.micro_model import (
     random_model,
 )
 
-PARTS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "lanes": {"lane_routing": "full"},
-    "head_gates": {"attn_gate_width": 8},
-    "smear": {"smear_gate_width": 8},
-    "slope": {"leaky_slope": 0.3},
-    "mlp_gates": {"mlp_gate_width": 8},
-    "passes": {"pass_embeddings": True},
-}
-ALL = {name: value for part in PARTS.values() for name, value in part.items()}
-PARTS |= {"all": ALL, "all_in_merged_lanes": ALL | {"lane_routing": "merge"}}
+PARTS = {"none": {}, **{name: parts for name, parts in FRONTIER_PARTS.items() if name != "wide"}}
+ALL = PARTS["all"]
 UNMASKED = {"smear_gate_width": 8, "smear_bos_mask": False}
 LENGTHS = (20, 5, 24, 2, 13, 9)  # all within a window
 TTT = micro_ttt(lr=0.0, lora_alpha=3.0, chunk_by_length=((9, 3), (20, 5)), batch_documents=4)

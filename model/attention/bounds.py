@@ -37,7 +37,7 @@ def window_bounds(
     """Return the bounds of rows (num_rows, row_len) of which left_padding (num_rows,) leading keys are nobody's.
 
     Only the last num_queries positions of each row are queries. Padding is a segment of its own, so that every kernel
-    can skip it; with fewer queries than keys it has none, and no padded position may be among them.
+    can skip it; with fewer queries than keys it has those among the last positions, if any.
     """
     if left_padding is None:
         keys = torch.arange(0, (num_rows + 1) * row_len, row_len, dtype=torch.int32, device=device)
@@ -48,7 +48,9 @@ def window_bounds(
 
     def entries(length: int, padding: Tensor) -> Tensor:
         starts = torch.stack((rows * length, rows * length + padding), dim=1).flatten()
-        return torch.cat((starts, starts.new_tensor([num_rows * length]))).to(torch.int32)
+        # filled on the device: a recording takes no number from the host
+        end = torch.full((1,), num_rows * length, device=device)
+        return torch.cat((starts, end)).to(torch.int32)
 
     return Bounds(entries(num_queries, padded_queries), entries(row_len, left_padding), num_queries, row_len)
 

@@ -90,7 +90,7 @@ class LearningStep:
         before = torch.arange(-length, 1, device=columns.ends.device)
         # only a row that nobody reads, and padding, can reach over the ends, hence the clamp
         tokens = self.stream[(columns.ends.unsqueeze(1) + before).clamp(0, self.stream.numel() - 1)]
-        return tokens.where(before >= -columns.lengths.unsqueeze(1), 0) if self.is_padded else tokens
+        return tokens.masked_fill(before < -columns.lengths.unsqueeze(1), 0) if self.is_padded else tokens
 
     def _mean_of_chunks(self, losses: Tensor, num_scored: Tensor) -> Tensor:
         """Return the mean loss (B,) of each window's own chunk."""
