@@ -202,6 +202,7 @@ class QuantConfig:
     mlp_clip_sigmas: float | None = added(None)  # None: matrix_clip_sigmas
     looped_attention_clip_sigmas: float | None = added(None)  # in the repeated block; None: as outside
     looped_mlp_clip_sigmas: float | None = added(None)  # in the repeated block; None: as outside
+    fit_unit: Literal["group", "matrix"] = added("group")  # what on_oversize "fit" chooses clip_sigmas for
     lqer_rank: int = added(0)  # of the correction of a rounded embedding (LQER, PR #1797); 0: none
     lqer_group: int = added(64)  # entries of the correction's second factor that share a scale
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.banks import split_banks
 from model.config import QuantConfig
 from model.gpt import GPT
 from model.presets import tiny
@@ -116,6 +117,25 @@ def test_a_limit_that_nothing_reaches_ends_at_the_finest_steps(configured_bytes:
         assert 4 < result.clips[group] < 6  # Gaussian weights: one in 100,000 lies beyond 4.4
         assert float((sigmas > result.clips[group]).double().mean()) < 2e-5
     assert all(curve.lowest <= curve.configured for curve in curves.values())
+
+
+def test_every_matrix_may_have_steps_of_its_own(configured_bytes: int) -> None:
+    state, hessians = random_state(5)
+    config = replace(tiny().quant, size_limit_bytes=configured_bytes, fit_unit="matrix")
+    quantizer = StateQuantizer(state, hessians, config, looped=LOOPED)
+    units = quantizer.members()
+    assert all(names == [unit] for unit, names in units.items())
+    assert len(units) == 6 * tiny().model.num_layers + 1
+    even = {name: 1e-9 * tensor.numel() for name, tensor in split_banks(state).items() if name in units}
+    rises = {unit: 1.44 * rise if unit in ("layers.1.k", "layers.3.up") else rise for unit, rise in even.items()}
+    result = fit_to_limit(quantizer, entropy_bytes, lambda _state: rises)
+    assert result.clips.keys() == units.keys()
+    assert configured_bytes - 0.01 * configured_bytes <= result.artifact_bytes <= configured_bytes
+    assert result.clips["layers.1.k"] == pytest.approx(result.clips["layers.2.k"] / 1.2, rel=0.02)
+    assert result.clips["layers.3.up"] == pytest.approx(result.clips["layers.2.up"] / 1.2, rel=0.02)
+    weight = split_banks(state)["layers.1.k"]
+    expected = (result.clips["layers.1.k"] * weight.std(dim=-1) / 31).half()
+    assert torch.equal(result.state.matrices["layers.1.k"].scales, expected)
 
 
 def test_a_limit_out_of_reach_is_refused_with_the_bytes_that_are_left() -> None:
@@ -224,6 +244,20 @@ def test_the_probe_leaves_the_model_as_it_was_and_is_deterministic(
     assert first == second
     assert list(first) == list(GROUPS)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_many_units_are_tried_on_less_text_each(tmp_path: Path, micro_quantizer: tuple[GPT, StateQuantizer]) -> None:
+    model, quantizer = micro_quantizer
+    quantizer.config = replace(quantizer.config, fit_unit="matrix")
+    changes = quantizer.changes(quantizer.quantize(configured_clips(quantizer.config)))
+    probe = micro_probe(tmp_path, model, calibration_windows=8)
+    sizes = []
+    model.register_forward_pre_hook(lambda _module, inputs: sizes.append(inputs[0].numel()))
+    rises = probe.measure_rises(quantizer.members(), changes)
+    assert rises.keys() == quantizer.members().keys()
+    num_windows = 12 * 8 // len(rises)
+    assert 1 <= num_windows < 8
+    assert sizes == [64 * num_windows] * (2 * (1 + 2 * len(rises)))
 
 
 @pytest.mark.parametrize("documents", ["masked", "unmasked"])

@@ -64,9 +64,12 @@ def with_another_value(config: RunConfig, dotted: str) -> RunConfig:
         value = OTHER[dotted]
     elif choices:
         value = next(choice for choice in choices if choice != before)
+    elif isinstance(before, bool):
+        value = not before
+    elif not before and not isinstance(before, str):  # nothing to double or halve
+        value = 1 if isinstance(before, int) else 0.5
     else:
         value = f"{before}x" if isinstance(before, str) else before / 2 if isinstance(before, float) else before * 2
-        value = value if value != before else 0.5
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 

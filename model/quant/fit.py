@@ -1,4 +1,4 @@
-"""`on_oversize: fit`: the clip_sigmas of every group chosen so that the artifact fills the size limit from below.
+"""`on_oversize: fit`: the clip_sigmas of every group (or matrix) chosen so that the artifact fills the size limit.
 
 The loss that rounding costs grows with the square of a group's step, and its bytes fall with the step's logarithm. So
 for given bytes the loss is least where every group's loss for each byte of an e-fold finer step is the same: one
@@ -31,7 +31,7 @@ MAX_PASSES = 8  # three as a rule
 BINS_PER_SIGMA, MAX_SIGMAS = 512, 64  # of a histogram
 DECIMALS = 4  # of a chosen clip_sigmas: written into a configuration, it gives the same codes
 
-Clips = dict[str, float]  # clip_sigmas by group
+Clips = dict[str, float]  # clip_sigmas by group, and by matrix where a matrix has one of its own
 
 
 class Fitted(NamedTuple):
@@ -66,8 +66,8 @@ class GroupCurve(NamedTuple):
         return self.num_weights / 8 * float(signs - (used * np.log2(used)).sum())
 
     def slope(self) -> float:
-        """Return the bytes that an e-fold finer step would cost, at the configured one."""
-        wider = 1.01
+        """Return the bytes that an e-fold finer step would cost, about the configured one."""
+        wider = 1.2  # far enough that a small matrix is no matter of single weights
         saved = self.num_bytes(self.configured) - self.num_bytes(wider * self.configured)
         return max(saved / math.log(wider), 1.0)
 
@@ -75,8 +75,8 @@ class GroupCurve(NamedTuple):
 class WaterFill:
     """One curve of choices for all groups: from the finest steps, level by level, to the coarsest."""
 
-    def __init__(self, curves: Mapping[str, GroupCurve], rises: Mapping[str, float], configured: Clips) -> None:
-        self._curves, self._configured = curves, configured
+    def __init__(self, curves: Mapping[str, GroupCurve], rises: Mapping[str, float], others: Clips) -> None:
+        self._curves, self._others = curves, others
         slopes = {group: curve.slope() for group, curve in curves.items()}
         mean = sum(max(rises[group], 0.0) for group in curves) / max(sum(slopes.values()), 1.0)
         # at level 0 every group's loss a byte is the mean; with nothing to go by, all groups move alike
@@ -92,11 +92,11 @@ class WaterFill:
             group: round(min(max(self._at_zero[group] * math.exp(level), curve.lowest), curve.highest), DECIMALS)
             for group, curve in self._curves.items()
         }
-        return {**self._configured, **bounded}  # a group without matrices keeps its own
+        return {**self._others, **bounded}  # a group without matrices keeps its own
 
     def code_bytes(self, clips: Clips) -> float:
         """Return the bytes foretold for all codes."""
-        return sum(curve.num_bytes(clips[group]) for group, curve in self._curves.items())
+        return sum(curve.num_bytes(clips.get(unit, curve.configured)) for unit, curve in self._curves.items())
 
     def fill(self, budget: float) -> Clips:
         """Return the clips of the lowest level whose codes are foretold to be within budget, else the coarsest."""
@@ -123,7 +123,8 @@ def fit_to_limit(
     state = quantizer.quantize(clips)
     total = measure_bytes(state, clips)
     rises = dict(measure_rises(state))
-    choices = WaterFill(group_curves(quantizer, clips), rises, clips)
+    others = clips if quantizer.config.fit_unit == "group" else {}
+    choices = WaterFill(group_curves(quantizer, clips), rises, others)
     accepted = min(max(GAP_SHARE * choices.code_bytes(clips), SMALLEST_GAP_BYTES), LARGEST_GAP_BYTES)
     best, gap, num_passes = None, AIMED_SHARE * accepted, 1
     while num_passes < MAX_PASSES:
@@ -147,19 +148,20 @@ def fit_to_limit(
 
 
 def group_curves(quantizer: StateQuantizer, clips: Clips) -> dict[str, GroupCurve]:
-    """Return the curve of every group that has matrices."""
+    """Return the curve of every group that has matrices, or of every matrix, as quant.fit_unit says."""
     curves = {}
-    for group, names in quantizer.members().items():
+    for unit, names in quantizer.members().items():
+        configured = clips[quantizer.group_of[names[0]]]
         counts = _magnitudes(quantizer.weights(names))
         below = np.concatenate([[0], counts.cumsum()]) / counts.sum()
         uncut = int(np.argmax(below >= 1 - CLIPPED_SHARE)) / BINS_PER_SIGMA
-        curves[group] = GroupCurve(
+        curves[unit] = GroupCurve(
             share_below=below,
             num_weights=int(counts.sum()),
-            qmax=largest_code(quantizer.bits_of(group)),
-            configured=clips[group],
-            lowest=min(uncut, clips[group]),
-            highest=MAX_GROWTH * clips[group],
+            qmax=largest_code(quantizer.bits_of(unit)),
+            configured=configured,
+            lowest=min(uncut, configured),
+            highest=MAX_GROWTH * configured,
         )
     return curves
 

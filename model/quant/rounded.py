@@ -18,9 +18,9 @@ from model.quant.quantized import QuantizedState, dequantize
 from model.quant.sensitivity import LossProbe
 from model.quant.state import StateQuantizer, configured_clips, looped_layers
 
-# What fit leaves for the artifact's meta, whatever it says: a program that trains on its own knows fewer hashes than a
-# sweep does, and would otherwise choose other weights.
-META_ROOM_BYTES = 640
+# What fit leaves for the artifact's meta besides its own choice, whatever that meta says: a program that trains on its
+# own knows fewer hashes than a sweep does, and would otherwise choose other weights.
+META_ROOM_BYTES = 512
 
 
 def save_rounded(
@@ -43,11 +43,11 @@ def save_rounded(
     """
 
     def write(state: QuantizedState, chosen: Mapping[str, float] | None = None) -> int:
-        full = {**meta, **({} if chosen is None else {"clip_sigmas": dict(chosen)})}
+        full = dict(meta) if chosen is None else {**meta, "clip_sigmas": dict(chosen)}
         with span("compress"):
             save_artifact(path, state, config.model, full, codec=config.quant.codec)
-        meta_bytes = len(canonical_json(full))
-        return path.stat().st_size + code_bytes + max(META_ROOM_BYTES - meta_bytes, 0)
+        room = max(META_ROOM_BYTES - len(canonical_json(dict(meta))), 0)
+        return path.stat().st_size + code_bytes + room
 
     with span("round"):  # what it writes on the way included
         quantizer = StateQuantizer(dict(weights), dict(hessians), config.quant, looped=looped_layers(config.model))

@@ -19,6 +19,7 @@ from model.gpt import GPT
 from model.quant.calibrate import draw_windows, window_packing
 
 NUM_DRAWS = 4  # batches of text, each with signs of its own
+FULL_BATCH_UNITS = 12  # so many groups or matrices are tried on whole batches; more on smaller parts, in the same time
 AMPLIFIED = 2.0  # the errors are made larger, so that their effect stands out of bfloat16's
 
 
@@ -37,9 +38,10 @@ class LossProbe:
         to fall together. A small negative value is noise.
         """
         num_draws = min(NUM_DRAWS, self._config.num_calibration_batches)
+        num_windows = max(1, FULL_BATCH_UNITS * self._config.calibration_windows // max(len(members), FULL_BATCH_UNITS))
         rises = dict.fromkeys(members, 0.0)
         for draw in range(num_draws):
-            windows = draw_windows(self._loader, self._config, seed=self._seed, batch=draw)
+            windows = draw_windows(self._loader, self._config, seed=self._seed, batch=draw)[:num_windows]
             generator = torch.Generator().manual_seed(draw)
             unchanged = self._loss(windows)
             for group, names in members.items():

@@ -147,8 +147,8 @@ class StateQuantizer:
         _require_finite(self._floats, "its values do not fit float16")
 
     def quantize(self, clips: Mapping[str, float]) -> QuantizedState:
-        """Round every matrix with the clip_sigmas of its group. Shares float tensors with earlier results."""
-        of_matrix = {name: clips[group] for name, group in self.group_of.items()}
+        """Round every matrix with its own clip_sigmas, or its group's. Shares float tensors with earlier results."""
+        of_matrix = {name: clips[name] if name in clips else clips[group] for name, group in self.group_of.items()}
         matrices: dict[str, QuantizedWeight] = {}
         for batch in self.batches:
             matrices.update(self._round(batch, batch.row_clips(of_matrix)))
@@ -176,14 +176,16 @@ class StateQuantizer:
         }
 
     def members(self) -> dict[str, list[str]]:
-        """Return group -> its matrices, the groups that have any in the order of configured_clips."""
+        """Return unit of the fit -> its matrices: groups that have any, or every matrix, as quant.fit_unit says."""
+        if self.config.fit_unit == "matrix":
+            return {name: [name] for name in self.group_of}
         groups = configured_clips(self.config)
         found = {group: [name for name, own in self.group_of.items() if own == group] for group in groups}
         return {group: names for group, names in found.items() if names}
 
-    def bits_of(self, group: str) -> int:
-        """Return the bits of a group's codes."""
-        return self.config.embedding_bits if group == EMBEDDING else self.config.matrix_bits
+    def bits_of(self, unit: str) -> int:
+        """Return the bits of the codes of a group or a matrix."""
+        return self.config.embedding_bits if unit == EMBEDDING else self.config.matrix_bits
 
     def weights(self, names: Collection[str]) -> list[Tensor]:
         """Return the named matrices (out, in) float32."""

@@ -33,7 +33,7 @@ TIMES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "warmup_s": ("train", ("warm_up",), ()),
     "hessian_s": ("quantize", ("hessians",), ()),
     "compress_s": ("quantize", ("compress",), ()),
-    "solve_s": ("quantize", ("round",), ("compress",)),
+    "solve_s": ("quantize", ("round",), ("compress", "sensitivity")),
     "quantize_s": ("quantize", ("round", "load", "warm_up", "hessians", "program", "reload"), ()),
     "evaluate_s": ("evaluate", ("load", "warm_up", "live", "post_ema", "pre_ttt"), ()),
     "ttt_s": ("ttt", ("load", "warm_up", "ttt_lr0", "post_ttt"), ()),
