@@ -64,9 +64,11 @@ def with_another_value(config: RunConfig, dotted: str) -> RunConfig:
         value = OTHER[dotted]
     elif choices:
         value = next(choice for choice in choices if choice != before)
+    elif isinstance(before, bool):
+        value = not before
     else:
         value = f"{before}x" if isinstance(before, str) else before / 2 if isinstance(before, float) else before * 2
-        value = value if value != before else 0.5
+        value = value if value != before else 0.5 if isinstance(before, float) else 1
     return replace(config, **{section: replace(getattr(config, section), **{name: value})})
 
 
