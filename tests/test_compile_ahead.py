@@ -270,8 +270,9 @@ def test_spans_that_overlap_count_once() -> None:
 
 
 @pytest.mark.gpu
-def test_the_stages_launch_nothing_else(tmp_path: Path) -> None:
-    config = bench_500()
+@pytest.mark.parametrize("ttt", [{}, {"chunk_tokens": 48, "chunk_by_length": ((300, 16),), "lora_alpha": 144.0}])
+def test_the_stages_launch_nothing_else(ttt: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(bench_500(), ttt=replace(bench_500().ttt, **ttt))
     run = Run(config, Dist.single("cuda:0"), tmp_path, ignore)
     compile_kernels(run, Ledger("ahead"))
     assert compile_ahead._compiled

@@ -36,7 +36,7 @@ OTHER = {
     "evaluation.seq_len": 1024, "ttt.adapter_kinds": ADAPTER_KINDS[:2], "runtime.attention": "sdpa",
     "train.budget_s": None, "data.val_documents": 7, "data.val_tokens": 7, "model.num_heads": 16,
     "model.xsa_last_n": 5, "model.loop_start": 2, "model.num_layers": 12,
-    "quant.matrix_bits": 5, "quant.embedding_bits": 7,
+    "quant.matrix_bits": 5, "quant.embedding_bits": 7, "ttt.lora_alpha": 144.0, "ttt.chunk_by_length": ((512, 32),),
 }  # fmt: skip
 PUBLISHED = {
     "train": "ecae36e87ce9f264",
