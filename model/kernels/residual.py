@@ -107,7 +107,8 @@ def smear_norm(x: Tensor, tokens: Tensor, how: Smear, left_padding: Tensor | Non
 
         flat = rows_of(x)
         ids = None if how.bos_id is None else tokens.reshape(-1).contiguous()
-        y: Tensor = SmearNorm.apply(flat, ids, left_padding, how.gate, how.strength, how.bos_id, tokens.size(1))
+        padding = None if left_padding is None else left_padding.contiguous()  # it may be a column of a table
+        y: Tensor = SmearNorm.apply(flat, ids, padding, how.gate, how.strength, how.bos_id, tokens.size(1))
         return y.view(x.shape)
     positions = torch.arange(tokens.size(1), device=tokens.device)
     has_neighbor = positions > (0 if left_padding is None else left_padding.unsqueeze(1))  # (T,) or (B, T)
