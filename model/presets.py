@@ -77,7 +77,6 @@ def add_frontier(base: RunConfig) -> RunConfig:
             lora_alpha=144.0,
             beta2=0.99,
             adapter_kinds=("q", "v", "o", "mlp", "head"),
-            chunk_by_length=((256, 16), (1024, 32)),
         ),
     )
 

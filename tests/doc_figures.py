@@ -21,8 +21,10 @@ LENGTHS = {"final": "500 steps", "screening": "One epoch of the corpus, 160 step
 PAIRS = (
     ("all", "fit", "post-TTT"),
     ("quant", "fit", "quantization loss"),
-    ("all_but_ttt", "all_but_quant_ttt", "quantization loss"),
+    ("quant_matrix", "fit", "quantization loss"),
     ("ttt", "base", "adaptation"),
+    ("ttt_rank_96", "base", "adaptation"),
+    ("ttt_chunk_48", "base", "adaptation"),
     ("all", "all_but_ttt", "adaptation"),
 )
 QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {

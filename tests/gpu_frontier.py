@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,17 +46,13 @@ class Job:
     group: str  # the variant that trains
     variants: tuple[str, ...]
     kind: str  # jobs of one kind take about as long
-    needs: str = ""  # the name of a job that must be done
+    needs: str = ""  # the name of a job that must be done; its run directory is copied, for two may build on it at once
+    part: str = ""
 
     @property
     def name(self) -> str:
-        """The job in file names."""
-        return f"{self.sweep}-{self.group}-{self.seed}" + ("-more" if self.needs else "")
-
-    @property
-    def folder(self) -> str:
-        """The run directory."""
-        return f"{self.sweep}-{self.group}-{self.seed}"
+        """The job in file names, and its run directory."""
+        return f"{self.sweep}-{self.group}-{self.seed}" + (f"-{self.part}" if self.part else "")
 
 
 @dataclass
@@ -117,17 +114,22 @@ def read_ablation(path: Path) -> tuple[dict[str, Any], dict[str, Variant]]:
 
 
 def make_jobs(variants: dict[str, Variant], seeds: Sequence[int]) -> list[Job]:
-    """Return every job, the most valuable first: whole trainings by seed, what builds on them, then single parts."""
+    """Return every job, the most valuable first: whole trainings, what builds on them, then single parts.
+
+    What shares a training is two jobs: other roundings, and other adaptations of the same artifact.
+    """
     trainings = {name: (variant.config.model, variant.config.train) for name, variant in variants.items()}
     groups = {whole: tuple(name for name in variants if trainings[name] == trainings[whole]) for whole in WHOLE}
     shared = {name for members in groups.values() for name in members}
-    first = [Job("final", seed, whole, (whole,), "train") for seed in seeds for whole in WHOLE]
-    more = [
-        Job("final", seed, whole, groups[whole], f"more of {whole}", f"final-{whole}-{seed}")
-        for seed in seeds
-        for whole in WHOLE
-        if len(groups[whole]) > 1
-    ]
+    first = [Job("final", seed, whole, (whole,), "train") for whole in WHOLE for seed in seeds]
+    more = []
+    for part, whole in ((part, whole) for part in ("roundings", "adaptations") for whole in WHOLE):
+        rounding = variants[whole].config.quant
+        rest = [name for name in groups[whole] if name != whole]
+        rest = [name for name in rest if (variants[name].config.quant != rounding) == (part == "roundings")]
+        if rest:
+            kind = f"{part} of {whole}"
+            more += [Job("final", seed, whole, (whole, *rest), kind, f"final-{whole}-{seed}", part) for seed in seeds]
     single = ["base", *(name for name in variants if name not in shared)]
     return [*first, *more, *(Job("screening", seed, name, (name,), "screen") for name in single for seed in seeds)]
 
@@ -157,13 +159,15 @@ def spec_of(job: Job, plain: dict[str, Any], args: argparse.Namespace) -> dict[s
         "seeds": [job.seed],
         "gang": {"gpus": 1, "cpus": args.cpus} if args.gpus else {"gpus": 0, "cpus": 1},
         "limits": {"attempts": 2, "backoff_s": 2.0},
-        "out": str(args.work / job.folder),
+        "out": str(args.work / job.name),
     }
 
 
 def begin(job: Job, slot: int, plain: dict[str, Any], args: argparse.Namespace) -> subprocess.Popen[bytes]:
     """Start a job on its GPU."""
     file, log = args.work / f"{job.name}.yaml", args.work / f"{job.name}.log"
+    if job.needs:
+        shutil.copytree(args.work / job.needs, args.work / job.name)
     file.write_text(yaml.safe_dump(spec_of(job, plain, args), sort_keys=False), encoding="utf-8")
     command = [sys.executable, "-m", "seedsweep", "run", str(file), "--local", "--progress", "plain"]
     if args.git_commit:
@@ -191,7 +195,8 @@ def collect(sweep: str, work: Path, order: Sequence[str], target: Path) -> None:
             for name in ("sweep.json", "events.jsonl"):
                 (place / name).write_bytes((folder / name).read_bytes())
     if (target / "results").is_dir():
-        sums = [path.read_text() for path in sorted(work.glob(f"{sweep}-*-*/results/SHA256SUMS"))]
+        paths = sorted(work.glob(f"{sweep}-*-*/results/SHA256SUMS"))
+        sums = dict.fromkeys(line for path in paths for line in path.read_text().splitlines(keepends=True))
         (target / "results" / "SHA256SUMS").write_text("".join(sums))
         names = [name for name in order if name in hashes]
         content = {"format": 1, "sweep": sweep, "variants": {name: hashes[name] for name in names}}
@@ -282,8 +287,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--screen_steps", type=int, default=160, help="one epoch of 31.8 M tokens in steps of 196,608")
     parser.add_argument("--documents", type=int, default=192)
     parser.add_argument("--screen_documents", type=int, default=96)
-    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 100.0, 65.0], metavar="S",
-                        help="a training with its scores; what shares it; a screening")  # fmt: skip
+    parser.add_argument("--guess_s", type=float, nargs=3, default=[165.0, 35.0, 75.0], metavar="S",
+                        help="a training with its scores; each variant that shares it; a screening")  # fmt: skip
     parser.add_argument("--git_commit", default="", help="commit to record, where git is not at hand")
     return parser.parse_args(argv)
 
@@ -302,8 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True)
     plain, variants = read_ablation(args.spec)
     train_s, more_s, screen_s = args.guess_s
-    guesses = {"train": train_s, "screen": screen_s, **{f"more of {whole}": more_s for whole in WHOLE}}
-    campaign = Campaign(make_jobs(variants, args.seeds), guesses, args.gpus or args.slots, args.limit_s)
+    jobs = make_jobs(variants, args.seeds)
+    guesses = {job.kind: more_s * (len(job.variants) - 1) for job in jobs} | {"train": train_s, "screen": screen_s}
+    campaign = Campaign(jobs, guesses, args.gpus or args.slots, args.limit_s)
     wanted = len(campaign.jobs)
     drive(campaign, plain, args)
     show(args)

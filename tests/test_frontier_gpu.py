@@ -268,7 +268,7 @@ def test_a_recorded_step_does_what_single_operations_do() -> None:
             step.prepare(4, 256)
         losses = []
         for chunk in range(2):
-            table = torch.tensor([*((700 * i + 256 + 64 * chunk, i) for i in range(3)), (256, 3)])
+            table = torch.tensor([*((700 * i + 256 + 64 * chunk, i, 256, 64) for i in range(3)), (256, 3, 256, 64)])
             run = step.run(table, 256) if is_recorded else step.score_and_learn(table.to(CUDA), 256)
             losses.append(run[:3].clone())
         assert len(step.recorded) == is_recorded
@@ -287,7 +287,7 @@ class Stepper:
         self.model = filled_model(config.model, torch.bfloat16)
         self.model.tok_emb.weight.data = self.model.tok_emb.weight.data.bfloat16()
         self.dist, self.batches = Dist.single("cuda:0"), batches
-        self.optimizers, self.ema = Optimizers(self.model, config.train, self.dist), Ema(self.model, 0.99)
+        self.optimizers, self.ema = Optimizers(self.model, config.train, self.dist), Ema(self.model)
 
     def step(self, is_looped: bool) -> float:
         """Run one step and return its milliseconds."""
@@ -298,7 +298,7 @@ class Stepper:
         self.optimizers.step(lr_factor=1e-6, momentum=0.9)
         for parameter in self.model.parameters():
             parameter.grad = None
-        self.ema.update()
+        self.ema.update(0.99)
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end))

@@ -15,7 +15,8 @@ from tests import gpu_frontier
 from tests.gpu_frontier import Campaign, Job, Running, collect, make_jobs, read_ablation, spec_of
 
 SPEC = gpu_frontier.ROOT / "jobs" / "specs" / "ablation_frontier.yaml"
-GUESSES = {"train": 150.0, "screen": 60.0, "more of base": 70.0, "more of all": 70.0}
+MORE = ("roundings of base", "adaptations of base", "adaptations of all")
+GUESSES = {"train": 150.0, "screen": 60.0, **dict.fromkeys(MORE, 70.0)}
 
 
 def campaign(limit_s: float, num_slots: int = 2) -> Campaign:
@@ -41,11 +42,13 @@ def simulate(given: Campaign, failing: str = "") -> list[tuple[float, str]]:
 def test_pairs_come_first_then_what_shares_them_then_each_part_over_all_seeds() -> None:
     plain, variants = read_ablation(SPEC)
     jobs = make_jobs(variants, [42, 0])
-    assert [job.name for job in jobs[:4]] == ["final-base-42", "final-all-42", "final-base-0", "final-all-0"]
-    assert [job.needs for job in jobs[4:8]] == [job.name for job in jobs[:4]]
-    trained = {name for job in jobs[4:8] for name in job.variants}
+    assert [job.name for job in jobs[:4]] == ["final-base-42", "final-base-0", "final-all-42", "final-all-0"]
+    more = jobs[4 : 4 + 2 * len(MORE)]
+    assert [job.kind for job in more] == [kind for kind in MORE for _ in range(2)]
+    assert {job.needs for job in more} == {job.name for job in jobs[:4]}
+    trained = {name for job in more for name in job.variants}
     single = [name for name in variants if name not in trained]
-    assert [job.name for job in jobs[8:]] == [
+    assert [job.name for job in jobs[4 + len(more) :]] == [
         f"screening-{name}-{seed}" for name in ["base", *single] for seed in (42, 0)
     ]
     assert {name for job in jobs for name in job.variants} == set(plain["variants"])
@@ -55,9 +58,9 @@ def test_pairs_come_first_then_what_shares_them_then_each_part_over_all_seeds() 
 def test_no_job_begins_that_would_not_end_in_time_and_none_before_what_it_needs() -> None:
     begun = {name: now for now, name in simulate(campaign(400.0))}
     assert max(begun.values()) + 60.0 <= 400.0
-    assert begun["final-base-42"] == begun["final-all-42"] == 0.0
-    assert begun["final-base-0"] == 150.0
-    assert begun["final-base-42-more"] == 300.0
+    assert begun["final-base-42"] == begun["final-base-0"] == 0.0
+    assert begun["final-all-0"] == 150.0
+    assert begun["final-base-42-roundings"] == 300.0
     assert not any(name.startswith("screening") for name in begun)
     assert [name for _, name in simulate(campaign(100.0))][:1] == ["screening-base-42"]  # what still fits
     many = {name: now for now, name in simulate(campaign(1e6, num_slots=6))}
@@ -66,8 +69,8 @@ def test_no_job_begins_that_would_not_end_in_time_and_none_before_what_it_needs(
 
 def test_what_needs_a_failed_job_is_left_out() -> None:
     begun = [name for _, name in simulate(campaign(1e6), failing="final-all-42")]
-    assert "final-all-42-more" not in begun
-    assert "final-all-0-more" in begun
+    assert "final-all-42-adaptations" not in begun
+    assert "final-all-0-adaptations" in begun
 
 
 def test_the_longest_of_a_kind_is_what_the_next_one_is_given() -> None:
@@ -81,7 +84,7 @@ def test_the_longest_of_a_kind_is_what_the_next_one_is_given() -> None:
     assert (given.ended, given.free_slots()) == ({job.name: 0}, [0, 1])
 
 
-@pytest.mark.parametrize(("job_name", "steps"), [("final-all-42-more", None), ("screening-polar-42", 160)])
+@pytest.mark.parametrize(("job_name", "steps"), [("final-all-42-adaptations", None), ("screening-polar-42", 160)])
 def test_a_jobs_spec_is_the_sweeps_for_one_seed(tmp_path: Path, job_name: str, steps: int | None) -> None:
     plain, variants = read_ablation(SPEC)
     (tmp_path / "made.model").touch()
