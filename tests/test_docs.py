@@ -251,7 +251,9 @@ def recipe_tables() -> dict[str, dict[str, str]]:
     kind = ""
     for line in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] == "setting":
+        if not line.startswith("|"):
+            kind = ""  # the table is over
+        elif cells[0] == "setting":
             kind = cells[1]
         elif line.startswith("| `"):
             found.setdefault(kind, {})[cells[0].strip("`")] = cells[1]
