@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.report import Interrupted
+from runner.errors import Kind
+from runner.gang.inquest import write_stacks
 from runner.gang.rank import Rank
 from runner.life import states
 from runner.life.capacity import Node
@@ -52,7 +54,7 @@ class LocalRun:
 
     def work(self) -> None:
         """Run the rank with its logging in a file of its own."""
-        path = self.rank.job.log_path(0)
+        path = self.rank.job.own_log_path(0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(path)
@@ -72,6 +74,12 @@ class LocalRun:
             with contextlib.suppress(OSError):  # what a full disk did not take of the log
                 handler.close()
         self.outcome = outcome  # not before the log is closed: the driver goes on at once, and would write to it
+
+    def leave_stacks(self) -> None:
+        """Let the processes of a program write down where they stand; they are about to be ended."""
+        keeper = self.rank.keeper
+        if keeper is not None:
+            write_stacks(self.rank.job, [{**self.rank.hello(), "keeper": keeper.pid}])
 
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""
@@ -134,6 +142,8 @@ class LocalBackend:
         else:
             self.is_releasing = True
             if self.running is not None:
+                if command.failure is not None and command.failure.kind is Kind.STALLED:
+                    self.running.leave_stacks()
                 self.running.rank.stop()
 
     def close(self) -> None:
