@@ -30,6 +30,7 @@ from model.quant.calibrate import collect_hessians
 from model.quant.quantized import dequantize
 from model.quant.rounded import save_rounded
 from model.report import Report
+from model.score.identity import describe_validation
 from model.score.plain import evaluate_plain
 from model.train.trainer import Trainer
 from model.ttt.documents import score_documents
@@ -119,6 +120,7 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
         }  # fmt: skip
         metrics |= save_rounded(path, trained.ema, hessians, config, meta=meta, code_bytes=code_bytes)
     dist.barrier()
+    metrics |= describe_validation(tokenizer, validation, dist)
     model.load_state_dict(dequantize(load_artifact(path)[1]))
     warm_up_scoring(model, tokenizer.byte_table, config, dist)
     return metrics | score_model(model, validation, tokenizer.byte_table, config, dist, report)

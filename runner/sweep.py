@@ -19,7 +19,7 @@ from model.pipeline.differences import code_words, data_words, settings_words
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.folder.fence import yield_s
-from runner.folder.program_files import find_files, folder_hash, hash_files
+from runner.folder.program_files import find_files, folder_hash, hash_files, list_names
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
@@ -103,7 +103,12 @@ def files_read(spec: SweepSpec) -> dict[str, Any]:
 
 def hash_code(spec: SweepSpec) -> str:
     """Return the hash of the sources that compute a score: ours, or those in the folder of a program."""
-    return code_hash() if spec.program is None else folder_hash(hash_files(find_files(Path(spec.program.folder))))
+    return code_hash() if spec.program is None else folder_hash(program_files(spec))
+
+
+def program_files(spec: SweepSpec) -> dict[str, str]:
+    """Return the sha256 of each file in the folder of a sweep's program, {} where it has none."""
+    return hash_files(find_files(Path(spec.program.folder))) if spec.program is not None else {}
 
 
 def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
@@ -151,6 +156,7 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "machine": machine(),
         "spec": spec.to_json(),
         "data": files or earlier.get("data", {}),
+        **({"program_files": program_files(spec)} if spec.program is not None else {}),
         "announcements": announcements,
     }
     directory.write_json("sweep.json", {**whole, "created": earlier.get("created", utc(time.time()))})
@@ -183,9 +189,13 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
         raise Refused(f"{shown} was made by another data set ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:
-        what = "code" if spec.program is None else "files in program.folder"
+        what, why = "code", code_words(earlier, record)
+        if spec.program is not None:
+            old, new = earlier.get("program_files") or {}, program_files(spec)
+            differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            what, why = "files in program.folder", list_names(differing)
         raise Refused(
-            f"{shown} was made by other {what} ({code_words(earlier, record)}); "
+            f"{shown} was made by other {what} ({why}); "
             f"choose another --out, or continue and mark the rows with --allow-code-change"
         )
 

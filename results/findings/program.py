@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ NOT_FIGURES = frozenset({
 })  # fmt: skip
 FIGURES = {column.name: column.type for column in RUN_COLUMNS if column.name not in NOT_FIGURES}
 # figures that a reader of such a row looks for
-EXPECTED = ("steps", "train_s", "model_bytes", "code_bytes", "artifact_bytes", "val_documents_hash")
+EXPECTED = ("steps", "train_s", "model_bytes", "code_bytes", "artifact_bytes")
+LONG_LINES = 50_000  # no log of a training has so many that tell something
+TELLING = re.compile(r"[:={/]|seed|bpb|step|time|warmup|hessian|peak", re.IGNORECASE)
 SECONDS_TOLERANCE = 0.02  # logs round times
 FILLED = (
     "steps", "train_ms", "stop_reason", "train_seconds", "live_weights_bpb_at_stop", "live_weights_nats_at_stop",
@@ -96,7 +99,7 @@ def read_figures(logs: Mapping[str, Path], results: Path | None, *, seed: int) -
     """
     notes: list[str] = []
     findings: list[str] = []
-    log = choose_log(read_logs(logs, notes), notes)
+    log = choose_log(read_logs(logs, notes))
     columns: dict[str, Any] = {}
     decimals: dict[str, int] = {}
     if log is not None:
@@ -105,7 +108,9 @@ def read_figures(logs: Mapping[str, Path], results: Path | None, *, seed: int) -
         inside = log.run["seed_in_log"]
         if inside is not None and inside != seed:
             findings.append(f"{log.run['log_file']} names seed {inside}, but seed {seed} was asked for")
-    if results is not None:
+    if results is None:
+        notes += log.unknown if log is not None else []
+    else:
         said = read_results(results, notes)
         findings += contradictions(said, columns, decimals, log.run["log_file"] if log is not None else "the log")
         columns |= said
@@ -117,21 +122,28 @@ def read_figures(logs: Mapping[str, Path], results: Path | None, *, seed: int) -
 
 def read_logs(paths: Mapping[str, Path], notes: list[str]) -> list[Log]:
     """Return every run that the logs show, those that cannot be read left out with a note."""
-    found = []
+    found: list[Log] = []
     for name, path in paths.items():
         try:
             decoded = read_text(path)
         except ValueError as error:
             notes.append(f"{name}: left out ({str(error).removeprefix(f'{path}: ')})")
             continue
-        runs = [log for log in parse_runs(decoded.text, name) if log.is_recognized]
+        runs = [log for log in parse_runs(without_idle_lines(decoded.text), name) if log.is_recognized]
         if len(runs) > 1:
             notes.append(f"{name}: holds {len(runs)} runs, one after the other; the last one with a score counts")
         found += reversed(runs)
     return found
 
 
-def choose_log(logs: Sequence[Log], notes: list[str]) -> Log | None:
+def without_idle_lines(text: str) -> str:
+    """Return a very long log without the lines that can say nothing: each costs dozens of tries of a form."""
+    if text.count("\n") <= LONG_LINES:
+        return text
+    return "\n".join(line for line in text.splitlines() if TELLING.search(line))
+
+
+def choose_log(logs: Sequence[Log]) -> Log | None:
     """Return the first log with a score, with what it lacks filled in from the others of the same run."""
     scored = [log for log in logs if log.has_scores] or [
         log for log in logs if log.run["live_weights_bpb_at_stop"] is not None
@@ -147,8 +159,6 @@ def choose_log(logs: Sequence[Log], notes: list[str]) -> Log | None:
                     chosen.provenance[name] = log.provenance[name]
         if not chosen.steps:
             chosen.steps.extend(log.steps)
-    if chosen is not None:
-        notes += chosen.unknown
     return chosen
 
 
@@ -187,7 +197,7 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     found = {
         name: checked_figure(name, value) for name, value in content.items() if name in FIGURES and value is not None
     }
-    left = [str(name) for name in content if name not in FIGURES]
+    left = [str(name) for name in content if name not in FIGURES and name not in NOT_FIGURES]
     if left:
         notes.append(
             f"{RESULTS_FILE}: not figures of the runs table, left out: {', '.join(left[:6])}" + " ..." * (len(left) > 6)

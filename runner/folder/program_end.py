@@ -66,7 +66,10 @@ def read_end(
     if changed:
         findings.append(f"the program changed or removed files of its own folder: {list_names(changed)}")
     findings += left_behind(work.parent, job.world_size)
-    notes += [f"{name} not found" for name in EXPECTED if columns.get(name) is None]
+    if columns.get("val_documents_hash") is None:
+        notes.append("which validation text it scored is not known: it gave no val_documents_hash")
+    missing = [name for name in EXPECTED if columns.get(name) is None]
+    notes += [f"not found in what it printed or wrote: {', '.join(missing)}"] * bool(missing)
     notes = list(dict.fromkeys(map(job.redact, notes)))
     findings = list(dict.fromkeys(map(job.redact, findings)))
     columns["provenance_json"] = {**figures.provenance, "findings": findings, "notes": notes}
@@ -84,7 +87,8 @@ def find_logs(job: Job, program: Program, written: Mapping[str, Path]) -> dict[s
     from results.published.layout import LOG_SUFFIXES, MAX_LOG_BYTES, NOT_LOGS
 
     named = {name: path for pattern in program.log for name, path in written.items() if Path(name).match(pattern)}
-    printed = {path.name: path for rank in range(job.world_size) if (path := job.log_path(rank)).is_file()}
+    ranks = {f"output of rank {rank}": job.log_path(rank) for rank in range(job.world_size)}
+    printed = {name: path for name, path in ranks.items() if path.is_file()}
     others = {
         name: path
         for name, path in written.items()

@@ -131,7 +131,7 @@ def write_program_stacks(job: Job, ranks: Sequence[Mapping[str, Any]]) -> list[s
     seen = {}
     for facts in ranks:
         pids = descendants(int(facts["keeper"])) if facts.get("keeper") else []
-        seen[int(facts["rank"])] = "".join(f"pid {pid}: {what_the_system_says(pid)}" for pid in pids)
+        seen[int(facts["rank"])] = "".join(f"pid {pid}: {threads_of(pid)}" for pid in pids)
         for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGABRT)
@@ -177,7 +177,12 @@ def read_answer(file: IO[bytes]) -> bytes:
 
 def what_the_system_says(pid: int) -> str:
     """Return where the system sees each thread of a process that does not answer."""
-    lines = ["it did not answer; its threads as the system sees them:"]
+    return "it did not answer; " + threads_of(pid)
+
+
+def threads_of(pid: int) -> str:
+    """Return the threads of a process with where the system sees each of them, a line each."""
+    lines = ["its threads as the system sees them:"]
     for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
         words = []
         for name in ("comm", "wchan"):

@@ -44,10 +44,11 @@ class Keeper:
     def listen(self) -> None:
         """Take the keeper's answers until it is gone."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.answers.append(json.loads(line))
-            if "ended" in self.answers[-1] or "error" in self.answers[-1]:
-                self.has_ended.set()
+        with self.process.stdout as answers:
+            for line in answers:
+                self.answers.append(json.loads(line))
+                if "ended" in self.answers[-1] or "error" in self.answers[-1]:
+                    self.has_ended.set()
         self.has_ended.set()
         self.is_over.set()
 

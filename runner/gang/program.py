@@ -11,9 +11,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 from model.files.plain import read_json
@@ -52,6 +52,7 @@ READ_EVERY_S = 1.0
 START_S = 60.0  # for a process to be started
 MAX_USED_BYTES = 2 << 30  # of a GPU that counts as idle: an earlier gang's memory may take a moment to be given back
 IDLE_WAIT_S = 30.0
+MAX_NAME = 80  # of a command in a message
 READY, DONE = "ready.json", "done"  # rank 0 has prepared; a rank's process has ended well
 
 T = TypeVar("T")
@@ -207,10 +208,11 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
     try:
         keeper.start(command, env, place.work, own)
         watch(rank, program, place, keeper, output)
-        judge(rank, program, keeper)
+        follow(rank, program, place, output)  # its last words
+        judge(rank, command, keeper)
     finally:
         keeper.close()
-    (attempt_folder(job) / f"{DONE}-{rank.rank}").touch()
+    LocalStorage(attempt_folder(job)).write(f"{DONE}-{rank.rank}", b"")
 
 
 def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Output) -> None:
@@ -245,7 +247,7 @@ def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
     rank.report(phase, step, total, newest.metrics)
 
 
-def judge(rank: Rank, program: Program, keeper: Keeper) -> None:
+def judge(rank: Rank, command: Sequence[str], keeper: Keeper) -> None:
     """Raise ProgramError unless a process has ended with 0."""
     refused, status = keeper.answer("error"), keeper.answer("ended")
     if refused:
@@ -259,10 +261,11 @@ def judge(rank: Rank, program: Program, keeper: Keeper) -> None:
     if status == 0:
         return
     last = last_words(rank.log_tail())
+    name = " ".join([PurePath(command[0]).name, *command[1:2]])[:MAX_NAME]
     words = End(status=status).words or "was ended, because the process that keeps it was killed"
     is_signal = status is None or os.WIFSIGNALED(status)
     raise ProgramError(
-        f"{program.command[0]} {words}" + f", last in its log: {last!r}" * bool(last), at=keeper.answer("at"),
+        f"{name} {words}" + f", last in its log: {last!r}" * bool(last), at=keeper.answer("at"),
         kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status),
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Somebody else's training program as a spec names it: its folder, its command, and what it finds around it.
 
-The command and the values of `env` may hold {seed}, {run_id}, {world_size}, {workdir} and {out}; a brace that is meant
-as one is doubled. Nothing secret is kept here: a marked value is a name in the driver's environment.
+The command and the values of `env` may hold {seed}, {run_id}, {world_size}, {workdir} and {out}. Nothing secret is kept
+here: a marked value is a name in the driver's environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROGRAM_KEYS = ("folder", "command", "env", "seed_env", "inputs", "outputs", "re
 PLACEHOLDERS = ("seed", "run_id", "world_size", "workdir", "out")
 DEFAULT_COMMAND = ("python", "train_gpt.py")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-BRACES = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")  # nothing else between them: JSON is left alone
 # set for every process of a gang, as torchrun does; a value of the spec's own would only break it
 OURS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
@@ -226,13 +226,10 @@ def inside(given: object, path: str) -> str:
 def check_placeholders(text: str, path: str) -> None:
     """Raise ValueError, with the nearest, for a placeholder that there is not."""
     for found in BRACES.finditer(text):
-        if found[1] and found[1] not in PLACEHOLDERS:
-            raise ValueError(
-                f"{path}: unknown placeholder {{{found[1]}}}; {nearest(found[1], PLACEHOLDERS)} "
-                f"(double a brace to mean it)"
-            )
+        if found[1] not in PLACEHOLDERS:
+            raise ValueError(f"{path}: unknown placeholder {{{found[1]}}}; {nearest(found[1], PLACEHOLDERS)}")
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Return text with its placeholders filled in and doubled braces made single."""
-    return BRACES.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+    """Return text with its placeholders filled in."""
+    return BRACES.sub(lambda found: values[found[1]], text)

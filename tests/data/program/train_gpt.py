@@ -1,7 +1,7 @@
 """A made-up training program in the challenge's log format: two ranks over gloo at most, no data, a few seconds.
 
-What it should do wrong is said by MISCHIEF: kill, hang, unscored, exit, daemon, flood, stderr, remove, alter, seed.
-Each goes wrong once where ONCE names a file that does not exist yet.
+What it should do wrong is said by MISCHIEF, for single seeds by MISCHIEFS: kill, hang, unscored, exit, daemon, flood,
+stderr, remove, vanish, alter, seed, deaf. A rank is killed or hangs once only where ONCE names a folder.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from helper import loss_at
 SEED, RANK = int(os.environ["SEED"]), int(os.environ.get("RANK", "0"))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
 STEPS, STEP_S = int(os.environ.get("STEPS", "20")), float(os.environ.get("STEP_S", "0.02"))
-MISCHIEF = os.environ.get("MISCHIEF", "")
+MISCHIEF = json.loads(os.environ.get("MISCHIEFS", "{}")).get(str(SEED), os.environ.get("MISCHIEF", ""))
 stream = sys.stderr if MISCHIEF == "stderr" else sys.stdout
 
 
@@ -30,12 +30,14 @@ def say(text):
 
 
 def is_due(name):
-    """Return whether this is the moment for a mischief, the first time only where ONCE names a file."""
-    once = os.environ.get("ONCE")
-    if name != MISCHIEF or (once and Path(once).exists()):
+    """Return whether this is the moment for a mischief."""
+    if name != MISCHIEF:
         return False
-    if once:
-        Path(once).touch()
+    once = Path(os.environ["ONCE"], str(SEED)) if "ONCE" in os.environ and name in ("kill", "hang") else None
+    if once is not None and once.exists():
+        return False
+    if once is not None:
+        once.touch()
     return True
 
 
@@ -71,7 +73,10 @@ def meet():
 
 
 def main():
-    together = meet() if WORLD_SIZE > 1 else lambda: None
+    if MISCHIEF == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    is_gang = WORLD_SIZE > 1 and MISCHIEF in ("", "kill", "hang")  # the rest need no PyTorch
+    together = meet() if is_gang else lambda: None
     say(f"seed: {SEED}" if MISCHIEF != "seed" else "seed: 7")
     begun = time.monotonic()
     for step in range(1, STEPS + 1):
@@ -99,6 +104,8 @@ def main():
         figures = {"post_ttt_bpb": nats / 2.5, "steps": STEPS, "val_documents_hash": "ab" * 32}
         figures |= json.loads(os.environ["RESULTS"])
         Path(os.environ["SEEDSWEEP_OUT"], "results.json").write_text(json.dumps(figures))
+    if MISCHIEF == "vanish":
+        shutil.rmtree(os.getcwd())
 
 
 if __name__ == "__main__":
