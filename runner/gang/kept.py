@@ -26,10 +26,11 @@ class Keeper:
     Its input is the life-line: the kernel closes it when this process ends, also by SIGKILL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workdir: str = "") -> None:
+        """Start it; the run directory is there for whoever looks at a list of processes."""
         script = Path(__file__).with_name("keeper.py")
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-I", "-S", str(script), workdir], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
         assert self.process.stdout is not None

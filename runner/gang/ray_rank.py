@@ -25,7 +25,7 @@ class RankActor(Rank):
         redirect_output(job.own_log_path(rank))
         super().__init__(job, rank)
         if job.program is not None:
-            self.keeper = Keeper()
+            self.keeper = Keeper(job.workdir)
         self.watch = start_watch(job.end_path(rank))
         self.stacks = listen_for_stacks()
 

@@ -69,14 +69,14 @@ def meet():
 
     dist.init_process_group("gloo")
     total = torch.tensor([float(RANK)])
-    return lambda: dist.all_reduce(total.fill_(RANK))
+    return lambda: dist.all_reduce(total.fill_(RANK)), dist.destroy_process_group
 
 
 def main():
     if MISCHIEF == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     is_gang = WORLD_SIZE > 1 and MISCHIEF in ("", "kill", "hang")  # the rest need no PyTorch
-    together = meet() if is_gang else lambda: None
+    together, part = meet() if is_gang else (lambda: None, lambda: None)
     say(f"seed: {SEED}" if MISCHIEF != "seed" else "seed: 7")
     begun = time.monotonic()
     for step in range(1, STEPS + 1):
@@ -86,6 +86,7 @@ def main():
         together()
         milliseconds = 1000 * (time.monotonic() - begun)
         say(f"step:{step}/{STEPS} train_loss:{loss_at(SEED, step):.4f} train_time:{milliseconds:.0f}ms")
+    part()
     if MISCHIEF == "unscored":
         say("final val_bpb will be ready tomorrow")
         return
