@@ -189,13 +189,13 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
         raise Refused(f"{shown} was made by another data set ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:
-        what, why = "code", code_words(earlier, record)
+        made = f"was made by other code ({code_words(earlier, record)})"
         if spec.program is not None:
             old, new = earlier.get("program_files") or {}, program_files(spec)
             differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-            what, why = "files in program.folder", list_names(differing)
+            made = f"was made by other files in program.folder ({list_names(differing)})"
         raise Refused(
-            f"{shown} was made by other {what} ({why}); "
+            f"{shown} {made}; "
             f"choose another --out, or continue and mark the rows with --allow-code-change"
         )
 
