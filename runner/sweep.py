@@ -194,10 +194,7 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
             old, new = earlier.get("program_files") or {}, program_files(spec)
             differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
             made = f"was made by other files in program.folder ({list_names(differing)})"
-        raise Refused(
-            f"{shown} {made}; "
-            f"choose another --out, or continue and mark the rows with --allow-code-change"
-        )
+        raise Refused(f"{shown} {made}; choose another --out, or continue and mark the rows with --allow-code-change")
 
 
 def recorded_variants(earlier: dict[str, Any]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 from runner.gang.program_place import Place, gpus_of, kept_environment, make_command, make_environment_of
 from runner.gang.rank import Rank
 from runner.life.job import Job
-from runner.spec.program import parse_program
+from runner.spec.program import fill, parse_program
 from runner.spec.read import parse_spec
 from runner.spec.secrets import looks_like_secret
 from runner.spec.sweep import RunKey, SweepSpec
@@ -58,6 +58,7 @@ def test_defaults_are_the_challenges_and_a_program_always_starts_from_scratch() 
         ({"program": {"folder": "p", "comand": ["x"]}}, "unknown key 'comand'; did you mean 'command'"),
         ({"program": {"folder": "p", "command": "python train_gpt.py"}}, "must be a list of words"),
         ({"program": {"folder": "p", "command": ["python", "{sed}"]}}, "placeholder {sed}; did you mean 'seed'"),
+        ({"program": {"folder": "p", "env": {"A": '{"a": 1}'}}}, "a single { in '{\"a\": 1}'; double the braces"),
         ({"program": {"folder": "p", "command": ["python", HF]}}, "looks like a secret, and commands are recorded"),
         ({"program": {"folder": "p", "command": ["torchrun", "x.py"], "launcher": "none"}}, "leave it out"),
         ({"program": {"folder": "p", "launcher": "mpirun"}}, "launcher='mpirun' must be torchrun"),
@@ -86,14 +87,18 @@ def test_what_does_not_fit_is_refused_in_one_line(changes: dict[str, Any], words
 def test_a_program_survives_json_and_no_secret_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", HF)
     spec = program_spec(
-        env={"LR": 0.1, "FLAG": True, "DATA": '{"a": {"b": 1}}', "HF_TOKEN": {"secret": True, "from_env": "MY_TOKEN"}},
+        env={
+            "LR": 0.1, "FLAG": True, "DATA": '{{"a": {{"b": 1}}}}',
+            "HF_TOKEN": {"secret": True, "from_env": "MY_TOKEN"},
+        },
         inputs={"data": "/d", "tok": "/t"}, outputs=["*.ptz"], log="logs/*.txt", seed_env="TRAIN_SEED",
     )  # fmt: skip
     text = json.dumps(spec.to_json())
     assert HF not in text
     assert SweepSpec.from_json(json.loads(text)) == spec
     assert spec.program is not None
-    assert spec.program.env == {"LR": "0.1", "FLAG": "1", "DATA": '{"a": {"b": 1}}'}
+    assert spec.program.env == {"LR": "0.1", "FLAG": "1", "DATA": '{{"a": {{"b": 1}}}}'}
+    assert fill(spec.program.env["DATA"], {}) == '{"a": {"b": 1}}'
     assert "program" not in parse_spec(
         {"name": "n", "preset": "tiny", "seeds": [1], "out": "o", "data": {"train": "a", "val": "b", "tokenizer": "c"}}
     ).to_json()  # fmt: skip
@@ -171,7 +176,8 @@ def test_no_key_of_the_drivers_shell_reaches_a_program() -> None:
 @pytest.mark.parametrize(
     ("section", "command"),
     [
-        ({"command": ["python", "a.py", "--seed", "{seed}"]}, ["python", "a.py", "--seed", "1"]),
+        ({"command": ["python", "a.py", "--seed", "{seed}"]}, ["/env/bin/python", "a.py", "--seed", "1"]),
+        ({"command": ["bash", "a.sh"]}, ["bash", "a.sh"]),
         (
             {"launcher": "torchrun"},
             ["/env/bin/python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py"],

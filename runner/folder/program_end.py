@@ -53,7 +53,7 @@ def read_end(
     written = {**new_files(work, files), **{f"out/{name}": path for name, path in new_files(out, {}).items()}}
     results = next((written[name] for name in (f"out/{RESULTS_FILE}", RESULTS_FILE) if name in written), None)
     try:
-        figures = read_figures(find_logs(job, program, written), results, seed=job.key.seed)
+        figures = read_figures(find_logs(job, program, written, values), results, seed=job.key.seed)
     except ValueError as error:
         raise ProgramError(f"the program ended with 0, but {error}") from None
     findings, notes, columns = list(figures.findings), list(figures.notes), dict(figures.columns)
@@ -72,7 +72,8 @@ def read_end(
     notes += [f"not found in what it printed or wrote: {', '.join(missing)}"] * bool(missing)
     notes = list(dict.fromkeys(map(job.redact, notes)))
     findings = list(dict.fromkeys(map(job.redact, findings)))
-    columns["provenance_json"] = {**figures.provenance, "findings": findings, "notes": notes}
+    provenance = {name: job.redact(words) for name, words in figures.provenance.items()}
+    columns["provenance_json"] = {**provenance, "findings": findings, "notes": notes}
     metrics = {**columns, "code_changed": any(map(is_source, changed))}
     if code is not None:
         metrics |= {"code_bytes_as_files": code.as_files, "code_bytes_packed": code.packed}
@@ -82,11 +83,12 @@ def read_end(
     return End({"format": 1, "stage": PROGRAM_STAGE, "metrics": metrics, "outputs": outputs, **hashes}, figures.steps)
 
 
-def find_logs(job: Job, program: Program, written: Mapping[str, Path]) -> dict[str, Path]:
+def find_logs(job: Job, program: Program, written: Mapping[str, Path], values: Mapping[str, str]) -> dict[str, Path]:
     """Return what counts as a log: the files that the spec names, what each rank printed, other logs that it wrote."""
     from results.published.layout import LOG_SUFFIXES, MAX_LOG_BYTES, NOT_LOGS
 
-    named = {name: path for pattern in program.log for name, path in written.items() if Path(name).match(pattern)}
+    patterns = [fill(pattern, values) for pattern in program.log]
+    named = {name: path for pattern in patterns for name, path in written.items() if Path(name).match(pattern)}
     ranks = {f"output of rank {rank}": job.log_path(rank) for rank in range(job.world_size)}
     printed = {name: path for name, path in ranks.items() if path.is_file()}
     others = {

@@ -45,7 +45,7 @@ from runner.life.causes import last_words
 from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
 from runner.provenance import PACKAGES, different_versions, machine, package_versions, settings
-from runner.spec.program import Program
+from runner.spec.program import Program, fill
 
 LOOK_S = 0.2
 READ_EVERY_S = 1.0
@@ -235,7 +235,8 @@ def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
     """
     from results.findings.program import read_progress
 
-    if not output.has_grown(path for pattern in program.log for path in place.work.glob(pattern)):
+    patterns = [fill(pattern, placeholders(rank.job, place)) for pattern in program.log]
+    if not output.has_grown(path for pattern in patterns for path in place.work.glob(pattern)):
         return
     newest = read_progress(output.new_lines())
     if newest is None:

@@ -37,7 +37,7 @@ KEPT_NAMES = frozenset({
 })  # fmt: skip
 KEPT_PREFIXES = ("LC_", "SSL_CERT", *(prefix for prefix in SETTING_PREFIXES if not prefix.startswith("PYTHON")))
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
-OURS_ONLY = ("CUDA_VISIBLE_DEVICES",)
+PYTHONS = ("python", "python3")  # the interpreter of the program's environment, whatever PATH calls so
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,10 +188,10 @@ def make_command(job: Job, program: Program, place: Place) -> list[str]:
     words = [fill(word, values) for word in program.command]
     first = PurePath(words[0]).name
     if program.launcher == "none":
-        return words
+        return [place.python, *words[1:]] if words[0] in PYTHONS else words
     if first == "torchrun":
         return [place.python, "-m", "torch.distributed.run", *words[1:]]
-    script = words[1:] if first in ("python", "python3") else ["--no-python", *words]
+    script = words[1:] if words[0] in PYTHONS else ["--no-python", *words]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.world_size}"]
     return [place.python, *start, *script]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -50,11 +51,13 @@ def most_idle(
 
 
 def last_words(log_tail: str) -> str:
-    """Return the last line of a log, what the handlers of a crash wrote left out; "" where there is none."""
+    """Return the last line of a log that has words, what the handlers of a crash wrote left out; "" without one."""
     crash = min((place for mark in CRASH_MARKS if (place := log_tail.find(mark)) >= 0), default=-1)
     if crash >= 0:
         log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
-    return next((line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if line.strip()), "")
+    return next(
+        (line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)), ""
+    )
 
 
 def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:

@@ -1,7 +1,8 @@
 """Somebody else's training program as a spec names it: its folder, its command, and what it finds around it.
 
-The command and the values of `env` may hold {seed}, {run_id}, {world_size}, {workdir} and {out}. Nothing secret is kept
-here: a marked value is a name in the driver's environment.
+The command and the values of `env` may hold {seed}, {run_id}, {world_size}, {workdir} and {out}; a brace that is meant
+as one is doubled, and a single one refused. Nothing secret is kept here: a marked value is a name in the driver's
+environment.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ PROGRAM_KEYS = ("folder", "command", "env", "seed_env", "inputs", "outputs", "re
 PLACEHOLDERS = ("seed", "run_id", "world_size", "workdir", "out")
 DEFAULT_COMMAND = ("python", "train_gpt.py")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")  # nothing else between them: JSON is left alone
+BRACES = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}|[{}]")
 # set for every process of a gang, as torchrun does; a value of the spec's own would only break it
 OURS = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
@@ -224,12 +225,14 @@ def inside(given: object, path: str) -> str:
 
 
 def check_placeholders(text: str, path: str) -> None:
-    """Raise ValueError, with the nearest, for a placeholder that there is not."""
+    """Raise ValueError, with the nearest, for a placeholder that there is not, and for a single brace."""
     for found in BRACES.finditer(text):
-        if found[1] not in PLACEHOLDERS:
+        if found[1] and found[1] not in PLACEHOLDERS:
             raise ValueError(f"{path}: unknown placeholder {{{found[1]}}}; {nearest(found[1], PLACEHOLDERS)}")
+        if len(found[0]) == 1:
+            raise ValueError(f"{path}: a single {found[0]} in {text[:60]!r}; double the braces that are meant as such")
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Return text with its placeholders filled in."""
-    return BRACES.sub(lambda found: values[found[1]], text)
+    """Return text with its placeholders filled in and doubled braces made single."""
+    return BRACES.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
