@@ -30,7 +30,8 @@ from runner.folder.program_files import (
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import LocalStorage
 from runner.gang.kept import GANG_VARIABLE, Keeper, Output
-from runner.gang.program_place import hold_port
+from runner.gang.program import describe_end
+from runner.gang.program_place import TORCHRUN, hold_port
 from runner.machine.environments import MARK, environment_name, make_environment, why_not_installed
 
 LOG = """seed: 42
@@ -182,6 +183,37 @@ def test_a_program_that_cannot_be_started_says_why(tmp_path: Path) -> None:
     assert keeper.has_ended.wait(20)
     assert keeper.answer("error") == "/no/such: No such file or directory"
     keeper.close()
+
+
+ELASTIC = """about to give up
+W1127 07:10:54.1 148 torch/distributed/elastic/multiprocessing/api.py:900] Sending process 9 closing signal SIGTERM
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 15005)
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "tail", "words"),
+    [
+        (["/bin/python", "a.py", "x"], 3 << 8, "a\nb\n---\n", "python a.py exited with code 3, last in its log: 'b'"),
+        (["python"], 9, "", "python killed by SIGKILL"),
+        (["python"], None, "", "python was ended, because the process that keeps it was killed"),
+        (
+            ["python", "-m", TORCHRUN], 1 << 8, ELASTIC.format(code=3),
+            "torchrun saw rank 1 exit with code 3, last in its log: 'about to give up'",
+        ),
+        (
+            ["python", "-m", TORCHRUN], 1 << 8, ELASTIC.format(code=-9),
+            "torchrun saw rank 1 killed by SIGKILL, last in its log: 'about to give up'",
+        ),
+    ],
+)  # fmt: skip
+def test_how_a_process_ended_is_one_line(command: list[str], status: int | None, tail: str, words: str) -> None:
+    assert describe_end(command, status, tail) == words
 
 
 def test_a_held_port_is_one_that_a_server_of_the_program_can_listen_at() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from runner.gang.attempt import GPU_SAMPLES, note_attempt, save_samples, wait_fo
 from runner.gang.inquest import CRASHES, End, signal_name
 from runner.gang.kept import Keeper, Output
 from runner.gang.program_place import (
+    TORCHRUN,
     Place,
     attempt_folder,
     check_inputs,
@@ -53,6 +55,8 @@ START_S = 60.0  # for a process to be started
 MAX_USED_BYTES = 2 << 30  # of a GPU that counts as idle: an earlier gang's memory may take a moment to be given back
 IDLE_WAIT_S = 30.0
 MAX_NAME = 80  # of a command in a message
+ROOT_CAUSE = re.compile(r"Root Cause.*?^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
+FROM_TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)
 READY, DONE = "ready.json", "done"  # rank 0 has prepared; a rank's process has ended well
 
 T = TypeVar("T")
@@ -261,14 +265,27 @@ def judge(rank: Rank, command: Sequence[str], keeper: Keeper) -> None:
         note.write(f"left-{rank.rank}", str(left).encode())
     if status == 0:
         return
-    last = last_words(rank.log_tail())
-    name = " ".join([PurePath(command[0]).name, *command[1:2]])[:MAX_NAME]
-    words = End(status=status).words or "was ended, because the process that keeps it was killed"
     is_signal = status is None or os.WIFSIGNALED(status)
     raise ProgramError(
-        f"{name} {words}" + f", last in its log: {last!r}" * bool(last), at=keeper.answer("at"),
+        describe_end(command, status, rank.log_tail()), at=keeper.answer("at"),
         kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status),
     )  # fmt: skip
+
+
+def describe_end(command: Sequence[str], status: int | None, tail: str) -> str:
+    """Return in one line how a process ended that did not end well; of torchrun's ranks the one that failed first."""
+    name = " ".join([PurePath(command[0]).name, *command[1:2]])[:MAX_NAME]
+    words = End(status=status).words or "was ended, because the process that keeps it was killed"
+    root = ROOT_CAUSE.search(tail)
+    if TORCHRUN in command and root is not None:
+        code = int(root[2])
+        name, words = (
+            "torchrun",
+            f"saw rank {root[1]} " + (f"killed by {signal_name(-code)}" if code < 0 else f"exit with code {code}"),
+        )
+        tail = FROM_TORCHRUN.split(tail)[0]
+    last = last_words(tail)
+    return f"{name} {words}" + f", last in its log: {last!r}" * bool(last)
 
 
 def advise(status: int | None) -> str:

@@ -37,6 +37,7 @@ KEPT_NAMES = frozenset({
 })  # fmt: skip
 KEPT_PREFIXES = ("LC_", "SSL_CERT", *(prefix for prefix in SETTING_PREFIXES if not prefix.startswith("PYTHON")))
 PROXIES = frozenset({"http_proxy", "https_proxy", "no_proxy", "all_proxy"})
+TORCHRUN = "torch.distributed.run"
 PYTHONS = ("python", "python3")  # the interpreter of the program's environment, whatever PATH calls so
 
 
@@ -190,9 +191,9 @@ def make_command(job: Job, program: Program, place: Place) -> list[str]:
     if program.launcher == "none":
         return [place.python, *words[1:]] if words[0] in PYTHONS else words
     if first == "torchrun":
-        return [place.python, "-m", "torch.distributed.run", *words[1:]]
+        return [place.python, "-m", TORCHRUN, *words[1:]]
     script = words[1:] if words[0] in PYTHONS else ["--no-python", *words]
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.world_size}"]
+    start = ["-m", TORCHRUN, "--standalone", f"--nproc_per_node={job.world_size}"]
     return [place.python, *start, *script]
 
 
