@@ -40,9 +40,9 @@ def run_pipeline(args: argparse.Namespace, corpus: Path, out: Path) -> int:
         },
         "overrides": {
             "model": {"vocab_size": VOCAB_SIZE}, "train": {"max_steps": args.steps, "budget_s": None},
-            "evaluation": {"row_tokens": 8192}, "runtime": {"device": "cuda", "attention": args.attention},
+            "evaluation": {"row_tokens": 8192}, "runtime": {"device": "cuda" if args.gpus else "cpu", "attention": args.attention if args.gpus else "auto"},
         },
-        "gang": {"gpus": 1, "cpus": args.cpus},
+        "gang": {"gpus": args.gpus, "cpus": args.cpus},
     }  # fmt: skip
     return run_sweep(parse_spec(spec), Options(progress="plain"))
 
@@ -52,7 +52,7 @@ def run_program(args: argparse.Namespace, corpus: Path, folder: Path, out: Path)
     data = [f"{corpus}/*_train_*.bin", f"{corpus}/*_val_*.bin", str(corpus / "builtin.model")]
     train, val, tokenizer = data
     spec = {
-        "name": "gpu-program", "seeds": list(SEEDS), "out": str(out), "gang": {"gpus": 1, "cpus": args.cpus},
+        "name": "gpu-program", "seeds": list(SEEDS), "out": str(out), "gang": {"gpus": args.gpus, "cpus": args.cpus},
         "program": {
             "folder": str(folder), "inputs": data, "outputs": {"model": "model.ssq"},
             "command": [
@@ -98,8 +98,9 @@ def main() -> int:
     parser.add_argument("--cpus", type=int, default=4, help="of each gang")
     parser.add_argument("--preset", default="bench_500")
     parser.add_argument("--attention", default="triton", help="one kernel for both: a stopwatch may choose another")
+    parser.add_argument("--gpus", type=int, default=1, help="of each gang; 0 tries this script on a CPU, with tiny")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.gpus and not torch.cuda.is_available():
         print("a GPU is needed", file=sys.stderr)
         return 2
     begun, out = time.monotonic(), args.out.absolute()
@@ -122,7 +123,7 @@ def main() -> int:
         "seconds": round(time.monotonic() - begun, 1),
     }  # fmt: skip
     print(json.dumps(summary), flush=True)
-    return 0 if equal and (at_once or torch.cuda.device_count() < 2) else 1
+    return 0 if equal and (at_once or torch.cuda.device_count() < 2 * args.gpus) else 1
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import pytest
 
 from jobs.cli import main
 from results import load
+from runner.folder.storage import open_storage
 from tests.sweep_tools import state_of
 from tests.test_program_ray import failures_of, mischiefs, nothing_is_left, write_spec
+from tests.test_runner_storage import server, uri
 
-__all__ = ["nothing_is_left"]
+__all__ = ["nothing_is_left", "server", "uri"]
 FAULTS = {
     1: ("kill", "python train_gpt.py killed by SIGKILL"),
     2: ("exit", "python train_gpt.py exited with code 3, last in its log: 'about to give up'"),
@@ -45,11 +47,26 @@ def test_a_program_becomes_rows_and_is_not_run_again(tmp_path: Path, capsys: pyt
     capsys.readouterr()
     assert main(["table", str(tmp_path / "out")]) == 0
     assert "note: seed 42: post_ttt_bpb: results.json says 1.5, output of rank 0 shows 1.0" in capsys.readouterr().out
+    assert main(["export", str(tmp_path / "out"), "-o", str(tmp_path / "e"), "--author", "a", "--github-id", "b"]) == 2
+    assert "figures of somebody else's program are not ours to export" in capsys.readouterr().err
     assert run(spec) == 0
     assert len(load(tmp_path / "out")) == 1
     spec.write_text(spec.read_text().replace("STEP_S: 0.001", "STEP_S: 0.002"))
     assert run(spec) == 2
     assert "program.env.STEP_S 0.001, now 0.002" in capsys.readouterr().err
+
+
+def test_behind_a_uri_the_folder_comes_from_the_store_and_what_the_program_left_goes_there(
+    uri: str, tmp_path: Path
+) -> None:
+    assert run(write_spec(tmp_path, seeds=[42], env={"STEP_S": 0.001}, out=uri)) == 0
+    (row,) = load(uri).to_dict("records")
+    storage = open_storage(uri)
+    assert storage.names("program") == [f"{row['code_hash']}.tar"]
+    folder = "seeds/seed=42-repeat=0"
+    assert "final_model.int6.ptz" in storage.names(f"{folder}/program/attempt=1/work")
+    assert "attempt=1-rank=0.log" in storage.names(f"{folder}/logs")
+    assert (row["model_bytes"], row["post_ttt_bpb"] > 0) == (3260, True)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from model.config import RunConfig
 from model.data import remembered
 from results.findings.program import RESULT_KEYS, read_figures, read_progress, without_idle_lines
 from results.schema import SCORES, column_names
@@ -30,9 +31,12 @@ from runner.folder.program_files import (
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import LocalStorage
 from runner.gang.kept import GANG_VARIABLE, Keeper, Output
-from runner.gang.program import describe_end
+from runner.gang.program import describe_end, is_finished
 from runner.gang.program_place import TORCHRUN, hold_port
+from runner.gang.rank import Rank
+from runner.life.job import Job
 from runner.machine.environments import MARK, environment_name, make_environment, why_not_installed
+from runner.spec.sweep import RunKey
 
 LOG = """seed: 42
 step:1/2 train_loss:3.0 train_time:10ms
@@ -175,6 +179,23 @@ def test_nothing_of_a_program_outlives_it_however_it_ends(how: str, tmp_path: Pa
         assert (keeper.answer("ended"), keeper.answer("left")) == (0, 2)
     elif how == "stop":
         assert keeper.answer("status") == signal.SIGKILL
+
+
+def test_a_program_that_ended_under_an_earlier_driver_is_not_run_again(tmp_path: Path) -> None:
+    hashes = {"config_hash": "c", "code_hash": "f", "data_hash": None}
+    job = Job(
+        key=RunKey(seed=1), attempt=2, config=RunConfig(), world_size=1, threads=1, uses_gpus=False,
+        workdir=str(tmp_path), out=str(tmp_path), record=hashes,
+    )  # fmt: skip
+    assert not is_finished(Rank(job, 0))
+    record = tmp_path / "stages" / "program.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({**hashes, "data_hash": "d"}))  # as only the node knew the inputs
+    assert is_finished(Rank(job, 0))
+    record.write_text(json.dumps({**hashes, "code_hash": "other"}))
+    assert not is_finished(Rank(job, 0))
+    record.write_text("{")
+    assert not is_finished(Rank(job, 0))
 
 
 def test_a_program_that_cannot_be_started_says_why(tmp_path: Path) -> None:
