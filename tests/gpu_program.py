@@ -32,6 +32,7 @@ FIGURES = [f"{stage}_{figure}" for stage in STAGES for figure in ("nats", "token
 
 def run_pipeline(args: argparse.Namespace, corpus: Path, out: Path) -> int:
     """Run our own pipeline over the seeds."""
+    runtime = {"device": "cuda", "attention": args.attention} if args.gpus else {"device": "cpu"}
     spec = {
         "name": "gpu-pipeline", "preset": args.preset, "seeds": list(SEEDS), "out": str(out),
         "data": {
@@ -40,7 +41,7 @@ def run_pipeline(args: argparse.Namespace, corpus: Path, out: Path) -> int:
         },
         "overrides": {
             "model": {"vocab_size": VOCAB_SIZE}, "train": {"max_steps": args.steps, "budget_s": None},
-            "evaluation": {"row_tokens": 8192}, "runtime": {"device": "cuda" if args.gpus else "cpu", "attention": args.attention if args.gpus else "auto"},
+            "evaluation": {"row_tokens": 8192}, "runtime": runtime,
         },
         "gang": {"gpus": args.gpus, "cpus": args.cpus},
     }  # fmt: skip
