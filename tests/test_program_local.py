@@ -23,7 +23,7 @@ FAULTS = {
     5: ("remove", 'python train_gpt.py exited with code 1, last in its log: "FileNotFoundError'),
     6: ("hang", "no progress for "),
 }
-HARMLESS = {11: "daemon", 12: "flood", 13: "stderr", 14: "alter", 15: "seed"}
+HARMLESS = {11: "daemon", 12: "flood", 13: "stderr", 14: "alter", 15: "seed", 16: "mumble"}
 FINDINGS = {
     11: ["rank 0 ended and left 1 process(es) behind, which were ended"],
     14: ["the program changed or removed files of its own folder: helper.py"],

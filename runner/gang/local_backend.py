@@ -26,6 +26,7 @@ from runner.spec.sweep import RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05
+BEAT_EVERY_S = 1.0
 CLOSE_S = 5.0  # for a run to end with its driver
 THREAD_NAME = "seedsweep-"  # of threads that cannot be ended; jobs.cli ends the process under them
 
@@ -48,6 +49,7 @@ class LocalRun:
         self.rank = LocalRank(job, 0)
         self.outcome: Outcome | None = None
         self.serial_seen = 0
+        self.next_told = 0.0
         self.is_told = False
         self.thread = threading.Thread(target=self.work, name=f"{THREAD_NAME}{job.key.name}", daemon=True)
         self.thread.start()
@@ -84,13 +86,15 @@ class LocalRun:
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""
         events: list[states.Event] = []
-        outcome, beat = self.outcome, self.rank.beat()
-        if beat.serial != self.serial_seen:
-            self.serial_seen = beat.serial
+        outcome, beat, now = self.outcome, self.rank.beat(), time.monotonic()
+        is_news = beat.serial != self.serial_seen
+        if is_news or (self.rank.job.program is not None and now >= self.next_told):  # its limits hold here, too
+            self.serial_seen, self.next_told = beat.serial, now + BEAT_EVERY_S
+            idle = states.Idle(rank=None, where=beat.where, since=now - beat.idle_s)
             events.append(
                 states.Progress(
                     key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
-                    metrics=beat.metrics,
+                    metrics=beat.metrics, is_news=is_news, idle=idle,
                 )
             )  # fmt: skip
         if outcome is not None and not self.is_told:

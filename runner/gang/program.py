@@ -242,9 +242,9 @@ def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
     patterns = [fill(pattern, placeholders(rank.job, place)) for pattern in program.log]
     if not output.has_grown(path for pattern in patterns for path in place.work.glob(pattern)):
         return
-    newest = read_progress(output.new_lines())
+    newest, seen = read_progress(output.new_lines()), rank.newest
     if newest is None:
-        rank.tick()
+        rank.report(seen.phase, seen.step, seen.total, {**seen.metrics, "output_bytes": sum(output.sizes.values())})
         return
     step = rank.newest.step if newest.step is None else newest.step
     total = rank.newest.total if newest.step is None else newest.total
