@@ -91,10 +91,11 @@ def fill_environment(place: Path, requirements: Path, tick: Callable[[], None]) 
 def why_not_installed(said: str) -> str:
     """Return one line on an installation that failed: no network, or what the installer said."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    telling = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    errors = [line for line in lines if line.lower().startswith("error")]
+    telling = (errors or lines or ["nothing was said"])[-1]
     if any(word in said.lower() for word in OFFLINE):
         return (
-            f"packages cannot be had, the index does not answer ({first_line(telling, limit=160)}); give this node a "
+            f"packages cannot be had, the index does not answer ({first_line(telling, limit=90)}); give this node a "
             f"network or a mirror, or leave requirements out and install them beside seedsweep"
         )
     return f"packages cannot be installed ({first_line(telling, limit=200)})"
