@@ -128,7 +128,7 @@ def prepare(rank: Rank, program: Program, port: int) -> Prepared:
     work, hashes = make_folders(job, program)
     python = find_python(rank, program, work)
     if program.requirements:
-        versions = versions_in(Path(python), PACKAGES)
+        versions = {**versions_in(Path(python), PACKAGES), "seedsweep": versions["seedsweep"]}
     facts = {
         "versions": versions, "inputs": inputs, "files": hashes,
         "hardware": {**hardware, "settings": settings(kept_environment(os.environ))},

@@ -98,9 +98,7 @@ class Rank:
         except Interrupted:
             return Outcome(kind="interrupted", at=time.time())
         except (Exception, SystemExit) as error:
-            if isinstance(
-                error, ValueError | ProgramError
-            ):  # a person's mistake: one line, the traceback is in the events
+            if isinstance(error, ValueError | ProgramError | PreflightError):  # the traceback is in the events
                 logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
             else:
                 logger.exception("rank %d failed", self.rank)
