@@ -31,6 +31,7 @@ from model.quant.quantized import dequantize
 from model.quant.rounded import save_rounded
 from model.quant.sensitivity import LossProbe
 from model.report import Report
+from model.score.identity import describe_validation
 from model.score.plain import evaluate_plain
 from model.train.trainer import Trainer
 from model.ttt.documents import score_documents
@@ -121,6 +122,7 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
         probe = LossProbe(model, loader, config.quant, seed=config.seed)
         metrics |= save_rounded(path, trained.ema, hessians, config, probe=probe, meta=meta, code_bytes=code_bytes)
     dist.barrier()
+    metrics |= describe_validation(tokenizer, validation, dist)
     model.load_state_dict(dequantize(load_artifact(path)[1]))
     warm_up_scoring(model, tokenizer.byte_table, config, dist)
     return metrics | score_model(model, validation, tokenizer.byte_table, config, dist, report)

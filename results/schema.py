@@ -84,7 +84,7 @@ STEP_COLUMNS = (
 
 STAGE_COLUMNS = (
     *KEYS,
-    Column("stage", "string", "train, quantize, evaluate or ttt", True),
+    Column("stage", "string", "train, quantize, evaluate or ttt; program: somebody else's program as a whole", True),
     Column("seconds", "float64", "wall clock of the stage"),
     Column("metrics_json", "string", "every metric of the stage record"),
     Column("outputs_json", "string", "output files with bytes and sha256"),
@@ -116,10 +116,10 @@ RUN_COLUMNS = (
     Column("error", "string", "root cause of a failed attempt, one line"),
     Column("error_rank", "int32", "the rank that failed first"),
     Column("sweep", "string", "name of the sweep, or of the imported record"),
-    Column("source", "string", "run, or where imported figures came from"),
+    Column("source", "string", "run, program (somebody else's), or where imported figures came from"),
     Column("config_json", "string", "the resolved configuration"),
     Column("data_hash", "string", "sha256 over shards and tokenizer"),
-    Column("code_hash", "string", "sha256 over the sources of the four packages"),
+    Column("code_hash", "string", "sha256 over the sources of the four packages; of a program over its folder"),
     Column("code_changed", "bool", "continued by --allow-code-change: other code, device, versions, threads or kernel"),
     Column("git_commit", "string", "commit of the working tree"),
     Column("git_dirty", "bool", "the working tree had uncommitted changes"),
@@ -183,7 +183,11 @@ RUN_COLUMNS = (
     ),
     Column("peak_memory_bytes", "int64", "largest memory of any rank in any stage"),
     Column("is_slow", "bool", "flagged as slower than its sweep's other seeds"),
-    Column("provenance_json", "string", "for imported figures: column -> file and label it was read from"),
+    Column(
+        "provenance_json",
+        "string",
+        "of figures read from logs: column -> file and label; findings and notes of a program",
+    ),
 )
 
 COLUMNS: dict[str, tuple[Column, ...]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,12 +23,13 @@ SEED_KEYS = (
     "seed", "repeat", "state", "attempts", "steps", "live_bpb", "post_ema_bpb", "pre_ttt_bpb", "ttt_lr0_bpb",
     "post_ttt_bpb", "artifact_bytes", "within_limit", "train_s", "quantize_s", "evaluate_s", "ttt_s",
 )  # fmt: skip
+PROGRAM = "program"  # the source of rows that somebody else's program left
 STEPS_TOLERANCE = 0.01  # of the median, before a seed is marked
 MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemptions")
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
 TABLE_COLUMNS = (
     *SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "sliding_bpb", "error", "order0_bpb", "code_bytes_convention",
-    "variant", "reused_stages",
+    "variant", "reused_stages", "source", "provenance_json",
 )  # fmt: skip
 
 # heading, key, decimals (None: a difference of two keys, with sign)
@@ -80,7 +82,7 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     columns = (rows.frame[name].tolist() for name in TABLE_COLUMNS)
     seeds = [_seed_row(dict(zip(TABLE_COLUMNS, values))) for values in zip(*columns)]
     identity, notes = _identity(seeds)
-    notes = [*rows.notes, *notes, *_unmeasured(seeds)]
+    notes = [*rows.notes, *notes, *_unmeasured(seeds), *_said_of_programs(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
     _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
@@ -172,13 +174,28 @@ def _identity(seeds: list[dict[str, Any]]) -> tuple[dict[str, str | None], list[
 
 
 def _unmeasured(seeds: list[dict[str, Any]]) -> list[str]:
-    """Return a note for every finished row that lacks its final score."""
+    """Return a note for every finished row that lacks its final score; a program's may be of another stage."""
     return [
         f"seed={row['seed']} repeat={row['repeat']}: DONE, but post_ttt_bpb is missing or not a number; "
         "left out of its summary"
         for row in seeds
-        if row["state"] == FINISHED and row["post_ttt_bpb"] is None
+        if row["state"] == FINISHED and row["post_ttt_bpb"] is None and row["source"] != PROGRAM
     ]
+
+
+def _said_of_programs(seeds: list[dict[str, Any]]) -> list[str]:
+    """Return what was found in, and what is missing from, the logs of somebody else's program, equal words once."""
+    said: dict[str, list[str]] = {}
+    for row in seeds:
+        if row["state"] != FINISHED or row["source"] != PROGRAM:
+            continue
+        name = f"{row['seed']}" + f" (repeat {row['repeat']})" * bool(row["repeat"])
+        if row["post_ttt_bpb"] is None:
+            said.setdefault("no post-TTT score; it is left out of that summary", []).append(name)
+        provenance = json.loads(row["provenance_json"] or "{}")
+        for line in (*provenance.get("findings", ()), *provenance.get("notes", ())):
+            said.setdefault(line, []).append(name)
+    return [f"seed{'s' * (len(names) > 1)} {', '.join(names)}: {line}" for line, names in said.items()]
 
 
 def seed_means(finished: list[dict[str, Any]], column: str) -> dict[int, float]:

@@ -130,5 +130,13 @@ class PreflightError(RuntimeError):
     """This node is not fit for the gang; another one may be."""
 
 
+class ProgramError(RuntimeError):
+    """Somebody else's program did not do what it was started for."""
+
+    def __init__(self, message: str, *, kind: Kind = Kind.RAISED, advice: str = "", at: float | None = None) -> None:
+        super().__init__(message)
+        self.kind, self.advice, self.at = kind, advice, at  # at: seconds since 1970
+
+
 class NoRoomError(PreflightError):
     """The run directory's disk is full, and nobody made room in time."""

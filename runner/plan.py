@@ -11,9 +11,8 @@ from model.report import STAGES
 from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
 from runner.machine.packages import missing_packages
-from runner.provenance import code_hash, data_hash, data_problems
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import finished_attempts
+from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
 from runner.work import identities
 
 
@@ -86,12 +85,13 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     """Return the plan of spec on nodes, reading the run directory and the data but changing nothing."""
     is_here = [node.node_id for node in nodes] == [HERE]
     uses_gpus = spec.gang.gpus > 0
-    packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in spec.variants] if is_here else []
+    recipes = spec.variants if is_here and spec.program is None else ()
+    packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in recipes]
     problems = [line for line in (why_infeasible(nodes, spec.gang), *dict.fromkeys(packages)) if line]
-    missing = data_problems(spec.config.data)
-    hashes = {"config_hash": spec.config_hash, "code_hash": code_hash()}
-    if not missing:
-        hashes["data_hash"] = data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
+    missing = lacking(spec)
+    hashes = {"config_hash": spec.config_hash, "code_hash": hash_code(spec)}
+    if not missing and (found := hash_what_is_read(spec)):
+        hashes["data_hash"] = found
     runs = what_is_left(spec)
     seed_s, source = estimate_s(spec)
     stages: tuple[StagePlan, ...] = ()
@@ -130,6 +130,8 @@ def estimate_s(spec: SweepSpec) -> tuple[float | None, str]:
         took = (done["ended_at"] - done["started_at"]).dt.total_seconds().dropna()
         if len(took):
             return float(took.mean()), f"mean of {len(took)} finished runs here"
+    if spec.program is not None:
+        return None, "unknown: no finished run here, and a program does not say how long it takes"
     budget_s = spec.config.train.budget_s
     if budget_s is None:
         return None, "unknown: no finished run here, and training counts steps, not seconds"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from model.fields import plain_settings
@@ -18,6 +19,8 @@ from model.pipeline.differences import code_words, data_words, settings_words
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.folder.fence import yield_s
+from runner.folder.program_files import find_files, folder_hash, hash_files, list_names
+from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
 from runner.life.states import Run, State
@@ -30,7 +33,7 @@ from runner.spec.gang import Gang
 from runner.spec.places import absolute_path
 from runner.spec.sweep import BASE, RunKey, SweepSpec
 from runner.view.progress import open_view
-from runner.work import Options, SweepWork
+from runner.work import Options, SweepWork, read_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
     if not (options.address or is_ray_job()):
         check_this_machine(spec, needs_gang=not options.is_local)
+    read_secrets(spec)  # refused before anything starts
     directory = SweepDirectory(open_storage(spec.out))
     with signals_end(raise_interrupt):
         check_writable(directory.storage)
@@ -67,12 +71,44 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
 
 def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
     """Raise SweepError if this machine lacks packages, Infeasible, with missing data named too, if it holds no gang."""
-    for variant in spec.variants:
+    for variant in spec.variants if spec.program is None else ():
         if missing := missing_packages(variant.config, uses_gpus=spec.gang.gpus > 0):
             raise SweepError(missing)
     problem = why_infeasible([this_machine()], spec.gang) if needs_gang else ""
     if problem and not spec.limits.wait_s:
-        raise Infeasible("; ".join([problem, *data_problems(spec.config.data)]))
+        raise Infeasible("; ".join([problem, *lacking(spec)]))
+
+
+def lacking(spec: SweepSpec) -> list[str]:
+    """Return one line for each thing that the sweep reads and this machine lacks."""
+    return data_problems(spec.config.data) if spec.program is None else input_problems(spec.program.inputs)
+
+
+def hash_what_is_read(spec: SweepSpec) -> str | None:
+    """Return the hash of the sweep's data, or of the inputs of its program, None where that names none.
+
+    Raises ValueError or FileNotFoundError if something is damaged, or missing.
+    """
+    if spec.program is None:
+        return data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
+    return combine_inputs(hash_inputs(spec.program.inputs)) if spec.program.inputs else None
+
+
+def files_read(spec: SweepSpec) -> dict[str, Any]:
+    """Return what the data hash is taken over, by file."""
+    if spec.program is None:
+        return data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
+    return dict(hash_inputs(spec.program.inputs)) if not lacking(spec) else {}
+
+
+def hash_code(spec: SweepSpec) -> str:
+    """Return the hash of the sources that compute a score: ours, or those in the folder of a program."""
+    return code_hash() if spec.program is None else folder_hash(program_files(spec))
+
+
+def program_files(spec: SweepSpec) -> dict[str, str]:
+    """Return the sha256 of each file in the folder of a sweep's program, {} where it has none."""
+    return hash_files(find_files(Path(spec.program.folder))) if spec.program is not None else {}
 
 
 def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
@@ -87,7 +123,7 @@ def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "config_hash": spec.config_hash,
         **({"variants": spec.variant_hashes} if spec.ablation else {}),
         "data_hash": known_data_hash(spec, options),
-        "code_hash": code_hash(),
+        "code_hash": hash_code(spec),
         "git_commit": git.commit,
         "git_dirty": git.is_dirty,
         "versions": package_versions(),
@@ -111,7 +147,7 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
     announcements = list(earlier.get("announcements", []))
     if not announcements or {**announcements[-1], "time": ""} != {**announced, "time": ""}:
         announcements.append(announced)
-    files = data_files(spec.config.data, vocab_size=spec.config.model.vocab_size) if record["data_hash"] else {}
+    files = files_read(spec) if record["data_hash"] else {}
     is_ablation = bool(spec.ablation) or "variants" in earlier
     known = {**spec.variant_hashes, **recorded_variants(earlier)} if is_ablation else {}  # the baseline first
     whole = {
@@ -120,6 +156,7 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
         "machine": machine(),
         "spec": spec.to_json(),
         "data": files or earlier.get("data", {}),
+        **({"program_files": program_files(spec)} if spec.program is not None else {}),
         "announcements": announcements,
     }
     directory.write_json("sweep.json", {**whole, "created": earlier.get("created", utc(time.time()))})
@@ -132,9 +169,9 @@ def known_data_hash(spec: SweepSpec, options: Options) -> str | None:
     Raises ValueError or FileNotFoundError if data is damaged, or missing where the work is done on this machine.
     """
     has_other_nodes = options.address is not None or is_ray_job() or spec.fetch is not None
-    if has_other_nodes and data_problems(spec.config.data):
+    if has_other_nodes and lacking(spec):
         return None  # each gang's node is checked before the gang works
-    return data_hash(spec.config.data, vocab_size=spec.config.model.vocab_size)
+    return hash_what_is_read(spec)
 
 
 def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec, shown: str, options: Options) -> None:
@@ -148,15 +185,16 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
             raise Refused(f"{shown} was made by another {words} ({why}); {fix}")
     before, now = earlier.get("data_hash"), record["data_hash"]
     if before and now and before != now:
-        files = data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
-        why = data_words(earlier.get("data") or {}, files) or f"{before[:12]}, now {now[:12]}"
+        why = data_words(earlier.get("data") or {}, files_read(spec)) or f"{before[:12]}, now {now[:12]}"
         raise Refused(f"{shown} was made by another data set ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:
-        raise Refused(
-            f"{shown} was made by other code ({code_words(earlier, record)}); "
-            f"choose another --out, or continue and mark the rows with --allow-code-change"
-        )
+        made = f"was made by other code ({code_words(earlier, record)})"
+        if spec.program is not None:
+            old, new = earlier.get("program_files") or {}, program_files(spec)
+            differing = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            made = f"was made by other files in program.folder ({list_names(differing)})"
+        raise Refused(f"{shown} {made}; choose another --out, or continue and mark the rows with --allow-code-change")
 
 
 def recorded_variants(earlier: dict[str, Any]) -> dict[str, str]:
@@ -171,6 +209,9 @@ def variant_differences(variant: str, earlier: dict[str, Any], spec: SweepSpec) 
     configs = {item["name"]: item["config"] for item in recorded.get("ablation") or ()} or {
         BASE: recorded.get("config", {})
     }
+    if spec.program is not None or recorded.get("program"):
+        ours = {"program": spec.program.to_json() if spec.program is not None else None}
+        return settings_words({"program": recorded.get("program")}, ours)
     if variant not in configs:
         return ""
     (now,) = (item.config for item in spec.variants if item.name == variant)
@@ -240,7 +281,8 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         directory.write_state(spec.name, runs, time.time() - time.monotonic())
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
     with open_backend(spec, options) as (backend, grace_s):
-        limits = replace(spec.limits, **LOCAL_LIMITS) if options.is_local else spec.limits
+        is_endless = options.is_local and spec.program is None
+        limits = replace(spec.limits, **LOCAL_LIMITS) if is_endless else spec.limits
         sweep = SweepWork(spec, record, options, directory)
         logger.info("sweep=%s runs=%d slots=%d", spec.name, len(runs), count_slots(backend.nodes(), spec.gang))
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
@@ -249,6 +291,7 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
             sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
+        sweep.keep_program()
         sweep.leave_probe()
         try:
             with signals_end(scheduler.interrupt):
@@ -270,7 +313,7 @@ def refuse_split_storage(runs: dict[RunKey, Run]) -> None:
             raise SweepError(run.failure.message)
 
 
-# A thread cannot be killed, so that limits which end in a kill do not apply to --local.
+# A thread cannot be killed, so that limits which end in a kill do not apply to --local, where it runs our pipeline.
 LOCAL_LIMITS: dict[str, Any] = {
     "start_s": float("inf"),
     "stall_s": float("inf"),

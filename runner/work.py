@@ -14,14 +14,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from model.fields import plain_settings
 from model.pipeline.identity import planning_identity
 from model.report import STAGES
-from runner.folder.commit import commit_run, read_json
+from runner.folder.commit import PROGRAM_STAGE, commit_run, read_json
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import open_mirror
+from runner.folder.program_files import find_files, keep_folder
 from runner.folder.storage import local_root, open_storage
-from runner.life.job import PIPELINE, Job
+from runner.life.job import PIPELINE, PROGRAM, PROGRAM_GRACE_S, Job
 from runner.life.sharing import Sharing
 from runner.life.states import Run, State
 from runner.provenance import Git
@@ -49,6 +49,7 @@ class SweepWork:
         self.root = local_root(spec.out) or scratch_root(spec.out)
         self.nodes: list[str] = []
         self.probe = ""
+        self.secrets = read_secrets(spec)
 
     def leave_probe(self) -> None:
         """Leave a file in the sweep's folder that every node must see."""
@@ -64,6 +65,12 @@ class SweepWork:
             with suppress(OSError):
                 (self.root / "probes").rmdir()
 
+    def keep_program(self) -> None:
+        """Put the folder of the program where every gang can take it from."""
+        if self.spec.program is not None:
+            files = find_files(Path(self.spec.program.folder))
+            keep_folder(open_storage(self.spec.out), files, self.record["code_hash"])
+
     def workdir(self, key: RunKey) -> Path:
         """Return the run directory of a run on this machine."""
         return self.root / "seeds" / key.name
@@ -77,7 +84,7 @@ class SweepWork:
             "variant": run.key.variant_name,
             "seed": run.key.seed,
             "repeat": run.key.repeat,
-            "config": plain_settings(config),
+            "config": self.spec.settings_for(run.key),
             "started_at": time.time() - time.monotonic() + run.placed_at,
         }
 
@@ -96,10 +103,15 @@ class SweepWork:
             allow_code_change=self.options.allow_code_change,
             record=self.record_of(run),
             fetch=self.spec.fetch,
-            target=self.options.target,
+            target=PROGRAM
+            if self.spec.program is not None and self.options.target == PIPELINE
+            else self.options.target,
             probe=self.probe,
             disk_s=self.spec.limits.disk_s,
             epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
+            program=self.spec.program,
+            secrets=self.secrets,
+            grace_s=PROGRAM_GRACE_S if self.spec.limits.stop_grace_s is None else self.spec.limits.stop_grace_s,
         )
 
     def share_stages(self, runs: Iterable[Run]) -> Sharing:
@@ -172,8 +184,18 @@ def identities(spec: SweepSpec, data_hash: str | None, code_hash: str) -> dict[R
 
 
 def stage_data_hash(workdir: Path) -> str | None:
-    """Return the data hash in a run's training record, None where there is none."""
-    return read_json(workdir / "stages" / "train.json").get("data_hash")
+    """Return the data hash in the record of a run's first stage, None where there is none."""
+    first = "train" if (workdir / "stages" / "train.json").exists() else PROGRAM_STAGE
+    return read_json(workdir / "stages" / f"{first}.json").get("data_hash")
+
+
+def read_secrets(spec: SweepSpec) -> dict[str, str]:
+    """Return the secret variables of a program as this process has them. Raises ValueError naming one not set."""
+    named = spec.program.secrets if spec.program is not None else {}
+    for name, source in named.items():
+        if source not in os.environ:
+            raise ValueError(f"program.env.{name}: {source} is not set in the environment of the driver; set it there")
+    return {name: os.environ[source] for name, source in named.items()}
 
 
 def scratch_root(out: str) -> Path:

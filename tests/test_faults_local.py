@@ -24,7 +24,7 @@ from runner.errors import NO_ROOM, DirectoryInUse, Failure, Kind, NoRoomError, R
 from runner.folder.directory import SweepDirectory
 from runner.folder.lease import Owner
 from runner.folder.storage import LocalStorage
-from runner.gang import worker
+from runner.gang import attempt as attempt_module
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.life.states import Run, State, why_give_up
@@ -252,15 +252,15 @@ def test_a_full_disk_is_waited_for_and_then_named_with_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage, free = shutil.disk_usage(tmp_path), iter([0, 0, 2 << 30])
-    monkeypatch.setattr(worker, "ROOM_EVERY_S", 0.01)
-    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _path: usage._replace(free=next(free)))
+    monkeypatch.setattr(attempt_module, "ROOM_EVERY_S", 0.01)
+    monkeypatch.setattr(attempt_module.shutil, "disk_usage", lambda _path: usage._replace(free=next(free)))
     rank = Rank(make_job(tmp_path, disk_s=30.0), 0)
-    assert worker.wait_for_room(rank) == 2 << 30
+    assert attempt_module.wait_for_room(rank) == 2 << 30
     assert f"0.0 GB free at {tmp_path}; 1.1 GB are needed" in str(rank.newest.metrics["note"])
-    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    monkeypatch.setattr(attempt_module.shutil, "disk_usage", lambda _path: usage._replace(free=0))
     rank = Rank(make_job(tmp_path, disk_s=0.05), 0)
     with pytest.raises(NoRoomError, match=r"0\.0 GB free at .*; 1\.1 GB are needed \(waited 0 s, limits\.disk_s=0\.05"):
-        worker.wait_for_room(rank)
+        attempt_module.wait_for_room(rank)
     assert NoRoomError.__name__ == NO_ROOM
 
 

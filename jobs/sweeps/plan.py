@@ -62,10 +62,11 @@ def print_plan(plan: Plan) -> None:
     from runner.view.progress import duration
 
     spec = plan.spec
-    print(f"sweep {spec.name}: preset {spec.preset}, {len(plan.runs)} run(s) -> {spec.out}")
+    what = f"preset {spec.preset}" if spec.program is None else f"program {spec.program.folder}"
+    print(f"sweep {spec.name}: {what}, {len(plan.runs)} run(s) -> {spec.out}")
     print(seeds_line(spec))
-    print("config:")
-    plain = json.loads(json.dumps(dataclasses.asdict(spec.config)))
+    print("config:" if spec.program is None else "program:")
+    plain = json.loads(json.dumps(dataclasses.asdict(spec.config) if spec.program is None else spec.program.to_json()))
     print("".join(f"  {line}\n" for line in yaml.safe_dump(plain, sort_keys=False).splitlines()), end="")
     for name, value in plan.hashes.items():
         print(f"{name}: {value}")

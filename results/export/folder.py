@@ -76,6 +76,10 @@ def render_submission(
     finished = rows.frame[rows.frame["state"] == FINISHED] if not rows.frame.empty else rows.frame
     if finished.empty:
         raise ValueError(f"{out}: no finished seed to export")
+    if finished["source"].eq("program").any():
+        raise ValueError(
+            f"{out}: figures of somebody else's program are not ours to export; export a sweep of a recipe"
+        )
     runs = finished.sort_values(["seed", "repeat"]).drop_duplicates("seed")
     _require_figures(runs)
     notes = [*rows.notes, *rows.problems, *_not_exported(rows.frame, runs)]

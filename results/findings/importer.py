@@ -103,7 +103,7 @@ def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding
     (out / RECORD_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     for run in _runs_to_commit(submission.record):
         log = submission.logs[run["log_file"]]
-        commit_attempt(out, run=_run_row(submission.record, run, log), steps=_step_arrays(log))
+        commit_attempt(out, run=run_row(submission.record, run, log), steps=step_arrays(log))
     return submission, findings
 
 
@@ -215,7 +215,7 @@ def _readme_text(root: Path, notes: list[str]) -> str:
         return ""
 
 
-def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
+def run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
     """Return the runs row of one imported seed, with the file and label each figure was read from."""
     hparams = run["hparams"]
     row: dict[str, Any] = {
@@ -249,7 +249,8 @@ def _run_row(record: Record, run: Run, log: Log) -> dict[str, Any]:
     return row
 
 
-def _step_arrays(log: Log) -> dict[str, np.ndarray]:
+def step_arrays(log: Log) -> dict[str, np.ndarray]:
+    """Return the columns of the steps table that a log's curve shows, {} without one."""
     if not log.steps:
         return {}
     names = ("step", "loss", "elapsed_s", "tokens_per_s", "is_looped")

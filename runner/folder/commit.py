@@ -19,8 +19,11 @@ from runner.spec.sweep import SweepSpec
 if TYPE_CHECKING:
     import numpy as np
 
+    from model.config import RunConfig
+
 DOCUMENT_FILES = ("evaluate.npz", "ttt.npz")
 MACHINE_COLUMNS = ("gpu_model", "driver_version", "cuda_version")
+PROGRAM_STAGE = "program"  # the only stage of a run of somebody else's program
 
 
 def commit_run(
@@ -41,7 +44,8 @@ def commit_run(
 
     record = {**record, **read_json(workdir / "attempt.json")}
     is_done = run.state in (State.COMMITTING, State.DONE)
-    stages = [read_json(path) for stage in STAGES if (path := workdir / "stages" / f"{stage}.json").exists()]
+    names = STAGES if spec.program is None else (PROGRAM_STAGE,) * is_done  # a program is finished or has no figures
+    stages = [read_json(path) for stage in names if (path := workdir / "stages" / f"{stage}.json").exists()]
     for stage in stages:
         if record.get("data_hash") and stage.get("data_hash") not in (None, record["data_hash"]):
             raise ValueError(
@@ -50,6 +54,7 @@ def commit_run(
     row = run_row(spec, run, record, stages, node_label=node_label)
     # surroundings count as code does; a run that failed may have done so over this very file
     is_changed = is_done and read_json(workdir / "run.json").get("code_changed") is True
+    is_changed |= any(stage["metrics"].get("code_changed") is True for stage in stages)
     commit_attempt(
         spec.out,
         run={**row, "code_changed": row["code_changed"] or is_changed},
@@ -68,7 +73,6 @@ def run_row(
     state = State.DONE if is_done else State.CANCELLED if run.is_cancelled else State.FAILED
     hardware = record.get("hardware", {})
     hashes = {stage.get("code_hash") for stage in stages} | {record.get("code_hash"), record.get("first_code_hash")}
-    config = spec.config_for(run.key)
     return {
         "variant": run.key.variant,
         "seed": run.key.seed,
@@ -80,7 +84,7 @@ def run_row(
         "error": run.failure.one_line if run.failure is not None and not is_done else None,
         "error_rank": run.failure.rank if run.failure is not None and not is_done else None,
         "sweep": spec.name,
-        "source": "run",
+        "source": "run" if spec.program is None else "program",
         "config_hash": record["config_hash"],
         "config_json": record["config"],
         "data_hash": next((stage["data_hash"] for stage in stages if stage.get("data_hash")), record.get("data_hash")),
@@ -96,9 +100,13 @@ def run_row(
         "world_size": record["world_size"],
         "started_at": record.get("started_at"),
         "ended_at": time.time(),
-        "vocab_size": config.model.vocab_size,
-        "size_limit_bytes": config.quant.size_limit_bytes,
+        **({} if spec.program is not None else recipe_columns(spec.config_for(run.key))),
     }
+
+
+def recipe_columns(config: RunConfig) -> dict[str, Any]:
+    """Return the columns that the configuration of our own pipeline decides; a program's come from what it says."""
+    return {"vocab_size": config.model.vocab_size, "size_limit_bytes": config.quant.size_limit_bytes}
 
 
 def step_rows(workdir: Path) -> dict[str, np.ndarray]:

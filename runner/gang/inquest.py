@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.folder.mirror import open_mirror
+from runner.gang.keeper import descendants
+from runner.gang.kept import size_of
 from runner.gang.rank import Rank
 from runner.life.job import Job
 
@@ -28,6 +30,8 @@ STACKS_NAME = "seedsweep-stacks"
 ANSWER_S = 2.0  # for a process to write its stacks
 QUIET_S = 0.2  # without a further line they are complete
 NOTE_S = 2.0  # for the note of a death to be written
+ABORT_S = 2.0  # for the processes of a program to write their stacks
+MAX_STACKS = 1 << 20  # bytes, of a program that goes on printing
 CRASHES = frozenset({"SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"})
 
 
@@ -102,6 +106,8 @@ def call_off(watch: subprocess.Popen[bytes]) -> None:
 
 def write_stacks(job: Job, ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write the stacks of every rank into files of their own and return the files; ranks as `hello` described them."""
+    if job.program is not None:
+        return write_program_stacks(job, ranks)
     asked = [(facts, ask_for_stacks(facts)) for facts in ranks]
     paths = []
     for facts, file in asked:
@@ -111,6 +117,33 @@ def write_stacks(job: Job, ranks: Sequence[Mapping[str, Any]]) -> list[str]:
         stacks = read_answer(file) if file is not None else b""
         path.write_bytes(head.encode() + (stacks or what_the_system_says(int(facts["pid"])).encode()))
         paths.append(str(path))
+    put_logs(job)
+    return paths
+
+
+def write_program_stacks(job: Job, ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Abort the processes of a program, so that Python's write their stacks into its log, and keep what they wrote.
+
+    They are to be killed anyway. A process that is no Python shows its threads as the system sees them.
+    """
+    begun = time.monotonic()
+    before = {int(facts["rank"]): size_of(job.log_path(int(facts["rank"]))) for facts in ranks}
+    seen = {}
+    for facts in ranks:
+        pids = descendants(int(facts["keeper"])) if facts.get("keeper") else []
+        seen[int(facts["rank"])] = "".join(f"pid {pid}: {threads_of(pid)}" for pid in pids)
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGABRT)
+                os.kill(pid, signal.SIGCONT)
+    time.sleep(max(0.0, ABORT_S - (time.monotonic() - begun)))
+    paths = []
+    for rank, size in before.items():
+        with contextlib.suppress(OSError), job.log_path(rank).open("rb") as file:
+            file.seek(size)
+            path = job.stacks_path(rank)
+            path.write_text(f"{seen[rank]}{job.redact(file.read(MAX_STACKS).decode(errors='replace'))}")
+            paths.append(str(path))
     put_logs(job)
     return paths
 
@@ -144,7 +177,12 @@ def read_answer(file: IO[bytes]) -> bytes:
 
 def what_the_system_says(pid: int) -> str:
     """Return where the system sees each thread of a process that does not answer."""
-    lines = ["it did not answer; its threads as the system sees them:"]
+    return "it did not answer; " + threads_of(pid)
+
+
+def threads_of(pid: int) -> str:
+    """Return the threads of a process with where the system sees each of them, a line each."""
+    lines = ["its threads as the system sees them:"]
     for task in sorted(Path(f"/proc/{pid}/task").glob("*")):
         words = []
         for name in ("comm", "wchan"):

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.report import Interrupted
+from runner.errors import Kind
+from runner.gang.inquest import write_stacks
 from runner.gang.rank import Rank
 from runner.life import states
 from runner.life.capacity import Node
@@ -24,6 +26,7 @@ from runner.spec.sweep import RunKey
 
 NODE_ID = "local"
 POLL_EVERY_S = 0.05
+BEAT_EVERY_S = 1.0
 CLOSE_S = 5.0  # for a run to end with its driver
 THREAD_NAME = "seedsweep-"  # of threads that cannot be ended; jobs.cli ends the process under them
 
@@ -46,13 +49,14 @@ class LocalRun:
         self.rank = LocalRank(job, 0)
         self.outcome: Outcome | None = None
         self.serial_seen = 0
+        self.next_told = 0.0
         self.is_told = False
         self.thread = threading.Thread(target=self.work, name=f"{THREAD_NAME}{job.key.name}", daemon=True)
         self.thread.start()
 
     def work(self) -> None:
         """Run the rank with its logging in a file of its own."""
-        path = self.rank.job.log_path(0)
+        path = self.rank.job.own_log_path(0)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handler = logging.FileHandler(path)
@@ -73,16 +77,24 @@ class LocalRun:
                 handler.close()
         self.outcome = outcome  # not before the log is closed: the driver goes on at once, and would write to it
 
+    def leave_stacks(self) -> None:
+        """Let the processes of a program write down where they stand; they are about to be ended."""
+        keeper = self.rank.keeper
+        if keeper is not None:
+            write_stacks(self.rank.job, [{**self.rank.hello(), "keeper": keeper.pid}])
+
     def poll(self) -> list[states.Event]:
         """Return the newest progress, and how the run ended."""
         events: list[states.Event] = []
-        outcome, beat = self.outcome, self.rank.beat()
-        if beat.serial != self.serial_seen:
-            self.serial_seen = beat.serial
+        outcome, beat, now = self.outcome, self.rank.beat(), time.monotonic()
+        is_news = beat.serial != self.serial_seen
+        if is_news or (self.rank.job.program is not None and now >= self.next_told):  # its limits hold here, too
+            self.serial_seen, self.next_told = beat.serial, now + BEAT_EVERY_S
+            idle = states.Idle(rank=None, where=beat.where, since=now - beat.idle_s)
             events.append(
                 states.Progress(
                     key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
-                    metrics=beat.metrics,
+                    metrics=beat.metrics, is_news=is_news, idle=idle,
                 )
             )  # fmt: skip
         if outcome is not None and not self.is_told:
@@ -134,6 +146,8 @@ class LocalBackend:
         else:
             self.is_releasing = True
             if self.running is not None:
+                if command.failure is not None and command.failure.kind is Kind.STALLED:
+                    self.running.leave_stacks()
                 self.running.rank.stop()
 
     def close(self) -> None:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from model.report import Interrupted
-from runner.errors import Failure, Kind, NoRoomError, OutNotShared, PreflightError, first_line, is_full
+from runner.errors import Failure, Kind, NoRoomError, OutNotShared, PreflightError, ProgramError, first_line, is_full
 from runner.folder.fence import fenced
 from runner.folder.mirror import Mirror, open_mirror
 from runner.folder.storage import local_root
+from runner.gang.kept import Keeper
 from runner.life.job import Beat, Job, Outcome
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Rank:
         self.node: dict[str, Any] = {}
         self.store: Any = None  # rank 0's rendezvous server; lives as long as the rank
         self.mirror: Mirror | None = None  # where finished files go beside this node's disk
+        self.keeper: Keeper | None = None  # who stands over this rank's process of a program
 
     def report(self, phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
         """Note progress; the driver fetches the newest note."""
@@ -96,12 +98,12 @@ class Rank:
         except Interrupted:
             return Outcome(kind="interrupted", at=time.time())
         except (Exception, SystemExit) as error:
-            if isinstance(error, ValueError):  # a person's mistake: one line, the traceback is in the events
+            if isinstance(error, ValueError | ProgramError | PreflightError):  # the traceback is in the events
                 logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
             else:
                 logger.exception("rank %d failed", self.rank)
             puts_logs = True  # rank 0 may be waiting for this one, and end without another word
-            return Outcome(kind="failed", at=time.time(), failure=self.failure_of(error))
+            return Outcome(kind="failed", at=getattr(error, "at", None) or time.time(), failure=self.failure_of(error))
         finally:
             if self.mirror is not None and puts_logs:
                 self.put_logs(self.mirror)
@@ -145,9 +147,13 @@ class Rank:
             kind = Kind.DISK
         if isinstance(error, ImportError):
             message = f"node {socket.gethostname()} lacks a package: {message}; install it there as at the driver"
+        if isinstance(error, ProgramError):
+            kind = error.kind
         return Failure(
-            kind=kind, rank=self.rank, node=socket.gethostname(), error_type=type(error).__name__, message=message,
-            at=self.newest.where, traceback="".join(traceback.format_exception(error)), log_tail=self.log_tail(),
+            kind=kind, rank=self.rank, node=socket.gethostname(), message=self.job.redact(message),
+            error_type="" if kind is Kind.DIED else type(error).__name__, at=self.newest.where,
+            advice=getattr(error, "advice", ""), log_tail=self.log_tail(),
+            traceback=self.job.redact("".join(traceback.format_exception(error))),
         )  # fmt: skip
 
     def log_tail(self) -> str:
@@ -157,7 +163,7 @@ class Rank:
             return ""
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace")
+            return self.job.redact(file.read().decode(errors="replace"))
 
 
 def load_target(dotted: str) -> Callable[[Rank], object]:

@@ -59,10 +59,15 @@ def find_node(node_id: str) -> dict[str, Any]:
 
 
 def is_running(facts: Mapping[str, Any]) -> bool:
-    """Return whether a rank's process is still there, as far as this host can see."""
+    """Return whether a rank's process, or who ends its program, is still there, as far as this host can see."""
     if facts["host"] != socket.gethostname():
         return False
+    return any(is_alive(pid) for pid in (facts["pid"], facts.get("keeper")) if pid is not None)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process of this host has not ended."""
     try:
-        return psutil.Process(facts["pid"]).status() != psutil.STATUS_ZOMBIE
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

@@ -153,7 +153,9 @@ class RayGang:
         if waiting:
             return []
         self.facts = ray.get(self.hellos)
-        if len(self.actors) > 1:
+        if len(self.actors) > 1 and (
+            self.job is None or self.job.program is None
+        ):  # a program's ranks meet by themselves
             self.port_ref = self.actors[0].open_store.remote()
         self.turn(Phase.OPENING)
         return self.poll_store()
@@ -298,11 +300,12 @@ class RayGang:
         beat = self.seen[0]  # rank 0 speaks for the gang
         owed = {rank: now - sent for rank, (_, sent) in self.beats.items()}
         seen = {rank: Seen(self.seen[rank], owed.get(rank, 0.0)) for rank in self.pending.values()}
+        is_program = self.job is not None and self.job.program is not None
         return [
             states.Progress(
                 key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
                 metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1],
-                idle=most_idle(seen, now, met_at=self.ended_at),
+                idle=most_idle(seen, now, met_at=self.ended_at, are_told_apart=not is_program),
             )
         ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from runner.gang.inquest import call_off, listen_for_stacks, start_watch
+from runner.gang.kept import Keeper
 from runner.gang.rank import Rank, redirect_output
 from runner.life.job import Job, Outcome
 
@@ -21,8 +22,10 @@ class RankActor(Rank):
     """A rank inside an actor: its output goes to a file of its own, and Ray says which GPUs it holds."""
 
     def __init__(self, job: Job, rank: int) -> None:
-        redirect_output(job.log_path(rank))
+        redirect_output(job.own_log_path(rank))
         super().__init__(job, rank)
+        if job.program is not None:
+            self.keeper = Keeper(job.workdir)
         self.watch = start_watch(job.end_path(rank))
         self.stacks = listen_for_stacks()
 
@@ -37,8 +40,9 @@ class RankActor(Rank):
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         stacks_fd = self.stacks[0] if self.stacks is not None else None
+        keeper = self.keeper.pid if self.keeper is not None else None
         return {
-            **super().hello(), "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id(),
+            **super().hello(), "keeper": keeper, "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id(),
             "stacks_fd": stacks_fd,
         }  # fmt: skip
 

@@ -7,28 +7,24 @@ the driver of a gang.
 from __future__ import annotations
 
 import gc
-import io
-import json
 import logging
 import os
-import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch._C._distributed_c10d import TCPStore
 
 from model.distributed import Dist, pick_device
 from model.kernels.pace import ticking
-from model.report import Interrupted
-from runner.errors import NoRoomError, PreflightError
+from runner.errors import PreflightError
 from runner.folder.storage import LocalStorage, open_storage
+from runner.gang.attempt import GPU_SAMPLES, ignore, note_attempt, save_samples, wait_for_room
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.gpus import GpuWatch, query_gpus
@@ -41,10 +37,6 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
 RENDEZVOUS_S = 120.0
-WATCH_END_S = 20.0  # for the watch of the GPUs to take its last sample
-MIN_FREE_BYTES = 1 << 30
-ROOM_EVERY_S = 5.0  # between looks at a full disk
-GPU_SAMPLES = "gpu.npz"
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
 
 
@@ -132,23 +124,6 @@ def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[Calla
             on_write(path)
 
 
-def save_samples(watch: GpuWatch, path: Path) -> bool:
-    """End the watch and add what it saw to that of earlier attempts; return whether it saw anything."""
-    watch.is_over.set()
-    watch.thread.join(WATCH_END_S)  # a sick driver may never answer
-    arrays: dict[str, Any] = {name: np.asarray(values) for name, values in watch.arrays().items()}
-    if not len(arrays["step"]):
-        return False
-    if path.exists():  # what earlier attempts saw stays, up to where this one began
-        with np.load(path, allow_pickle=False) as before:
-            is_kept = before["step"] < arrays["step"].min()
-            arrays = {name: np.concatenate([before[name][is_kept], values]) for name, values in arrays.items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    LocalStorage(path.parent).write(path.name, buffer.getvalue())
-    return True
-
-
 def join_gang(rank: Rank) -> Dist:
     """Return this rank's place in its gang, after rendezvous over the store that rank 0 holds."""
     job = rank.job
@@ -202,27 +177,6 @@ def preflight(rank: Rank) -> dict[str, Any]:
         "versions": versions,
         "hardware": {**machine(), **gpu_facts(rank), "free_disk_bytes": free, "settings": settings()},
     }
-
-
-def wait_for_room(rank: Rank) -> int:
-    """Return the free bytes of the run directory's disk once they are enough to begin with.
-
-    Raises NoRoomError, naming path and need, if they are not within limits.disk_s.
-    """
-    job, begun = rank.job, time.monotonic()
-    while (free := shutil.disk_usage(job.workdir).free) < MIN_FREE_BYTES:
-        what = (
-            f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; "
-            f"{MIN_FREE_BYTES / 1e9:.1f} GB are needed"
-        )
-        waited_s = time.monotonic() - begun
-        if waited_s >= job.disk_s:
-            raise NoRoomError(f"{what} (waited {waited_s:.0f} s, limits.disk_s={job.disk_s:g})")
-        if rank.should_stop():
-            raise Interrupted("stopped while waiting for room on the disk")
-        rank.report("start", 0, None, {"note": f"waits for room: {what}"})
-        time.sleep(min(ROOM_EVERY_S, job.disk_s))
-    return free
 
 
 def check_node_data(rank: Rank) -> None:
@@ -303,13 +257,3 @@ def all_reduce_bytes_per_s(dist: Dist) -> float | None:
             torch.cuda.synchronize(dist.device)
         best_s = min(best_s, time.perf_counter() - begun)
     return tensor.numel() * tensor.element_size() / best_s
-
-
-def ignore(_path: Path) -> None:
-    """Do nothing with a finished file: it is where it belongs."""
-
-
-def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:
-    """Write attempt.json: which attempt is at work, since when, and on what machine."""
-    record = {**job.record, **facts, "attempt": job.attempt, "started_at": time.time()}
-    LocalStorage(Path(job.workdir)).write("attempt.json", json.dumps(record, indent=1, default=str).encode() + b"\n")

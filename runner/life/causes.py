@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,11 +25,14 @@ class Seen(NamedTuple):
     unanswered_s: float = 0.0
 
 
-def most_idle(seen: Mapping[int, Seen], now: float, *, met_at: float = -math.inf) -> Idle | None:
+def most_idle(
+    seen: Mapping[int, Seen], now: float, *, met_at: float = -math.inf, are_told_apart: bool = True
+) -> Idle | None:
     """Return for how long a gang has gone without progress, and because of which rank; None where none is at work.
 
     A rank is idle for as long as it says itself; one that says nothing is the heartbeat's affair, but it is the one to
     name. One that waits to meet the others is as well as they are: it counts only where all of them wait.
+    are_told_apart: whether ranks get further one by one; else none is named unless it does not answer at all.
     met_at: when a rank last ended. All have met for that, so that whatever the others said before is out of date.
     """
     at_work = {rank: one for rank, one in seen.items() if not one.beat.waits}
@@ -38,16 +42,22 @@ def most_idle(seen: Mapping[int, Seen], now: float, *, met_at: float = -math.inf
         return None
     idle = max(at_work, key=lambda rank: at_work[rank].beat.idle_s)
     mute = max(at_work, key=lambda rank: at_work[rank].unanswered_s)
-    rank = mute if at_work[mute].unanswered_s > MUTE_S else idle
-    return Idle(rank=rank, where=at_work[rank].beat.where, since=max(met_at, now - at_work[idle].beat.idle_s))
+    is_mute = at_work[mute].unanswered_s > MUTE_S
+    rank = mute if is_mute else idle
+    return Idle(
+        rank=rank if is_mute or are_told_apart else None, where=at_work[rank].beat.where,
+        since=max(met_at, now - at_work[idle].beat.idle_s),
+    )  # fmt: skip
 
 
 def last_words(log_tail: str) -> str:
-    """Return the last line of a log, what the handlers of a crash wrote left out; "" where there is none."""
+    """Return the last line of a log that has words, what the handlers of a crash wrote left out; "" without one."""
     crash = min((place for mark in CRASH_MARKS if (place := log_tail.find(mark)) >= 0), default=-1)
     if crash >= 0:
         log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
-    return next((line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if line.strip()), "")
+    return next(
+        (line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)), ""
+    )
 
 
 def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:

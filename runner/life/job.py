@@ -9,9 +9,12 @@ from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure
+from runner.spec.program import Program
 from runner.spec.sweep import RunKey
 
 PIPELINE = "runner.gang.worker:run_pipeline"
+PROGRAM = "runner.gang.program:run_program"
+PROGRAM_GRACE_S = 10.0  # from SIGTERM to SIGKILL, of a program that is asked to stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,10 +38,24 @@ class Job:
     disk_s: float = 0.0  # how long to wait for room on the disk
     donors: Mapping[str, str] = field(default_factory=dict)  # stage -> the run that has finished it for this one
     epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
+    program: Program | None = None  # what to run in place of the pipeline; record has its folder's hash as code_hash
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the program, in no record
+    grace_s: float = PROGRAM_GRACE_S
 
     def log_path(self, rank: int) -> Path:
-        """Return the log of one rank of this attempt."""
+        """Return the log of one rank of this attempt; with a program, what that printed and nothing else."""
         return Path(self.workdir) / "logs" / f"attempt={self.attempt}-rank={rank}.log"
+
+    def own_log_path(self, rank: int) -> Path:
+        """Return where a rank's process says what it does; with a program, beside what that prints."""
+        path = self.log_path(rank)
+        return path if self.program is None else path.with_suffix(".runner.log")
+
+    def redact(self, text: str) -> str:
+        """Return text without the values of secret variables."""
+        for value in self.secrets.values():
+            text = text.replace(value, "***") if value else text
+        return text
 
     def stacks_path(self, rank: int) -> Path:
         """Return where the stacks of a stalled rank go."""

@@ -66,7 +66,7 @@ BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
 class Idle:
     """The rank of a gang that has gone without progress for longest, those left out that only wait for it."""
 
-    rank: int
+    rank: int | None  # None: it cannot be told which one, as no rank of somebody else's program speaks for itself
     where: str  # phase and step
     since: float  # when it last got further
 

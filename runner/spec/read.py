@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from model.config import DataConfig
+from model.config import DataConfig, RunConfig
 from model.fields import check_keys, checked, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
 from runner.spec.places import absolute_path
 from runner.spec.plain_yaml import SpecLoader
+from runner.spec.program import parse_program
 from runner.spec.sweep import SweepSpec, check_name, check_seeds
 from runner.spec.variants import parse_variants
 
@@ -27,8 +28,9 @@ SPEC_LIMIT_BYTES = 1 << 20
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 KNOWN_KEYS = (
     "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
-    "wait_s", "out",
+    "wait_s", "out", "program",
 )  # fmt: skip
+OF_RECIPES = ("preset", "overrides", "variants", "grid", "data")  # what a program has no use for
 
 
 def load_spec(path: str | Path, *, out: str | None = None) -> SweepSpec:
@@ -65,6 +67,8 @@ def kind_of_file(path: Path) -> str:
 def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
     """Return the checked spec of a YAML document already read into plain values."""
     given = check_keys("spec", plain, KNOWN_KEYS)
+    if "program" in given:
+        return parse_program_spec(given, out=out)
     for name in ("name", "preset", "seeds"):
         if name not in given:
             raise ValueError(f"{name} is missing; a spec needs name, preset, seeds, data and out")
@@ -74,10 +78,6 @@ def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
     data, fetch = parse_data(given.get("data", {}))
     base = replace(PRESETS[preset](), data=data, seed=0)
     overrides = check_keys("overrides", given.get("overrides") or {}, OVERRIDE_SECTIONS)
-    gang = updated(Gang(), given.get("gang") or {}, "gang")
-    repeats = checked(given.get("repeats", 1), int, "repeats")
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats} must be at least 1")
     baseline = updated(base, overrides, "")
     ablation = parse_variants(given, baseline)
     spec = SweepSpec(
@@ -85,17 +85,44 @@ def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
         preset=preset,
         config=ablation[0].config if ablation else baseline,
         ablation=ablation,
-        seeds=check_seeds(given["seeds"]),
-        repeats=repeats,
-        gang=gang,
-        limits=parse_limits(given),
         fetch=fetch,
-        out=absolute_path(out if out is not None else checked(given.get("out", ""), str, "out")),
+        limits=parse_limits(given),
+        **parse_course(given, out),
     )
-    if not spec.out:
-        raise ValueError("out is missing; name a folder (or pass --out DIR)")
     check_gang(spec)
     return spec
+
+
+def parse_program_spec(given: Mapping[str, Any], *, out: str | None) -> SweepSpec:
+    """Return the checked spec of a sweep over somebody else's program; it always starts again from scratch."""
+    for name in OF_RECIPES:
+        if name in given:
+            raise ValueError(
+                f"{name} is of our own recipes and program of somebody else's program; keep one of the two"
+            )
+    for name in ("name", "seeds"):
+        if name not in given:
+            raise ValueError(f"{name} is missing; a spec of a program needs name, program, seeds and out")
+    limits = parse_limits(given)
+    named = given.get("restart", (given.get("limits") or {}).get("restart"))
+    if named not in (None, "scratch"):
+        raise ValueError(f"restart={named} is of our own recipes; a program starts again from scratch")
+    return SweepSpec(
+        name=check_name(given["name"]), preset="", config=RunConfig(), program=parse_program(given["program"]),
+        limits=replace(limits, restart="scratch"), **parse_course(given, out),
+    )  # fmt: skip
+
+
+def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
+    """Return what every sweep has, whatever its gangs do: seeds, repeats, gang and the folder."""
+    repeats = checked(given.get("repeats", 1), int, "repeats")
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1")
+    place = absolute_path(out if out is not None else checked(given.get("out", ""), str, "out"))
+    if not place:
+        raise ValueError("out is missing; name a folder (or pass --out DIR)")
+    gang = updated(Gang(), given.get("gang") or {}, "gang")
+    return {"seeds": check_seeds(given["seeds"]), "repeats": repeats, "gang": gang, "out": place}
 
 
 def check_gang(spec: SweepSpec) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import RunConfig, config_hash
-from model.fields import check_keys, checked, describe, updated
+from model.fields import check_keys, checked, describe, plain_settings, updated
 from runner.spec.gang import Gang, Limits
+from runner.spec.program import Program, parse_program
 
 BASE = "base"  # the one variant of a sweep that names none
 MAX_SEED = 2**32 - 1  # numpy's generators take no more
@@ -53,7 +54,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepSpec:
-    """A checked sweep. config is the baseline's and has seed 0; each run replaces it."""
+    """A checked sweep. config is the baseline's and has seed 0; each run replaces it. With a program it is nobody's."""
 
     name: str
     preset: str
@@ -65,6 +66,7 @@ class SweepSpec:
     limits: Limits = field(default_factory=Limits)
     fetch: Mapping[str, Any] | None = None  # data.fetch: how a node gets missing shards
     out: str = ""
+    program: Program | None = None  # somebody else's, in place of our pipeline; preset is "" then
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -93,7 +95,9 @@ class SweepSpec:
         return {variant.name: self.hash_of(variant.config) for variant in self.variants}
 
     def hash_of(self, config: RunConfig) -> str:
-        """Return the hash that names a recipe at this number of ranks."""
+        """Return the hash that names a recipe, or the program, at this number of ranks."""
+        if self.program is not None:
+            return self.program.hash_at(self.gang.world_size)
         return config_hash(config, world_size=self.gang.world_size)
 
     def config_for(self, key: RunKey) -> RunConfig:
@@ -103,9 +107,19 @@ class SweepSpec:
         (config,) = (variant.config for variant in self.ablation if variant.name == key.variant)
         return replace(config, seed=key.seed)
 
+    def settings_for(self, key: RunKey) -> dict[str, Any]:
+        """Return everything that was set for one run as plain values, for the records."""
+        if self.program is not None:
+            return {"program": self.program.to_json(), "seed": key.seed}
+        return plain_settings(self.config_for(key))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values from which `from_json` makes the same spec."""
         plain = dataclasses.asdict(self)
+        if self.program is None:
+            del plain["program"]  # earlier versions read the spec of a recipe
+        else:
+            plain |= {"program": self.program.to_json(), "config": {}}
         plain["seeds"] = list(self.seeds)
         plain["ablation"] = list(plain["ablation"])
         return plain
@@ -128,6 +142,7 @@ class SweepSpec:
             limits=updated(Limits(), plain["limits"], "limits"),
             fetch=plain["fetch"],
             out=str(plain["out"]),
+            program=parse_program(plain["program"]) if plain.get("program") else None,
         )
 
 
