@@ -20,7 +20,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Write the spec and list what a person has to look at. Returns 1 where it cannot run without an addition."""
     from model.files.atomic import replace_file
-    from results.findings.program import read_program
+    from results.findings.submitted_program import read_program
     from runner.spec.draft import draft_spec
 
     taken = f"{args.output} is already there; choose another name, or --force to write over it"

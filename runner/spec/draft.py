@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import yaml
 
-from results.findings.program import Fact, FoundProgram
 from results.findings.run_command import SEED_NAME
+from results.findings.submitted_program import Fact, FoundProgram
 from runner.spec.gang import MAX_RANKS
 from runner.spec.secrets import has_shape_of_secret, looks_like_secret
 
