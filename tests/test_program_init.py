@@ -58,7 +58,8 @@ def test_a_usual_record_needs_only_a_look(tmp_path: Path, capsys: pytest.Capture
     )
     folder = make(
         tmp_path / "records" / "track" / "2026-04-11_Some Record",
-        files={"requirements.txt": "numpy\n"},
+        files={"requirements.txt": "numpy\n", "helper.py": "import os, other\n", "other.py": "", "plot.py": ""},
+        script=f"from helper import x\n{SCRIPT}",
         submission={"seeds": [42, 0, 1337], "hardware": "8xH100 80GB SXM"},
         readme=f"# A record\n\n```bash\npip install -r requirements.txt\npython data/get.py\n{command}\n```\n",
     )
@@ -73,7 +74,7 @@ def test_a_usual_record_needs_only_a_look(tmp_path: Path, capsys: pytest.Capture
             "seed_env": "SEED",
             "inputs": {"data/datasets/sp8192": str(tmp_path / "data" / "datasets" / "sp8192")},
             "requirements": "requirements.txt",
-            "outputs": {"model": ["final_model.int8.ptz"], "code": ["train_gpt.py"]},
+            "outputs": {"model": ["final_model.int8.ptz"], "code": ["train_gpt.py", "helper.py", "other.py"]},
             "log": ["logs/{run_id}.txt"],
         },
         "seeds": [0, 42, 1337],

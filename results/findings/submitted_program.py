@@ -38,6 +38,7 @@ ARTIFACT = re.compile(
     r"""(?:ptz|bin|pt)\.(?:br|xz|zst|gz)))["']"""
 )
 LOG_FILE = re.compile(r"""f["'](\w[\w./-]*)\{(?:[\w.]*\.)?run_id\}([\w.-]*\.(?:txt|log))["']""")
+IMPORT = re.compile(r"^\s*(?:from\s+([A-Za-z_][\w.]*)\s+import|import\s+([A-Za-z_][\w., ]*))", re.MULTILINE)
 RANKS = re.compile(r"--?nproc[-_]per[-_]node(?:=(.+))?")
 NODES = re.compile(r"--?nnodes(?:=(.+))?")
 CARDS = re.compile(r"(\d)\s*[x×*]\s*(?:NVIDIA\s*)?[HABL]\d", re.IGNORECASE)
@@ -54,7 +55,8 @@ class FoundProgram(NamedTuple):
     """What a folder says about running its program; None and empty: it does not say.
 
     ranks: processes of the launcher, as written. paths: data by the variable or option that names it. reads: variables
-    that the script looks at. cards: GPUs of the machine it was measured on.
+    that the script looks at. code: the script and what it imports of the folder. cards: GPUs of the machine it was
+    measured on.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class FoundProgram(NamedTuple):
     requirements: str | None
     artifacts: list[str]
     log: str | None
+    code: list[str]
     notes: list[str]
 
 
@@ -106,6 +109,7 @@ def read_program(folder: Path) -> FoundProgram:
         requirements=next((name for name in sorted(files) if name.lower() == "requirements.txt"), None),
         artifacts=list(dict.fromkeys(ARTIFACT.findall(source))),
         log=next(("".join((head, "{run_id}", tail)) for head, tail in LOG_FILE.findall(source)), None),
+        code=[] if script is None else _code_of(root, script, files),
         notes=notes,
     )
 
@@ -156,6 +160,20 @@ def _source(path: Path) -> str:
         return read_text(path).text
     except ValueError:
         return ""
+
+
+def _code_of(root: Path, script: str, files: set[str]) -> list[str]:
+    """Return the script and what it imports of the folder, directly or by way of others."""
+    found = [script]
+    for name in found:  # grows while it is gone through
+        beside = "" if "/" not in name else name.rpartition("/")[0] + "/"
+        for listed in IMPORT.findall(_source(root / name)):
+            for module in (entry.split()[0] for entry in "".join(listed).split(",") if entry.split()):
+                path = module.replace(".", "/")
+                places = (f"{start}{path}{end}" for start in (beside, "") for end in (".py", "/__init__.py"))
+                own = next((place for place in places if place in files), None)
+                found += [own] if own is not None and own not in found else []
+    return found
 
 
 def _seeds(folder: Path, submission: dict[str, Any] | None, commands: list[RunCommand]) -> tuple[list[int], str | None]:

@@ -266,7 +266,7 @@ def _write_files(pen: _Pen, found: FoundProgram) -> None:
         words = "no requirements.txt: it runs with the packages installed here"
         pen.write("  requirements: null", None, Remark(NOT_FOUND, "program.requirements", words))
     model = ", ".join(scalar(_escape(name)) for name in found.artifacts)
-    code = scalar(found.script) if found.script else ""
+    code = ", ".join(map(scalar, found.code))
     remarks = []
     if not found.artifacts:
         words = "which files are the artifact is not said; without them its size is what the log says"
