@@ -58,10 +58,7 @@ HOUSE: dict[str, dict[str, Room]] = {
         {
             "table_text": ("the seed table in words", "render schema stats tables"),
             "validation_text": ("which text a score was computed on, and when two are the same", "published"),
-            "findings": (
-                "where a record or a folder of logs contradicts itself, and how its program is started",
-                "published stats store",
-            ),
+            "findings": ("where a record or a folder of logs contradicts itself", "published stats store"),
         },
         {"compare": ("two sides over seeds or documents", "below")},
         {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from results.findings.run_command import find_commands
 from runner.spec.draft import scalar
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.sweep import check_name, check_seeds
+from tests.doc_pages import ROOT, blocks
 from tests.made_folders import made_log, readme_table, write_folder
 
 # what the parser of specs takes
@@ -200,6 +203,28 @@ def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.C
     error = capsys.readouterr().err
     assert error.endswith("nowhere: no such folder\n")
     assert len(error.splitlines()) == 1
+
+
+def test_the_stand_in_of_the_documentation_is_read_and_reproduces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (script,) = blocks(ROOT / "docs" / "your-recipe.md", "python")
+    monkeypatch.chdir(tmp_path)
+    for name in ("theirs", "again"):
+        folder = make(tmp_path / name, seeds=(), script=script, readme="Run `SEED=1 python train_gpt.py`.\n")
+        for seed in (1, 2):
+            run = subprocess.run(
+                [sys.executable, "train_gpt.py"], cwd=folder, env={"SEED": str(seed)}, capture_output=True, check=True
+            )
+            (folder / f"train_seed{seed}.log").write_bytes(run.stdout)
+    spec = init(Path("theirs"), Path("theirs.yaml"))
+    assert (spec["program"]["folder"], spec["out"]) == ("theirs", "runs/theirs")
+    assert (spec["seeds"], spec["program"]["command"]) == ([1, 2], ["python", "train_gpt.py"])
+    capsys.readouterr()
+    assert main(["compare", "again", "theirs", "--reproduces"]) == 0
+    shown = capsys.readouterr().out
+    assert "   1      1.20033    1.20033         +0.00000             30           30" in shown
+    assert shown.splitlines()[-1].startswith("reproduced: the mean of again - theirs is +0.00000 bpb")
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,20 @@ def sentence(result: Verdict) -> str:
     if result.words == REPRODUCED:
         return (
             f"{REPRODUCED}: the mean of {between} is {gap}, shown to lie within +-{result.margin:g} "
-            f"(p = {result.p_equivalent:.2g}, two one-sided tests at {ALPHA:g}){text}"
+            f"({_p_words(result, result.p_equivalent)}two one-sided tests at {ALPHA:g}){text}"
         )
     if result.words == NOT_REPRODUCED:
         return (
             f"{NOT_REPRODUCED}: the mean of {between} is {gap}, shown to lie beyond +-{result.margin:g} "
-            f"(p = {result.p_beyond:.2g}, at {ALPHA:g}){text}"
+            f"({_p_words(result, result.p_beyond)}tested at {ALPHA:g}){text}"
         )
     return f"{NOT_DECIDED} with {_counts(result)}: {_reason(result)}; {_needed(result)}{text}"
+
+
+def _p_words(result: Verdict, p: float | None) -> str:
+    """Return a p value for a sentence; values without any spread leave nothing to chance."""
+    assert p is not None, "something was shown"
+    return "no spread at all, " if result.difference.standard_error == 0 else f"p = {p:.2g}, "
 
 
 def _counts(result: Verdict) -> str:
@@ -259,13 +265,15 @@ def _test_lines(result: Verdict) -> list[str]:
     lines = []
     gaps = [abs(row["difference_bpb"]) for row in as_rows(result) if row["difference_bpb"] is not None]
     if gaps:
-        lines.append(f"seeds on both sides: {len(gaps)}, differing by at most {max(gaps):.2g} bpb")
+        most = f"differing by at most {max(gaps):.2g} bpb" if max(gaps) else "each with the very score that was claimed"
+        lines.append(f"seeds on both sides: {len(gaps)}, {most}")
     lines.append(f"test: {result.method}, margin {result.margin:g} bpb")
     if interval is not None:
         least = max(abs(interval.low), abs(interval.high))
+        closest = f"; these seeds show the two equal within +-{least:.5f}, not closer" if least >= 1e-5 else ""
         lines += [
             f"rerun - claimed = {signed(result.difference.mean)} bpb, 90% interval [{interval.low:+.5f}, "
-            f"{interval.high:+.5f}]; these seeds show the two equal within +-{least:.5f}, not closer",
+            f"{interval.high:+.5f}]{closest}",
             f"p_equivalent = {result.p_equivalent:.4g}, p_beyond = {result.p_beyond:.4g}",
         ]
     steps = describe_pace(result)
