@@ -222,6 +222,15 @@ def test_steps_that_hardly_differ_or_are_unknown_go_unmentioned() -> None:
         assert describe_pace(judge(side(CLAIM, pace=rerun), side(CLAIM, "claim", pace=claimed))) is None
 
 
+def test_logs_compared_with_themselves_are_noticed() -> None:
+    note = "every seed has the very score and seconds of the claim: these are its own logs, not a rerun"
+    pace = Pace(4000, 599.9, 12.3)
+    assert judge(side(CLAIM, pace=pace), side(CLAIM, "claim", pace=pace)).notes == [note]
+    for other in (Pace(4000, 599.8, 12.3), Pace(4000, None, 12.3), None):
+        assert judge(side(CLAIM, pace=other), side(CLAIM, "claim", pace=pace)).notes == []
+    assert judge(side(moved(0, 0, 1e-9), pace=pace), side(CLAIM, "claim", pace=pace)).notes == []
+
+
 # ---- validation text ------------------------------------------------------------------------------------------------
 
 

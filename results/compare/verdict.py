@@ -86,6 +86,8 @@ def judge(
         raise ValueError(f"not compared: {'; '.join(forced)} (--force compares anyway and labels every line)")
     notes = [f"{side.name}: {note}" for side in (rerun, claimed) for note in side.notes]
     shared = shared_seeds(rerun, claimed)
+    if shared and all(_is_copy(rerun, claimed, seed) for seed in shared):
+        notes.append("every seed has the very score and seconds of the claim: these are its own logs, not a rerun")
     is_paired = is_nested(rerun, claimed) if pairing is None else pairing == "seeds"
     difference, method = _difference(rerun, claimed, shared if is_paired else None, notes)
     p_equivalent, p_beyond = difference.p_equivalent(margin), difference.p_beyond(margin)
@@ -99,6 +101,13 @@ def judge(
 def shared_seeds(rerun: Side, claimed: Side) -> list[int]:
     """Return the seeds that both sides have, sorted; logs that name no seed share none."""
     return sorted(seed for seed in set(rerun.bpb) & set(claimed.bpb) if seed is not None)
+
+
+def _is_copy(rerun: Side, claimed: Side, seed: int) -> bool:
+    """Return whether a seed has the same score in the same times to the last digit, as no second run has."""
+    paces = [side.pace.get(seed) for side in (rerun, claimed)]
+    is_timed = paces[0] is not None and paces[0].train_s is not None and paces[0].score_s is not None
+    return is_timed and paces[0] == paces[1] and rerun.bpb[seed] == claimed.bpb[seed]
 
 
 def is_nested(rerun: Side, claimed: Side) -> bool:

@@ -5,6 +5,7 @@ Every fact carries the place it was read at; what is not said anywhere is left e
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,12 +118,12 @@ def read_program(folder: Path) -> FoundProgram:
 def _files_of(root: Path) -> set[str]:
     """Return the paths of the files that a command may name, relative to the folder."""
     found = set()
-    for path in root.rglob("*"):
-        parts = path.relative_to(root).parts
-        hidden = any(part.startswith(".") or part in NOT_SEARCHED for part in parts)
-        if len(parts) <= MAX_DEPTH and not hidden and path.is_file():
-            found.add("/".join(parts))
-    return found
+    for place, names, files in os.walk(root):
+        inside = Path(place).relative_to(root)
+        kept = [name for name in names if not name.startswith(".") and name not in NOT_SEARCHED]
+        names[:] = kept if len(inside.parts) < MAX_DEPTH else []
+        found |= {(inside / name).as_posix() for name in files if not name.startswith(".")}
+    return {name for name in found if (root / name).is_file()}
 
 
 def _texts(root: Path, files: set[str], notes: list[str]) -> dict[str, str]:
