@@ -23,15 +23,13 @@ def execute(args: argparse.Namespace) -> int:
     from results.findings.submitted_program import read_program
     from runner.spec.draft import draft_spec
 
-    taken = f"{args.output} is already there; choose another name, or --force to write over it"
-    if args.output.exists() and not args.force:
-        raise ValueError(taken)
     draft = draft_spec(read_program(args.folder), folder=str(args.folder))
     try:
         with replace_file(args.output) if args.force else args.output.open("xb") as file:
             file.write(draft.text.encode())
-    except FileExistsError:  # made meanwhile, or a link that leads nowhere
-        raise ValueError(taken) from None
+    except FileExistsError:
+        problem = f"{args.output} is already there; choose another name, or --force to write over it"
+        raise ValueError(problem) from None
     for remark in draft.remarks:
         print(remark)
     print(f"written to {args.output}; {len(draft.remarks)} lines to look at; then: seedsweep plan {args.output}")
