@@ -117,10 +117,10 @@ def test_scores_near_the_claimed_ones_are_reproduced() -> None:
 
 
 def test_a_difference_beyond_the_margin_is_not_reproduced() -> None:
-    for sign in (1, -1):
+    for sign, word in ((1, "worse"), (-1, "better")):
         result = judge_scores(moved(sign * 0.0102, sign * 0.0100, sign * 0.0099))
         assert result.words == "not reproduced"
-        assert "shown to lie beyond +-0.0005" in sentence(result)
+        assert f"bpb ({word}), shown to lie beyond +-0.0005 (p = " in sentence(result)
 
 
 def test_what_is_not_shown_equal_is_not_therefore_refused() -> None:

@@ -41,8 +41,10 @@ def sentence(result: Verdict) -> str:
             f"({_p_words(result, result.p_equivalent)}two one-sided tests at {ALPHA:g}){text}"
         )
     if result.words == NOT_REPRODUCED:
+        word = "worse" if result.difference.mean > 0 else "better"
         return (
-            f"{NOT_REPRODUCED}: the mean of {between} is {gap}, shown to lie beyond +-{result.margin:g} "
+            f"{NOT_REPRODUCED}: the mean of {between} is {gap} ({word}), "
+            f"shown to lie beyond +-{result.margin:g} "
             f"({_p_words(result, result.p_beyond)}tested at {ALPHA:g}){text}"
         )
     return f"{NOT_DECIDED} with {_counts(result)}: {_reason(result)}; {_needed(result)}{text}"
