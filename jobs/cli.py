@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("sweeps.logs", "print what a rank printed"),
     "cancel": ("sweeps.cancel", "let a running sweep, one seed or one variant end with a checkpoint"),
     "rerun": ("sweeps.rerun", "run the failed seeds of a sweep again"),
+    "program": ("sweeps.program", "write the spec that runs somebody else's training program over its seeds"),
     "submit": ("sweeps.submit", "run a sweep on a cluster as a Ray job"),
     "data": ("sweeps.data", "make or fetch token shards"),
     "table": ("figures.table", "print the seed table of a run directory, computed from Parquet"),

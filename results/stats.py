@@ -53,6 +53,16 @@ class Difference(NamedTuple):
         upper, lower = self.p_better(-band), None if self.standard_error is None else self._tail(-self.mean - band)
         return None if upper is None or lower is None else max(upper, lower)
 
+    def p_beyond(self, band: float) -> float | None:
+        """Return p of "the difference lies outside +-band", on either side; band 0 gives the two-sided t-test.
+
+        Both tails are added as they are when the true difference stands on an edge of the band: one alone would be too
+        sure where the band is narrow beside the standard error.
+        """
+        if self.standard_error is None:
+            return None
+        return min(1.0, self._tail(band - abs(self.mean)) + self._tail(-band - abs(self.mean)))
+
     def _tail(self, distance: float) -> float:
         """Return P(T <= distance / standard error)."""
         from scipy import special  # not scipy.stats, which takes a second to import

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from results.published.records import (
-    FINEWEB_BYTES,
-)
+from results.published.records import FINEWEB_BYTES
 
-if TYPE_CHECKING:
-    pass
+OTHER_SIZE_FRAC = 1e-3  # sizes taken from printed scores are rounded, and tokenizers of one text differ by 3e-4
 
 
 class Text(NamedTuple):
@@ -33,6 +30,17 @@ def why_not_comparable(a: Text, b: Text) -> str | None:
     if a.is_fineweb and b.is_fineweb:
         return None
     return f"other validation text, or not known to be the same ({_size(a)} and {_size(b)})"
+
+
+def relate(a: Text, b: Text) -> str:
+    """Return whether two texts are "same", "other", or "not known" to be either."""
+    if why_not_comparable(a, b) is None:
+        return "same"
+    if a.documents_hash and b.documents_hash:
+        return "other"
+    if a.num_bytes is None or b.num_bytes is None:
+        return "not known"
+    return "other" if abs(a.num_bytes - b.num_bytes) > OTHER_SIZE_FRAC * max(a.num_bytes, b.num_bytes) else "not known"
 
 
 def _size(text: Text) -> str:

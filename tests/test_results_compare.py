@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from tests.fake_runs import commit_fake, fake_sweep
+from tests.fake_runs import STAGE_LEVELS, commit_fake, fake_sweep
 
 
 def compare(*arguments: str | Path) -> int:
@@ -154,6 +154,11 @@ def test_table_prints_published_records_in_their_own_block(tmp_path: Path, capsy
     assert shown.count("(other validation text: not comparable)") == 2
     assert main(["table", str(fake_sweep(tmp_path / "fineweb", num_documents=0)), "--with", "pr:1536"]) == 0
     assert "published, PR 1536 (same validation text)" in capsys.readouterr().out
+    unknown = fake_sweep(tmp_path / "unknown", num_documents=0, val_documents_hash=None, **{
+        f"{stage}_bytes": None for stage in STAGE_LEVELS
+    })  # fmt: skip
+    assert main(["table", str(unknown), "--with", "pr:1536"]) == 0
+    assert "(validation text not known to be the same: not comparable)" in capsys.readouterr().out
     assert main(["table", str(out), "--with", "pr:5"]) == 2
 
 

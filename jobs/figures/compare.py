@@ -1,4 +1,4 @@
-"""`seedsweep compare A B`: is A better than B, by how much, and is that shown."""
+"""`seedsweep compare A B`: is A better than B, by how much, and is that shown; or does A reproduce B."""
 
 from __future__ import annotations
 
@@ -22,16 +22,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--equivalence-nats", type=float, metavar="BAND", help="also test equivalence within +-BAND")
     parser.add_argument("--seeds", help="only these seeds of both sides, such as 42,0,1337")
     parser.add_argument("--stage", help="compare this scoring pass instead of the last one")
+    parser.add_argument(
+        "--reproduces",
+        action="store_true",
+        help="A is a rerun of B: is its mean shown to be the same (exit 0), or not (1)",
+    )
+    parser.add_argument(
+        "--margin", type=float, metavar="BPB", help="with --reproduces: what counts as the same (default 0.0005 bpb)"
+    )
     parser.add_argument("--force", action="store_true", help="compare what is not comparable; every line is labelled")
     parser.add_argument("--format", choices=("text", "markdown", "json", "csv"), default="text")
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Print the comparison. Returns 0 whatever it shows; sides that do not compare are bad input (2)."""
+    """Print the comparison. Returns 0 whatever it shows; sides that do not compare are bad input (2).
+
+    With --reproduces 0 stands for reproduced alone, 1 for not reproduced and for not decided.
+    """
     from results.compare.comparison import compare
     from results.compare.sides import open_side
     from results.compare.text import render
 
+    if args.reproduces:
+        return _judge(args)
+    if args.margin is not None:
+        raise ValueError(f"--margin {args.margin:g} goes with --reproduces; the margin of a gain is --margin-nats")
     seeds = _seeds(args.seeds)
     result = compare(
         open_side(args.a, args.stage, seeds),
@@ -43,6 +58,26 @@ def execute(args: argparse.Namespace) -> int:
     )
     print(render(result, args.format))
     return 0
+
+
+def _judge(args: argparse.Namespace) -> int:
+    """Print whether A reproduces B, on the pass that B was scored by."""
+    from results.compare.sides import open_side
+    from results.compare.verdict import MARGIN_BPB, REPRODUCED, judge
+    from results.compare.verdict_text import render
+    from results.schema import SCORES
+
+    for name in ("margin_nats", "equivalence_nats"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is not for --reproduces, whose margin is --margin, in bits per byte")
+    seeds = _seeds(args.seeds)
+    claimed = open_side(args.b, args.stage, seeds)
+    rerun = open_side(args.a, claimed.stage if claimed.stage in SCORES else args.stage, seeds)
+    margin = MARGIN_BPB if args.margin is None else args.margin
+    result = judge(rerun, claimed, margin=margin, pairing=args.paired, is_forced=args.force)
+    print(render(result, args.format))
+    return 0 if result.words == REPRODUCED else 1
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -1,4 +1,5 @@
-"""Planning: the power of the one-sided Welch test, seeds needed for it, and the smallest gain it can see.
+"""Planning: the power of the one-sided Welch test and of its paired twin, of two such tests for equivalence, the seeds
+needed for it, and the smallest gain it can see.
 
 A gain is positive here and in the unit of the spread. The power is exact for normal scores: Welch's estimated degrees
 of freedom are averaged over, not replaced by their value at the true spreads, which promises too much at few seeds
@@ -30,19 +31,71 @@ def power(
     """
     from scipy import special
 
+    error, reach, weights = _welch_reach(std_a, std_b, n_a, n_b, alpha)
+    return float(np.sum(weights * special.ndtr((gain - margin - reach) / error)))
+
+
+def equivalence_power(
+    *, gap: float, std_a: float, std_b: float, n_a: int, n_b: int, margin: float, alpha: float
+) -> float:
+    """Return the chance that two one-sided Welch tests, each at alpha, show a difference within +-margin.
+
+    gap: the true difference. Raises ValueError as power does.
+    """
+    error, reach, weights = _welch_reach(std_a, std_b, n_a, n_b, alpha)
+    return _chance_inside(gap, margin, error, reach, weights)
+
+
+def paired_equivalence_power(*, gap: float, std: float, n: int, margin: float, alpha: float) -> float:
+    """Return the same chance for two one-sided paired t-tests over n seeds; std: of the differences between pairs."""
+    error, reach, weights = _paired_reach(std, n, alpha)
+    return _chance_inside(gap, margin, error, reach, weights)
+
+
+def _chance_inside(
+    gap: float, margin: float, error: float, reach: NDArray[np.float64], weights: NDArray[np.float64]
+) -> float:
+    """Return the chance that the interval of this reach around a difference lies within +-margin."""
+    from scipy import special
+
+    room = np.maximum(margin - reach, 0.0)
+    return float(np.sum(weights * (special.ndtr((room - gap) / error) - special.ndtr((-room - gap) / error))))
+
+
+def _welch_reach(
+    std_a: float, std_b: float, n_a: int, n_b: int, alpha: float
+) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return the true standard error of a difference, and how far Welch's test reaches at each pair of nodes, weighted.
+
+    Raises ValueError for fewer than two seeds on a side or a spread that is not positive.
+    """
+    from scipy import special
+
     if min(n_a, n_b) < 2:
         raise ValueError(f"n={min(n_a, n_b)} seeds have no spread; a test needs at least 2 on each side")
     if min(std_a, std_b) <= 0:
         raise ValueError(f"std={min(std_a, std_b)} must be positive to plan with")
-    ratios_a, weights = _variance_ratios(n_a)
-    ratios_b, _ = _variance_ratios(n_b)
+    ratios_a, weights_a = _variance_ratios(n_a)
+    ratios_b, weights_b = _variance_ratios(n_b)
     part_a = (std_a**2 / n_a * ratios_a)[:, None]
     part_b = (std_b**2 / n_b * ratios_b)[None, :]
     share = part_a / (part_a + part_b)
     freedom = 1 / (share**2 / (n_a - 1) + (1 - share) ** 2 / (n_b - 1))
-    critical = special.stdtrit(freedom, 1 - alpha) * np.sqrt(part_a + part_b)
-    error = math.sqrt(std_a**2 / n_a + std_b**2 / n_b)
-    return float(weights @ special.ndtr((gain - margin - critical) / error) @ weights)
+    reach = special.stdtrit(freedom, 1 - alpha) * np.sqrt(part_a + part_b)
+    return math.sqrt(std_a**2 / n_a + std_b**2 / n_b), reach, weights_a[:, None] * weights_b[None, :]
+
+
+def _paired_reach(std: float, n: int, alpha: float) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """Return the same for a paired t-test over n seeds. Raises ValueError likewise."""
+    from scipy import special
+
+    if n < 2:
+        raise ValueError(f"n={n} pairs have no spread; a test needs at least 2")
+    if std <= 0:
+        raise ValueError(f"std={std} must be positive to plan with")
+    ratios, weights = _variance_ratios(n)
+    error = std / math.sqrt(n)
+    return error, special.stdtrit(n - 1, 1 - alpha) * np.sqrt(ratios) * error, weights
 
 
 def seeds_needed(
@@ -53,7 +106,7 @@ def seeds_needed(
     def is_enough(n: int) -> bool:
         return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= target
 
-    return None if gain <= margin else _fewest(is_enough)
+    return None if gain <= margin else fewest(is_enough)
 
 
 def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> float:
@@ -63,21 +116,16 @@ def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> flo
     """
     from scipy import special
 
-    if n < 2:
-        raise ValueError(f"n={n} pairs have no spread; a test needs at least 2")
-    if std <= 0:
-        raise ValueError(f"std={std} must be positive to plan with")
-    ratios, weights = _variance_ratios(n)
-    critical = special.stdtrit(n - 1, 1 - alpha)
-    return float(weights @ special.ndtr(gain * math.sqrt(n) / std - critical * np.sqrt(ratios)))
+    error, reach, weights = _paired_reach(std, n, alpha)
+    return float(np.sum(weights * special.ndtr((gain - reach) / error)))
 
 
 def pairs_needed(*, gain: float, std: float, alpha: float = 0.01, target: float = 0.8) -> int | None:
     """Return the seeds that a paired test needs for the target power; None for no gain or over MAX_SEEDS."""
-    return None if gain <= 0 else _fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= target)
+    return None if gain <= 0 else fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= target)
 
 
-def _fewest(is_enough: Callable[[int], bool]) -> int | None:
+def fewest(is_enough: Callable[[int], bool]) -> int | None:
     """Return the smallest number of seeds, 2 or more, that is enough; None if MAX_SEEDS are not."""
     if not is_enough(MAX_SEEDS):
         return None

@@ -12,7 +12,7 @@ from results.findings.spread import convention_of, stated_std
 from results.published.records import Record, Run, one_run_a_seed, recompute, record_number, validation_bytes
 from results.render import csv_table, fixed, markdown_table, text_table
 from results.stats import Summary, summarize
-from results.validation_text import Text, why_not_comparable
+from results.validation_text import Text, relate
 
 # heading, JSON key, decimals
 COLUMNS = (
@@ -21,6 +21,11 @@ COLUMNS = (
     ("nats/token", "final_nats", 5), ("artifact bytes", "artifact_bytes", 0), ("train s", "train_s", 1),
     ("TTT s", "ttt_s", 1),
 )  # fmt: skip
+TEXT_WORDS = {
+    "same": "same validation text",
+    "other": "other validation text: not comparable",
+    "not known": "validation text not known to be the same: not comparable",
+}
 
 
 def published_row(run: Run) -> dict[str, Any]:
@@ -98,8 +103,7 @@ def render_record(record: Record, form: str) -> str:
 
 def published_block(record: Record, ours: Text) -> str:
     """Return a record's seed table for under our own, headed by whether its validation text is ours."""
-    reason = why_not_comparable(ours, side_of_record(record).text)
-    verdict = "same validation text" if reason is None else "other validation text: not comparable"
+    verdict = TEXT_WORDS[relate(ours, side_of_record(record).text)]
     header, rows = _cells(record)
     count = len(find_disagreements(record))
     lines = [f"published, PR {record_number(record)} ({verdict})", _text(header, rows)]
@@ -110,8 +114,8 @@ def published_block(record: Record, ours: Text) -> str:
 
 def block_json(record: Record, ours: Text) -> dict[str, Any]:
     """Return the same block as JSON."""
-    is_comparable = why_not_comparable(ours, side_of_record(record).text) is None
-    return {"is_comparable": is_comparable, **record_json(record)}
+    relation = relate(ours, side_of_record(record).text)
+    return {"is_comparable": relation == "same", "validation_text": relation, **record_json(record)}
 
 
 def _text(header: list[str], rows: list[list[str]]) -> str:

@@ -27,13 +27,22 @@ if TYPE_CHECKING:
 SAME_TOKENIZER_FRAC = 3e-4  # evaluators of one log differ by 7e-5 in bytes per token
 COLUMNS = (
     "code_changed", "config_hash", "data_hash", "code_hash", "tokenizer_hash", "val_documents_hash", "val_bytes",
-    *(f"{name}_{figure}" for name in SCORES for figure in ("bpb", "nats_per_token", "tokens", "bytes")),
+    "steps", "train_s",
+    *(f"{name}_{figure}" for name in SCORES for figure in ("bpb", "nats_per_token", "tokens", "bytes", "s")),
 )  # fmt: skip
 HASHES = ("config_hash", "data_hash", "code_hash")
 
 
+class Pace(NamedTuple):
+    """How far and how long one seed went: steps, seconds of training and of the scoring pass; None: unknown."""
+
+    steps: float | None
+    train_s: float | None
+    score_s: float | None
+
+
 class Side(NamedTuple):
-    """One side of a comparison: one score a seed, and what must be known before it may be compared."""
+    """One side of a comparison: one score and pace a seed, and what must be known before it may be compared."""
 
     name: str
     stage: str
@@ -44,6 +53,7 @@ class Side(NamedTuple):
     text: Text
     notes: list[str]
     mixtures: list[str]
+    pace: dict[int, Pace]
     out: str | None = None
     runs: pd.DataFrame | None = None
 
@@ -109,6 +119,7 @@ def side_of_runs(out: str, stage: str | None = None, variant: str | None = None)
         text=_text_of_runs(scored, chosen),
         notes=notes,
         mixtures=[_mixture(scored, name) for name in HASHES if scored[name].nunique() > 1],
+        pace=_pace_of_runs(scored, chosen),
         out=str(out),
         runs=scored,
     )
@@ -145,6 +156,12 @@ def side_of_record(record: Record, stage: str | None = None) -> Side:
         ),
         notes=notes,
         mixtures=[],
+        pace={
+            run["seed"]: Pace(
+                run.get("steps"), run.get("train_seconds"), (run.get(key or run["scored_stage"]) or {}).get("seconds")
+            )
+            for run in scored
+        },
     )
 
 
@@ -194,6 +211,12 @@ def _by_seed(runs: pd.DataFrame, column: str) -> dict[int, float]:
     """Return each seed's mean over its repeats; seeds without the figure are left out."""
     kept = runs.dropna(subset=[column])
     return {int(seed): float(kept.loc[kept["seed"] == seed, column].mean()) for seed in sorted(kept["seed"].unique())}
+
+
+def _pace_of_runs(runs: pd.DataFrame, stage: str) -> dict[int, Pace]:
+    """Return each seed's steps and seconds, the means of its repeats."""
+    columns = [_by_seed(runs, name) for name in ("steps", "train_s", f"{stage}_s")]
+    return {seed: Pace(*(column.get(seed) for column in columns)) for seed in _by_seed(runs, f"{stage}_bpb")}
 
 
 def _only(column: pd.Series) -> str | None:
