@@ -14,12 +14,12 @@ from jobs.cli import main
 from results.findings.run_command import find_commands
 from runner.spec.draft import scalar
 from runner.spec.plain_yaml import SpecLoader
-from runner.spec.sweep import check_name, check_seeds
+from runner.spec.program import PROGRAM_KEYS
+from runner.spec.read import load_spec
+from runner.spec.sweep import check_name
 from tests.doc_pages import ROOT, blocks
 from tests.made_folders import made_log, readme_table, write_folder
 
-# what the parser of specs takes
-PROGRAM_KEYS = ("folder", "command", "env", "seed_env", "inputs", "outputs", "requirements", "log", "launcher")
 SCRIPT = """
 import os
 data = os.environ.get("DATA_PATH", "./data/datasets/fineweb10B_sp1024")
@@ -48,8 +48,7 @@ def init(folder: Path, out: Path, code: int = 0) -> dict[str, Any]:
     assert set(spec["program"]) <= set(PROGRAM_KEYS)
     check_name(spec["name"])
     if code == 0:
-        check_seeds(spec["seeds"])
-        assert spec["program"]["command"]
+        assert load_spec(out).seeds == tuple(spec["seeds"])
     return spec
 
 

@@ -17,12 +17,9 @@ import yaml
 from results.findings.run_command import SEED_NAME
 from results.findings.submitted_program import Fact, FoundProgram
 from runner.spec.gang import MAX_RANKS
+from runner.spec.program import OURS as SET_BY_GANG
 from runner.spec.secrets import has_shape_of_secret, looks_like_secret
 
-# set for every process of a gang, so that a value of the spec's own has no place
-SET_BY_GANG = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
-)  # fmt: skip
 CHECK, NOT_FOUND = "CHECK", "NOT FOUND"
 PLAIN = re.compile(r"(?:-{1,2}|\.?/)?[A-Za-z_][\w./=-]*")
 WORDS_WITH_A_MEANING = re.compile(r"true|false|null|yes|no|on|off|y|n", re.IGNORECASE)
