@@ -67,22 +67,27 @@ def run_program(args: argparse.Namespace, corpus: Path, folder: Path, out: Path)
 
 def hold_together(pipeline: Path, program: Path, seed: int) -> dict[str, Any]:
     """Return what differs between the two rows of a seed, and what a person wants to see beside it."""
-    ours, theirs = (
-        results.load(out).query("seed == @seed and state == 'DONE'").iloc[-1] for out in (pipeline, program)
-    )
+    ours, theirs = (row_of(out, seed) for out in (pipeline, program))
     unequal = {
         name: (ours[name], theirs[name])
         for name in (*FIGURES, "steps", "val_documents_hash")
         if ours[name] != theirs[name] and not (is_nan(ours[name]) and is_nan(theirs[name]))
     }
+    curve = results.steps(program)
     return {
         "seed": seed, "unequal": {name: [str(value) for value in pair] for name, pair in unequal.items()},
         "post_ttt_bpb": theirs["post_ttt_bpb"], "train_s": [ours["train_s"], theirs["train_s"]],
         "gpu": theirs["gpu_model"], "attempts": [int(ours["attempt"]), int(theirs["attempt"])],
         "started": str(theirs["started_at"]), "ended": str(theirs["ended_at"]),
-        "clock_samples": int(results.steps(program).query("seed == @seed")["gpu_clock_mhz"].notna().sum()),
+        "clock_samples": int(curve.loc[curve["seed"] == seed, "gpu_clock_mhz"].notna().sum()),
         "findings": json.loads(theirs["provenance_json"])["findings"],
     }  # fmt: skip
+
+
+def row_of(out: Path, seed: int) -> Any:
+    """Return the finished row of a seed."""
+    frame = results.load(out)
+    return frame[(frame["seed"] == seed) & (frame["state"] == "DONE")].iloc[-1]
 
 
 def is_nan(value: object) -> bool:
@@ -109,7 +114,8 @@ def main() -> int:
     if command_line(["data", "builtin", "--out", str(corpus), "--reuse"]) != 0:
         return 2
     codes = [run_pipeline(args, corpus, pipeline)]
-    codes.append(command_line(["bundle", str(pipeline), "-o", str(folder)]))
+    if not folder.exists():
+        codes.append(command_line(["bundle", str(pipeline), "-o", str(folder)]))
     codes.append(run_program(args, corpus, folder, program))
     if any(codes):
         print(json.dumps({"exit_codes": codes}), flush=True)
