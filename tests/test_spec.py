@@ -238,7 +238,7 @@ def test_published_spec_is_the_published_recipe_on_eight_gpus_from_scratch() -> 
 
 
 def test_demo_gangs_have_one_cpu_each() -> None:
-    assert load_spec(SPECS / "demo.yaml").gang.total == {"CPU": 1.0}
+    assert load_spec(SPECS / "demo.yaml").gang.share == {"CPU": 1.0}
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a socket", "a device"])

@@ -156,10 +156,10 @@ def what_the_system_says(pid: int) -> str:
     return "\n".join(lines if len(lines) > 1 else ["its process is gone"]) + "\n"
 
 
-def learn_ends(job: Job, ranks: Sequence[int]) -> dict[int, End]:
-    """Return how these ranks ended."""
+def learn_ends(job: Job, ranks: Sequence[Mapping[str, Any]]) -> dict[int, End]:
+    """Return by its number how each of these ranks ended; ranks as `hello` described them."""
     ends = {}
-    for rank in ranks:
+    for rank in (int(facts["rank"]) for facts in ranks):
         path, begun = job.end_path(rank), time.monotonic()
         while not path.exists() and time.monotonic() - begun < NOTE_S:
             time.sleep(0.05)

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from runner.errors import first_line
+from runner.gang.rank import this_host
 from runner.life.job import Job
 
 PROBE_S = 0.5  # for a node's daemon to accept a connection
@@ -20,15 +21,18 @@ LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def rank_environment(job: Job) -> dict[str, str]:
-    """Return the environment of a rank: its threads, all GPUs of the gang visible later, traffic on loopback only."""
+    """Return the environment of a rank: its threads, all GPUs of the gang visible later.
+
+    The traffic of a gang on one host stays on loopback. Ranks of several look for their interface there.
+    """
     threads = str(job.threads)
+    loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
-        "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+        **(loopback if job.hosts == 1 else {}),
     }
 
 
@@ -60,7 +64,7 @@ def find_node(node_id: str) -> dict[str, Any]:
 
 def is_running(facts: Mapping[str, Any]) -> bool:
     """Return whether a rank's process is still there, as far as this host can see."""
-    if facts["host"] != socket.gethostname():
+    if facts["host"] != this_host():
         return False
     try:
         return psutil.Process(facts["pid"]).status() != psutil.STATUS_ZOMBIE

@@ -188,6 +188,12 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
             kind=Kind.START, message=f"not ready after limits.start_s={limits.start_s:g}", node=run.node,
             advice="raise it if imports or the network are slow there",
         )  # fmt: skip
+    if run.silent_s > limits.heartbeat_s and run.lost:
+        name = next((node.name for node in situation.nodes if node.node_id == run.lost), run.node)
+        return Failure(
+            kind=Kind.NODE_LOST, node=name, node_id=run.lost,
+            message=f"the node went away: no heartbeat for {run.silent_s:.0f} s, and nothing answers there",
+        )  # fmt: skip
     if run.silent_s > limits.heartbeat_s:
         is_named = run.idle is not None and run.idle.rank == run.silent_rank
         return Failure(
@@ -215,10 +221,10 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
     """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
     able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
     avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
-    if len(avoid) == len(able):
-        avoid = ()  # every node has failed it once: any is better than none
+    if len(able) - len(avoid) < situation.gang.hosts:
+        avoid = ()  # too many nodes have failed it once: any is better than none
     prefer = ""
-    if situation.has_repeats:
+    if situation.has_repeats and situation.gang.hosts == 1:
         same = (run.key.variant, run.key.seed)
         siblings = {
             other.node_id for other in runs if (other.key.variant, other.key.seed) == same and other.key != run.key

@@ -35,6 +35,16 @@ class Job:
     disk_s: float = 0.0  # how long to wait for room on the disk
     donors: Mapping[str, str] = field(default_factory=dict)  # stage -> the run that has finished it for this one
     epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
+    hosts: int = 1  # over which the ranks share out evenly, in their order
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Number of ranks on each host."""
+        return self.world_size // self.hosts
+
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """Return on which host a rank is, and which of that host's ranks it is."""
+        return divmod(rank, self.ranks_per_host)
 
     def log_path(self, rank: int) -> Path:
         """Return the log of one rank of this attempt."""
