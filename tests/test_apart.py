@@ -322,3 +322,21 @@ def test_a_driver_that_is_cut_off_ends_with_its_ranks_and_another_goes_on(cluste
     record = json.loads((out / "seeds" / "seed=1-repeat=0" / "stages" / "train.json").read_text())
     assert record["metrics"]["resumed_at_steps"] == [8]
     assert state_of(out) == {1: "DONE"}
+
+
+def test_a_node_that_is_drained_is_left_with_a_checkpoint(cluster: Cluster) -> None:
+    out = cluster.folder / "drained"
+    write_faults(out, {"attempt": 1, "stage": "train", "do": "wait", "seconds": 1.0})  # at every step
+    driver = cluster.drive_stub(out, on="head", gang={"ranks": 2}, seeds=[1], target="tests.stub_work:gang_work",
+                                limits={"attempts": 1})  # fmt: skip
+    wait_until(lambda: the_run(out).get("step", 0) >= 5, 60, "it never trained")
+    node = the_run(out)["node_id"]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "120"]
+    drain = ["drain-node", "--address", cluster.address, "--node-id", node, *why]
+    assert cluster.hosts["head"].start(python("-m", "ray.scripts.scripts", *drain)).wait(60) == 0
+    assert driver.wait(60) == 0, driver.text()
+    run = the_run(out)
+    assert (run["state"], run["attempt"], run["preemptions"], run["failures"]) == ("DONE", 2, 1, 0)
+    assert run["node_id"] != node
+    record = json.loads((out / "seeds" / "seed=1-repeat=0" / "stages" / "train.json").read_text())
+    assert record["metrics"]["resumed_at_steps"] in ([4], [8])

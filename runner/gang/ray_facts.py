@@ -62,6 +62,11 @@ def find_node(node_id: str) -> dict[str, Any]:
     return next((node for node in nodes if node["NodeID"] == node_id), {})
 
 
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are being drained: Ray gives them nothing new to do, and they may go soon."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def is_running(facts: Mapping[str, Any]) -> bool:
     """Return whether a rank's process is still there, as far as this host can see."""
     if facts["host"] != this_host():

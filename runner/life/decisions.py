@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from runner.errors import Failure, Kind
 from runner.life.capacity import Node, gangs_on
 from runner.life.sharing import Sharing
-from runner.life.states import ALIVE, FINAL, Idle, Run, State, enter, with_files
+from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, with_files
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
+
+MOVE_S = 30.0  # for a checkpoint before a node goes; under a Ray job too, which ends no sooner for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,9 @@ class Start(Command):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop(Command):
-    """Ask the ranks to stop at the next step and to leave a checkpoint."""
+    """Ask the ranks to stop at the next step and to leave a checkpoint; is_move: to go on elsewhere."""
+
+    is_move: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +153,9 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state is State.PLACED:
         return Start(key=run.key, group=run.group, attempt=run.attempt)
     failure = overdue(run, situation)
-    return Release(key=run.key, group=run.group, failure=failure) if failure else None
+    if failure is not None:
+        return Release(key=run.key, group=run.group, failure=failure)
+    return decide_move(run, situation) if run.leaves else None
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -172,6 +178,15 @@ def decide_stop(run: Run, situation: Situation) -> Command | None:
     if not run.is_stopping:
         return Stop(key=run.key, group=run.group)
     return Release(key=run.key, group=run.group) if situation.now >= run.stop_by else None
+
+
+def decide_move(run: Run, situation: Situation) -> Command | None:
+    """Return the command for a gang whose node is being drained: what has no checkpoint to leave goes on to its end."""
+    if run.state is not State.TRAIN or situation.limits.restart != "checkpoint":
+        return None
+    if not run.is_stopping:
+        return Stop(key=run.key, group=run.group, is_move=True)
+    return Release(key=run.key, group=run.group, failure=drained(run)) if situation.now >= run.stop_by else None
 
 
 def overdue(run: Run, situation: Situation) -> Failure | None:
@@ -250,7 +265,8 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():
-            return replace(run, is_stopping=True, is_cancelled=True, stop_by=now + situation.grace_s)
+            grace_s = max(situation.grace_s, MOVE_S) if command.is_move else situation.grace_s
+            return replace(run, is_stopping=True, is_cancelled=not command.is_move, stop_by=now + grace_s)
         case Release():
             is_cancelled = run.is_cancelled or run.key in situation.cancelled
             run = replace(run, is_releasing=True, is_cancelled=is_cancelled)

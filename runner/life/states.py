@@ -96,6 +96,7 @@ class Run:
     silent_s: float = 0.0  # longest time without an answer among its ranks
     silent_rank: int | None = None
     lost: str = ""  # the id of a node of its gang that does not answer
+    leaves: str = ""  # the id of a node of its gang that is being drained
     phase: str = ""
     step: int = 0
     total: int | None = None
@@ -164,6 +165,13 @@ class Interrupted(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Draining(Event):
+    """A node of the gang is about to go away."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Failed(Event):
     """The gang failed; or its results could not be committed."""
 
@@ -189,7 +197,7 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
             return replace(
                 enter(run, State.PLACED, now), attempt=run.attempt + 1, node=event.node, node_id=event.node_id,
                 peers=event.peers, placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, idle=None, lost="",
-                phase="", step=0, total=None, metrics={}, facts={}, previous=run.failure, failure=None,
+                leaves="", phase="", step=0, total=None, metrics={}, facts={}, previous=run.failure, failure=None,
             )  # fmt: skip
         case Started() if run.state is State.STARTING:
             return replace(run, facts=event.facts, progress_at=now, idle=None)
@@ -197,6 +205,10 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
             return apply_progress(run, event, now)
         case Finished() if run.state in WORKING or run.state is State.STARTING:
             return enter(run, State.COMMITTING, now)
+        case Draining() if run.state in ALIVE:
+            return replace(run, leaves=event.node_id)
+        case Interrupted() if run.state in ALIVE and run.leaves and not run.is_cancelled:
+            return replace(enter(run, State.TEARDOWN, now), failure=drained(run))
         case Interrupted() if run.state in ALIVE:
             return replace(enter(run, State.TEARDOWN, now), is_cancelled=True)
         case Failed() if run.state in ALIVE or run.state is State.COMMITTING:
@@ -223,6 +235,11 @@ def apply_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
     """Return run once its gang failed: it is judged when its group is gone, at once if it has none any more."""
     run = replace(enter(run, State.TEARDOWN, now), failure=with_files(run, failure), is_committing=False)
     return run if run.has_group else judge_attempt(run, now, limits)
+
+
+def drained(run: Run) -> Failure:
+    """Return why a gang leaves a node that is being drained."""
+    return Failure(kind=Kind.NODE_LOST, node=run.node, node_id=run.leaves, message="a node is being drained")
 
 
 def with_files(run: Run, failure: Failure) -> Failure:
