@@ -331,8 +331,8 @@ def test_a_node_that_is_drained_is_left_with_a_checkpoint(cluster: Cluster) -> N
                                 limits={"attempts": 1})  # fmt: skip
     wait_until(lambda: the_run(out).get("step", 0) >= 5, 60, "it never trained")
     node = the_run(out)["node_id"]
-    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "120"]
-    drain = ["drain-node", "--address", cluster.address, "--node-id", node, *why]
+    why = "--reason DRAIN_NODE_REASON_PREEMPTION --reason-message spot --deadline-remaining-seconds 120"
+    drain = ["drain-node", "--address", cluster.address, "--node-id", node, *why.split()]
     assert cluster.hosts["head"].start(python("-m", "ray.scripts.scripts", *drain)).wait(60) == 0
     assert driver.wait(60) == 0, driver.text()
     run = the_run(out)
