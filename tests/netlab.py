@@ -47,9 +47,8 @@ class Host:
         binds = "".join(f"mount -t tmpfs none {path} && " for path in hidden)  # folders that are this host's own
         script = f"hostname {name} && {DEAF}{binds}echo ready && {{ {REAP}; }}"
         process = lab.start([*APART, "bash", "-c", script], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n", f"host {name} did not start"
-        (self.pid,) = (child.pid for child in innermost(process.pid))
+        wait_for_ready(process)
+        self.pid = innermost(process.pid).pid
         lab.ip("link", "add", self.port, "type", "veth", "peer", "name", "eth0", "netns", str(self.pid))
         lab.ip("link", "set", self.port, "master", "br0", "up")
         self.ip("link", "set", "lo", "up")
@@ -84,19 +83,22 @@ class Lab:
     """A switch with hosts on it; close() ends everything."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        self.environment = {**os.environ, **environment}
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = {**ours, **environment}  # other tests keep their Ray on loopback
         script = (
             f"{DEAF}ip link set lo up && ip link add br0 type bridge && ip address add {SWITCH}/24 dev br0 && "
             "ip link set br0 up && echo ready && exec cat"
         )
+        self.started: list[subprocess.Popen[bytes]] = []
         self.process = self.popen([*APART, "bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline() == b"ready\n", "the lab did not start"
-        (self.first,) = innermost(self.process.pid)
+        wait_for_ready(self.process)
+        self.first = innermost(self.process.pid)
 
     def popen(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         """Start a program from here, with the lab's environment."""
-        return subprocess.Popen(command, env=self.environment, cwd=ROOT, **options)  # type: ignore[call-overload, no-any-return]
+        process = subprocess.Popen(command, env=self.environment, cwd=ROOT, **options)  # type: ignore[call-overload]
+        self.started.append(process)
+        return process
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
         """Start a program at the switch."""
@@ -112,18 +114,27 @@ class Lab:
         family = self.first.children(recursive=True)
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=START_S)
-        gone, alive = psutil.wait_procs(family, timeout=START_S)
+        for process in self.started:
+            process.wait(timeout=START_S)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+        _, alive = psutil.wait_procs(family, timeout=START_S)
         assert not alive, f"left in the lab: {alive}"
-        del gone
 
 
-def innermost(pid: int) -> list[psutil.Process]:
-    """Return the youngest generation of the programs that start each other: nsenter, unshare, and what they run."""
+def wait_for_ready(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a program says that it is ready."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n", f"not ready: {process.args}"
+
+
+def innermost(pid: int) -> psutil.Process:
+    """Return the program that others were started for: what nsenter and unshare run."""
     found, begun = psutil.Process(pid), time.monotonic()
     while found.name() in ("nsenter", "unshare") and time.monotonic() - begun < START_S:
         found = next(iter(found.children()), found)
-    return [found]
+    return found
 
 
 def python(*arguments: str) -> list[str]:

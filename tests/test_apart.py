@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,14 @@ import pytest
 
 from model.corpus.shard_file import write_shard
 from tests.fake_hub import REPO
-from tests.netlab import SWITCH, Host, Lab, python, why_not
+from tests.netlab import SWITCH, Host, Lab, python, wait_for_ready, why_not
 from tests.netlab_servers import HUB_PORT, S3_PORT
 from tests.ray_tools import wait_until
 from tests.small_run import TOKENIZER
 from tests.smallest import smallest
 from tests.sweep_tools import scores_of, state_of, write_faults
 
-REASON = why_not()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON or "hosts can be made")]
+pytestmark = pytest.mark.slow
 CPUS = 2  # of each node that works: room for one gang
 GCS_PORT = 6379
 # Ray gives a node up after about 15 s without an answer, and a process itself 20 s without the head
@@ -45,15 +46,16 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.sessions = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path: sockets lie there
         self.address = ""
         self.hosts: dict[str, Host] = {}
         self.lab = Lab({**ENVIRONMENT, "HF_HOME": str(folder / "hub")})
 
     def add(self, name: str, *, cpus: int = 0, hidden: tuple[Path, ...] = ()) -> None:
         """Add a host and start Ray on it; the first one becomes the head."""
-        host = self.hosts[name] = Host(self.lab, name, len(self.hosts) + 1, hidden=hidden)
+        host = self.hosts[name] = Host(self.lab, name, len(self.hosts) + 1, hidden=(*hidden, self.sessions))
         role = ["--address", self.address] if self.address else ["--head", "--port", str(GCS_PORT),
-                "--include-dashboard", "false", "--temp-dir", str(self.folder / "ray")]  # fmt: skip
+                "--include-dashboard", "false", "--temp-dir", str(self.sessions)]  # fmt: skip
         with (self.folder / f"{name}.log").open("wb") as log:
             host.start(
                 python("-m", "ray.scripts.scripts", "start", *role, "--node-ip-address", host.address, "--block",
@@ -64,6 +66,11 @@ class Cluster:
             self.address = f"{host.address}:{GCS_PORT}"
             knock = python("-c", f"import socket; socket.create_connection(('{host.address}', {GCS_PORT}), 1)")
             wait_until(lambda: not host.start(knock, stderr=subprocess.DEVNULL).wait(), 60, "the head did not start")
+
+    def close(self) -> None:
+        """End everything; the folder of sessions is empty outside of the hosts."""
+        self.lab.close()
+        self.sessions.rmdir()
 
     def wait_for_nodes(self, *names: str) -> None:
         """Wait until Ray knows these hosts."""
@@ -116,6 +123,8 @@ def ask(host: Host, code: str) -> str:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Four hosts with Ray, and servers at the switch; afterwards nothing of them may be left."""
+    if reason := why_not():
+        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("lab")
     write_corpus(folder / DATA)
     (folder / UNSHARED).mkdir()
@@ -130,12 +139,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.add("desk")
         cluster.add("alpha", cpus=CPUS)
         cluster.add("beta", cpus=CPUS, hidden=(folder / DATA, folder / UNSHARED))
-        assert servers.stdout is not None
-        assert servers.stdout.readline() == b"ready\n"
+        wait_for_ready(servers)
         cluster.wait_for_nodes("desk", "alpha", "beta")
         yield cluster
     finally:
-        cluster.lab.close()
+        cluster.close()
     assert interfaces() == before
 
 
@@ -147,10 +155,10 @@ def interfaces() -> set[str]:
 def write_corpus(folder: Path) -> None:
     """Write made-up shards and their tokenizer, as the hub has them."""
     folder.mkdir()
-    for name, seed in (("val_000000", 0), ("train_000000", 1)):
-        tokens = np.random.default_rng(seed).integers(4, 8192, 6000)
-        tokens[[0, 1000, 3000]] = 1
-        write_shard(folder / f"fineweb_{name}.bin", tokens)
+    generator = np.random.Generator(np.random.PCG64(1))
+    for name, num_documents in (("val_000000", 6), ("train_000000", 60)):
+        documents = [np.append([1], 300 + generator.zipf(1.3, size=120) % 7000) for _ in range(num_documents)]
+        write_shard(folder / f"fineweb_{name}.bin", np.concatenate(documents))
     (folder / TOKENIZER.name).write_bytes(TOKENIZER.read_bytes())
 
 
@@ -292,8 +300,6 @@ def test_a_host_that_comes_back_costs_nothing_and_one_that_does_not_a_preemption
 
 def settled_step(out: Path) -> int:
     """Return the step at which a cut gang stands still for four seconds."""
-    import time
-
     time.sleep(1.5)
     step = int(the_run(out)["step"])
     time.sleep(4.0)

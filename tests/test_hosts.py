@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from model.distributed import Dist
 from runner.errors import Failure, Kind, PreflightError
@@ -192,11 +193,13 @@ class Peers(Dist):
         return [text, "{}", self.word, "{}"]
 
 
-@pytest.mark.parametrize(("what", "value"), [("data", "e" * 64), ("GPU", "NVIDIA H200")])
-def test_hosts_that_differ_are_unfit(what: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("what", "value"), [("data", "e" * 64), ("CPU", "AVX2"), ("CPU", None)])
+def test_hosts_that_differ_are_unfit(
+    what: str, value: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker, "data_hash", lambda *_arguments, **_more: "d" * 64)
-    rank, dist, facts = make_rank(tmp_path), Peers(), {"hardware": {"gpu_model": "NVIDIA H100"}}
-    same = {"node": "10.0.0.2", "data": "d" * 64, "GPU": "NVIDIA H100"}
+    rank, dist, facts = make_rank(tmp_path), Peers(), {"hardware": {}}
+    same = {"node": "10.0.0.2", "data": "d" * 64, "CPU": torch.backends.cpu.get_cpu_capability()}
     dist.word = json.dumps(same)
     worker.check_hosts_agree(rank, dist, facts)
     dist.word = json.dumps({**same, what: value})

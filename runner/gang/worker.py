@@ -265,24 +265,30 @@ def check_node_data(rank: Rank) -> None:
 
 
 def check_hosts_agree(rank: Rank, dist: Dist, facts: Mapping[str, Any]) -> None:
-    """Check that all hosts of a gang have the same data and the same kind of GPU; facts: what preflight found.
+    """Check that all hosts of a gang have the same data and compute alike: the same GPU, or the CPU's instructions.
 
-    Only the first rank of each host looks. Raises PreflightError, on every rank, naming two hosts that differ.
+    facts: what preflight found. Only the first rank of each host looks. Raises PreflightError, on every rank, naming
+    two hosts that differ.
     """
     seen: dict[str, str] = {}
     if facts:
         data, model = rank.job.config.data, rank.job.config.model
         with ticking(rank.tick):
             hashed = data_hash(data, vocab_size=model.vocab_size)  # remembered: rank 0 reads its shards once
-        seen = {"node": rank.node, "data": hashed, "GPU": str(facts["hardware"].get("gpu_model"))}
+        device = (
+            {"GPU": facts["hardware"]["gpu_model"]}
+            if dist.device.type == "cuda"
+            else {"CPU": torch.backends.cpu.get_cpu_capability()}
+        )
+        seen = {"node": rank.node, "data": hashed, **device}
     found = [json.loads(text) for text in dist.gather_text(json.dumps(seen))]
     first, *others = [host for host in found if host]
     for other in others:
-        for what in ("data", "GPU"):
-            if other[what] != first[what]:
+        for what in first.keys() - {"node"}:
+            if other.get(what) != first[what]:
                 raise PreflightError(
-                    f"node {other['node']} has other {what} than node {first['node']} ({other[what][:24]}, not "
-                    f"{first[what][:24]}); the hosts of a gang need the same"
+                    f"node {other['node']} has other {what} than node {first['node']} ({str(other.get(what))[:24]}, "
+                    f"not {first[what][:24]}); the hosts of a gang need the same"
                 )
 
 
