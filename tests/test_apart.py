@@ -30,11 +30,11 @@ from tests.sweep_tools import scores_of, state_of, write_faults
 pytestmark = pytest.mark.slow
 CPUS = 2  # of each node that works: room for one gang
 GCS_PORT = 6379
-# Ray gives a node up after about 15 s without an answer, and a process itself 20 s without the head
+# Ray gives a node up after about 15 s without an answer, and a process itself as long without the head; else minutes
 ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000", "RAY_health_check_failure_threshold": "5",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "20", "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_gcs_server_request_timeout_seconds": "5", "RAY_gcs_rpc_server_reconnect_timeout_s": "10", "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5eed" * 16, "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true",
 }  # fmt: skip
