@@ -15,6 +15,7 @@ from model.data.cpus import usable_cpus
 from runner.errors import Kind, SweepError, first_line
 from runner.gang.ray_facts import draining_nodes
 from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_head_watch import HeadWatch
 from runner.gang.ray_start import Cluster, check_address, start_cluster
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
@@ -32,6 +33,7 @@ DRAINS_EVERY_S = 2.0
 
 
 RUNNING: list[Cluster] = []  # the cluster that this process started, if it did
+WATCHES: list[HeadWatch] = []  # of the head of a cluster that it joined
 
 
 def connect(address: str | None) -> None:
@@ -45,6 +47,7 @@ def connect(address: str | None) -> None:
     else:
         check_address(address)
         join(address, f"--address {address}")
+        WATCHES.append(HeadWatch(ray.get_runtime_context().gcs_address))
 
 
 def join(address: str, words: str) -> None:
@@ -66,6 +69,8 @@ def join(address: str, words: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; one that `connect` started ends."""
+    while WATCHES:
+        WATCHES.pop().stop()
     ray.shutdown()
     while RUNNING:
         RUNNING.pop().close()
