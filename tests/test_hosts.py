@@ -133,7 +133,10 @@ def test_silence_of_a_node_that_is_gone_is_a_preemption() -> None:
     stalled, lost = overdue(run, situation), overdue(replace(run, lost="n1"), situation)
     assert stalled is not None
     assert lost is not None
-    assert (stalled.kind, stalled.rank) == (Kind.STALLED, 2)
+    assert (stalled.kind, stalled.rank, stalled.node) == (Kind.STALLED, 2, "10.0.0.1")
+    idle = overdue(replace(RUN, idle=states.Idle(rank=1, where="train step 3", since=-1000.0)), situation)
+    assert idle is not None
+    assert (idle.kind, idle.rank, idle.node) == (Kind.STALLED, 1, "10.0.0.0")
     assert (lost.kind, lost.node, lost.node_id) == (Kind.NODE_LOST, "10.0.0.1", "n1")
     assert overdue(replace(run, silent_s=29.0, lost="n1"), situation) is None  # it may come back
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from runner.errors import Failure, Kind
 from runner.life.capacity import Node, gangs_on
 from runner.life.sharing import Sharing
-from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, with_files
+from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, node_id_of, with_files
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
 
@@ -204,27 +204,33 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
             advice="raise it if imports or the network are slow there",
         )  # fmt: skip
     if run.silent_s > limits.heartbeat_s and run.lost:
-        name = next((node.name for node in situation.nodes if node.node_id == run.lost), run.node)
         return Failure(
-            kind=Kind.NODE_LOST, node=name, node_id=run.lost,
+            kind=Kind.NODE_LOST, node=node_name(run, run.lost, situation), node_id=run.lost,
             message=f"the node went away: no heartbeat for {run.silent_s:.0f} s, and nothing answers there",
         )  # fmt: skip
     if run.silent_s > limits.heartbeat_s:
         is_named = run.idle is not None and run.idle.rank == run.silent_rank
         return Failure(
-            kind=Kind.STALLED, rank=run.silent_rank, node=run.node,
+            kind=Kind.STALLED, rank=run.silent_rank,
+            node=node_name(run, node_id_of(run, run.silent_rank), situation),
             at=run.idle.where if run.idle is not None and is_named else "",
             message=f"no heartbeat for {run.silent_s:.0f} s (limits.heartbeat_s={limits.heartbeat_s:g})",
             advice="its process is stopped, or its node too busy to answer",
         )  # fmt: skip
     idle = run.idle or Idle(rank=0, where=f"{run.phase or 'start'} step {run.step}", since=run.progress_at)
     if now - idle.since > limits.stall_s:
+        rank = idle.rank if run.idle is not None else None
         return Failure(
-            kind=Kind.STALLED, rank=idle.rank if run.idle is not None else None, node=run.node, at=idle.where,
+            kind=Kind.STALLED, rank=rank, node=node_name(run, node_id_of(run, rank), situation), at=idle.where,
             message=f"no progress for {now - idle.since:.0f} s (limits.stall_s={limits.stall_s:g})",
             advice="the stacks say where each rank stood; raise limits.stall_s if it was only slow",
         )  # fmt: skip
     return None
+
+
+def node_name(run: Run, node_id: str, situation: Situation) -> str:
+    """Return the name of one node of a gang, of all where that is not known."""
+    return next((node.name for node in situation.nodes if node.node_id == node_id), run.node)
 
 
 def wants_group(run: Run, situation: Situation) -> bool:

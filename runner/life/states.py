@@ -289,12 +289,14 @@ def judge_attempt(run: Run, now: float, limits: Limits) -> Run:
 
 def nodes_at_fault(run: Run, failure: Failure) -> tuple[str, ...]:
     """Return the ids of the nodes that a failure may be the fault of: all of the gang's where nothing says which."""
+    known = failure.node_id or node_id_of(run, failure.rank)
+    return (known,) if known else tuple(node_id for node_id in (run.node_id, *run.peers) if node_id)
+
+
+def node_id_of(run: Run, rank: int | None) -> str:
+    """Return the id of the node of one rank of a gang over several, "" where that is not known."""
     ranks = run.facts.get("ranks", ())
-    if failure.node_id:
-        return (failure.node_id,)
-    if run.peers and failure.rank is not None and failure.rank < len(ranks):
-        return (ranks[failure.rank]["node_id"],)
-    return tuple(node_id for node_id in (run.node_id, *run.peers) if node_id)
+    return str(ranks[rank]["node_id"]) if run.peers and rank is not None and rank < len(ranks) else ""
 
 
 def why_give_up(run: Run, limits: Limits) -> str:
