@@ -50,11 +50,15 @@ class Cluster:
         self.sessions = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a short path: sockets lie there
         self.address = ""
         self.hosts: dict[str, Host] = {}
-        self.lab = Lab({**ENVIRONMENT, "HF_HOME": str(folder / "hub")})
+        self.scratch = folder / "scratch"  # where a node works whose sweep is behind a URI
+        self.scratch.mkdir()
+        self.lab = Lab({**ENVIRONMENT, "HF_HOME": str(folder / "hub"), "TMPDIR": str(self.scratch)})
 
     def add(self, name: str, *, cpus: int = 0, hidden: tuple[Path, ...] = ()) -> None:
         """Add a host and start Ray on it; the first one becomes the head."""
-        host = self.hosts[name] = Host(self.lab, name, len(self.hosts) + 1, hidden=(*hidden, self.sessions))
+        host = self.hosts[name] = Host(
+            self.lab, name, len(self.hosts) + 1, hidden=(*hidden, self.sessions, self.scratch)
+        )
         role = ["--address", self.address] if self.address else ["--head", "--port", str(GCS_PORT),
                 "--include-dashboard", "false", "--temp-dir", str(self.sessions)]  # fmt: skip
         with (self.folder / f"{name}.log").open("wb") as log:
@@ -332,7 +336,9 @@ def test_a_driver_that_is_cut_off_ends_with_its_ranks_and_another_goes_on(cluste
     assert driver.wait(60) == EXIT_INTERRUPTED, driver.text()
     assert f"Ray's head at {cluster.address} does not answer any more" in driver.text()
     desk.mend()
-    again = cluster.drive_stub(out, on="head", gang={"ranks": 2}, seeds=[1], target="tests.stub_work:gang_work")
+    again = cluster.drive_stub(
+        out, on="head", gang={"ranks": 2}, seeds=[1], target="tests.stub_work:gang_work", lease_ttl_s=5.0
+    )  # it took fewer knocks than usual: the lease is not a minute old
     assert again.wait(90) == 0, again.text()
     record = json.loads((out / "seeds" / "seed=1-repeat=0" / "stages" / "train.json").read_text())
     assert record["metrics"]["resumed_at_steps"] == [8]
