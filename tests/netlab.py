@@ -7,12 +7,13 @@ be left behind, and a test that is killed leaves no more than one that passes. A
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -111,7 +112,8 @@ class Lab:
 
     def close(self) -> None:
         """End the lab and wait until nothing of it is left."""
-        family = self.first.children(recursive=True)
+        family = [member for process in self.started for member in descendants(process.pid)]
+        inside = networks(family) - networks([psutil.Process()])
         assert self.process.stdin is not None
         self.process.stdin.close()
         for process in self.started:
@@ -121,6 +123,24 @@ class Lab:
                     pipe.close()
         _, alive = psutil.wait_procs(family, timeout=START_S)
         assert not alive, f"left in the lab: {alive}"
+        assert not inside & networks(psutil.process_iter()), "a network of the lab is left"
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return the processes below one, none where it is gone."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def networks(processes: Iterable[psutil.Process]) -> set[str]:
+    """Return the networks that processes live in."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/{process.pid}/ns/net"))
+    return found
 
 
 def wait_for_ready(process: subprocess.Popen[bytes]) -> None:
