@@ -72,6 +72,7 @@ class Failure:
     files: tuple[str, ...] = ()  # where to look, from the sweep's folder: the rank's log, its stacks
     rank: int | None = None
     node: str = ""
+    node_id: str = ""  # of a node that went away
     error_type: str = ""
     traceback: str = ""
     log_tail: str = ""

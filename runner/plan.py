@@ -185,5 +185,7 @@ def estimate_stages_s(spec: SweepSpec) -> tuple[dict[str, float], str]:
 
 
 def slots_per_node(plan: Plan) -> list[str]:
-    """Return one line for each node: what it has, and how many gangs it holds."""
-    return [f"{node.describe()}: {gangs_on(node, plan.spec.gang)} gang(s)" for node in plan.nodes]
+    """Return one line for each node: what it has, and how many gangs, or shares of them, it holds."""
+    gang = plan.spec.gang
+    what = "gang(s)" if gang.hosts == 1 else f"share(s) of a gang over {gang.hosts} hosts"
+    return [f"{node.describe()}: {gangs_on(node, gang)} {what}" for node in plan.nodes]

@@ -95,6 +95,7 @@ class SweepWork:
             attempt=run.attempt,
             config=self.spec.config_for(run.key),
             world_size=self.spec.gang.world_size,
+            hosts=self.spec.gang.hosts,
             threads=self.spec.gang.cpus,
             uses_gpus=self.spec.gang.gpus > 0,
             workdir=str(self.workdir(run.key)),
@@ -148,9 +149,9 @@ class SweepWork:
 
     def commit(self, run: Run) -> None:
         """Write the results of an attempt that ended. Raises OSError or ValueError if that fails."""
-        if run.node_id not in self.nodes:
-            self.nodes.append(run.node_id)
-        label = f"node-{self.nodes.index(run.node_id)}"
+        places = (run.node_id, *run.peers)
+        self.nodes += [node_id for node_id in places if node_id not in self.nodes]
+        label = "+".join(f"node-{self.nodes.index(node_id)}" for node_id in places)
         mirror = open_mirror(self.spec.out, run.key.name, self.workdir(run.key))
         if mirror is not None:
             mirror.fetch_results()

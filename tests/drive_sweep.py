@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from runner import sweep, work
+from runner.folder import lease
+from runner.gang import ray_head_watch
 from runner.gang.ray_start import LOOPBACK_VARIABLE
 from runner.spec.gang import Gang
 from tests.stub_work import TARGET
@@ -18,7 +20,10 @@ from tests.sweep_tools import QUICK, make_spec
 def main() -> int:
     """Run the sweep that the argument describes; data is never read."""
     given = json.loads(sys.argv[1])
-    os.environ[LOOPBACK_VARIABLE] = "0"
+    lease.LEASE_TTL_S = given.get("lease_ttl_s", lease.LEASE_TTL_S)
+    ray_head_watch.KNOCKS = given.get("knocks", ray_head_watch.KNOCKS)
+    if given.get("on_loopback", True):
+        os.environ[LOOPBACK_VARIABLE] = "0"
     sweep.data_hash = lambda _data, **_more: "d" * 64
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))

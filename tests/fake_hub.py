@@ -23,8 +23,8 @@ class FakeHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
+    def __init__(self, files: dict[str, bytes], *, address: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((address, port), HubHandler)
         self.files = files
         self.cut_after: dict[str, int] = {}
         self.corrupt: set[str] = set()
@@ -33,7 +33,7 @@ class FakeHub(ThreadingHTTPServer):
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f"http://{self.server_address[0]!s}:{self.server_address[1]}"
 
     def downloads(self) -> list[str]:
         """Names of the files whose contents were asked for, in order."""

@@ -242,7 +242,7 @@ def idle_s(busy: list[tuple[float, int]], num_slots: int) -> float:
 def simulate(spec: SweepSpec, folder: Path, *, num_nodes: int, seed_s: float) -> tuple[SimulatedCluster, float, int]:
     """Run spec to its end; return the cluster, the seconds that the loop took, and the number of its decisions."""
     clock, spent_s, decisions = Clock(), 0.0, 0
-    nodes = make_nodes(num_nodes, cpus=spec.gang.total["CPU"], gpus=spec.gang.total.get("GPU", 0))
+    nodes = make_nodes(num_nodes, cpus=spec.gang.share["CPU"], gpus=spec.gang.share.get("GPU", 0))
     cluster = SimulatedCluster(clock, spec.gang, nodes, seconds=lambda _key, _attempt: seed_s)
     scheduler = Scheduler(
         spec, [Run(key=key) for key in spec.keys], cluster, SweepDirectory(LocalStorage(folder)), NoView(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,9 @@ import pytest
 from ray.exceptions import RayActorError, RayError
 
 from runner.errors import Kind
+from runner.gang import ray_ask
 from runner.gang import ray_gang as gang_module
+from runner.gang.rank import this_host
 from runner.gang.ray_gang import Phase, RayGang
 from runner.life import states
 from runner.life.job import Beat, Job, Outcome
@@ -84,16 +85,19 @@ class FakeRay:
 def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RayGang:
     """Return a gang of two that has just begun to work, on the driver's host or on another."""
     monkeypatch.setattr(gang_module, "ray", FakeRay())
-    for name in ("placement_group", "remove_placement_group", "NodeAffinitySchedulingStrategy"):
+    monkeypatch.setattr(ray_ask, "ray", FakeRay())
+    monkeypatch.setattr(ray_ask, "NodeAffinitySchedulingStrategy", lambda *_arguments, **_options: None)
+    for name in ("placement_group", "remove_placement_group"):
         monkeypatch.setattr(gang_module, name, lambda *_arguments, **_options: None)
     monkeypatch.setattr(gang_module, "is_node_lost", lambda _node: False)
     monkeypatch.setattr(gang_module, "COLLECT_S", 0.0)
     gang = RayGang(RunKey(seed=1), 1, Gang(ranks=2))
     gang.job = replace(make_rank(tmp_path).job, world_size=2)
-    gang.node, gang.phase = "10.0.0.4", Phase.WORKING
+    gang.node_ids, gang.addresses, gang.phase = ("n",), ("10.0.0.4",), Phase.WORKING
     gang.actors, gang.pending = [FakeActor(), FakeActor()], {Ref(): 0, Ref(): 1}
     gang.seen = {0: Beat(), 1: Beat()}
-    gang.facts = [{"host": socket.gethostname() if request.param == "here" else "elsewhere", "rank": r} for r in (0, 1)]
+    host = this_host() if request.param == "here" else "elsewhere"
+    gang.facts = [{"host": host, "rank": rank, "node_id": "n"} for rank in (0, 1)]
     return gang
 
 

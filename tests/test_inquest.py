@@ -80,7 +80,7 @@ def test_a_watch_notes_how_a_process_ended(number: int, words: str, tmp_path: Pa
         process.send_signal(number)
         process.wait()
         watch.communicate(timeout=20)
-    end = learn_ends(rank.job, [0])[0]
+    end = learn_ends(rank.job, [{"rank": 0}])[0]
     assert end.words == words
     assert end.advice
     assert end.log_tail == "the last words\n"
@@ -116,7 +116,7 @@ def test_a_process_may_have_itself_watched(tmp_path: Path) -> None:
 
 def test_a_death_without_a_note_says_that_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.gang.inquest.NOTE_S", 0.1)
-    end = learn_ends(make_rank(tmp_path).job, [0])[0]
+    end = learn_ends(make_rank(tmp_path).job, [{"rank": 0}])[0]
     assert (end.words, end.log_tail) == ("", "")
     assert "log" in end.advice
 

@@ -30,12 +30,12 @@ from runner.folder.program_files import (
 )
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import LocalStorage
-from runner.gang.kept import GANG_VARIABLE, Keeper, Output
 from runner.gang.program import describe_end, is_finished
 from runner.gang.program_place import TORCHRUN, hold_port
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.environments import MARK, environment_name, make_environment, why_not_installed
+from runner.machine.kept import GANG_VARIABLE, Keeper, Output
 from runner.spec.sweep import RunKey
 
 LOG = """seed: 42

@@ -54,6 +54,7 @@ def test_defaults_are_the_challenges_and_a_program_always_starts_from_scratch() 
         ({"data": {}}, "data is of our own recipes"),
         ({"restart": "checkpoint"}, "restart=checkpoint is of our own recipes"),
         ({"limits": {"restart": "checkpoint"}}, "restart=checkpoint is of our own recipes"),
+        ({"gang": {"gpus": 2, "hosts": 2}}, "a program's processes meet on one host"),
         ({"program": {}}, "program.folder is missing"),
         ({"program": {"folder": "p", "comand": ["x"]}}, "unknown key 'comand'; did you mean 'command'"),
         ({"program": {"folder": "p", "command": "python train_gpt.py"}}, "must be a list of words"),

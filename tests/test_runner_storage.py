@@ -93,10 +93,14 @@ def test_a_run_goes_on_from_what_the_store_has(uri: str, tmp_path: Path) -> None
             mirror.put(path)
     other = Mirror(storage, mirror.prefix, tmp_path / "there")
     (tmp_path / "there" / "stages").mkdir(parents=True)
-    (tmp_path / "there" / "stages" / "train.json").write_text("left by an attempt that the store never heard of")
+    for name in ("stages/train.json", "run.json", "steps.npz"):
+        (tmp_path / "there" / name).write_text("left by an attempt that the store never heard of")
     other.fetch_all()
     left = {path.name: path.read_text() for path in (tmp_path / "there").rglob("*") if path.is_file()}
     assert left == {f"step-{step}.{suffix}": str(step) for step in (2, 3) for suffix in ("safetensors", "json")}
+    (tmp_path / "there" / "gpu.npz").write_text("left")
+    other.fetch_results()
+    assert not (tmp_path / "there" / "gpu.npz").exists()
 
 
 def test_stages_are_taken_over_by_way_of_the_store(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,7 @@ def test_the_frontiers_ablation_adds_up_to_its_preset_on_paired_seeds_with_the_s
 
 
 def test_demo_gangs_have_one_cpu_each() -> None:
-    assert load_spec(SPECS / "demo.yaml").gang.total == {"CPU": 1.0}
+    assert load_spec(SPECS / "demo.yaml").gang.share == {"CPU": 1.0}
 
 
 @pytest.mark.parametrize("kind", ["a folder", "a FIFO", "a socket", "a device"])

@@ -77,7 +77,7 @@ def test_the_kuberay_manifest_runs_a_spec_that_fits_its_nodes() -> None:
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert int(limits["nvidia.com/gpu"]) >= sweep.gang.gpus
-    assert int(limits["cpu"]) >= sweep.gang.total["CPU"]
+    assert int(limits["cpu"]) >= sweep.gang.share["CPU"]
 
 
 def test_ray_packs_what_is_not_excluded() -> None:

@@ -32,8 +32,8 @@ from runner.life.states import Run, State
 from runner.spec.sweep import RunKey
 
 FORMAT = 1
-UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells otherwise, or leaves out
-LATER = ("waits_for",)  # fields that earlier versions did not write
+UNSAVED = ("key", "facts", "idle", "lost", "leaves")  # fields of a run that state.json spells otherwise, or leaves out
+LATER = ("waits_for", "peers")  # fields that earlier versions did not write
 
 
 class CancelRequest(NamedTuple):
@@ -182,7 +182,8 @@ def run_from_json(plain: Mapping[str, Any]) -> Run:
     try:
         fields = {name: plain[name] for name in names if name in plain or name not in LATER}
         fields["state"] = State(fields["state"])
-        fields["bad_nodes"] = tuple(fields["bad_nodes"])
+        for name in ("bad_nodes", "peers"):
+            fields[name] = tuple(fields.get(name, ()))
         for name in ("failure", "previous"):
             fields[name] = failure_from_json(fields[name]) if fields[name] else None
         key = RunKey(variant=str(plain.get("variant", "")), seed=int(plain["seed"]), repeat=int(plain["repeat"]))

@@ -51,6 +51,9 @@ class Mirror:
         """Make the local folder what the store has, logs left out; what another attempt left here does not count."""
         for folder in FOLDERS[1:]:
             remove_tree(self.workdir / folder)
+        for path in self.workdir.glob("*"):
+            if path.is_file():  # of a sweep that once was at the same place, for all that is known
+                path.unlink()
         for folder in FOLDERS:
             for name in self.storage.names(f"{self.prefix}/{folder}".rstrip("/")):
                 self.fetch(f"{folder}/{name}".lstrip("/"))
@@ -62,6 +65,8 @@ class Mirror:
         for name in COMMITTED:
             if name in present:
                 self.fetch(name)
+            else:
+                (self.workdir / name).unlink(missing_ok=True)
         for name in self.storage.names(f"{self.prefix}/stages"):
             self.fetch(f"stages/{name}")
 

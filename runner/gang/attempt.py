@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +33,7 @@ def wait_for_room(rank: Rank) -> int:
     job, begun = rank.job, time.monotonic()
     while (free := shutil.disk_usage(job.workdir).free) < MIN_FREE_BYTES:
         what = (
-            f"node {socket.gethostname()} has {free / 1e9:.1f} GB free at {job.workdir}; "
-            f"{MIN_FREE_BYTES / 1e9:.1f} GB are needed"
+            f"node {rank.node} has {free / 1e9:.1f} GB free at {job.workdir}; {MIN_FREE_BYTES / 1e9:.1f} GB are needed"
         )
         waited_s = time.monotonic() - begun
         if waited_s >= job.disk_s:

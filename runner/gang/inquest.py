@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from runner.folder.mirror import open_mirror
-from runner.gang.keeper import descendants
-from runner.gang.kept import size_of
 from runner.gang.rank import Rank
 from runner.life.job import Job
+from runner.machine.keeper import descendants
+from runner.machine.kept import size_of
 
 STACKS_SIGNAL = signal.SIGUSR2
 STACKS_NAME = "seedsweep-stacks"
@@ -194,10 +194,10 @@ def threads_of(pid: int) -> str:
     return "\n".join(lines if len(lines) > 1 else ["its process is gone"]) + "\n"
 
 
-def learn_ends(job: Job, ranks: Sequence[int]) -> dict[int, End]:
-    """Return how these ranks ended."""
+def learn_ends(job: Job, ranks: Sequence[Mapping[str, Any]]) -> dict[int, End]:
+    """Return by its number how each of these ranks ended; ranks as `hello` described them."""
     ends = {}
-    for rank in ranks:
+    for rank in (int(facts["rank"]) for facts in ranks):
         path, begun = job.end_path(rank), time.monotonic()
         while not path.exists() and time.monotonic() - begun < NOTE_S:
             time.sleep(0.05)

@@ -112,7 +112,7 @@ class LocalBackend:
     """One place, this process."""
 
     def __init__(self, shape: Gang) -> None:
-        self.node = Node(node_id=NODE_ID, name=socket.gethostname(), resources=shape.total)
+        self.node = Node(node_id=NODE_ID, name=socket.gethostname(), resources=shape.share)
         self.waiting: list[tuple[RunKey, int]] = []
         self.placed: tuple[RunKey, int] | None = None
         self.running: LocalRun | None = None

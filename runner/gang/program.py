@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,6 @@ from runner.folder.program_inputs import combine_inputs
 from runner.folder.storage import LocalStorage
 from runner.gang.attempt import GPU_SAMPLES, note_attempt, save_samples, wait_for_room
 from runner.gang.inquest import CRASHES, End, signal_name
-from runner.gang.kept import Keeper, Output
 from runner.gang.program_place import (
     TORCHRUN,
     Place,
@@ -46,6 +44,7 @@ from runner.gang.rank import Rank
 from runner.life.causes import last_words
 from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
+from runner.machine.kept import Keeper, Output
 from runner.provenance import PACKAGES, different_versions, machine, package_versions, settings
 from runner.spec.program import Program, fill
 
@@ -115,7 +114,7 @@ class Prepared(NamedTuple):
 
 def prepare(rank: Rank, program: Program, port: int) -> Prepared:
     """Check this node, lay out the attempt's folders, and note what it runs on."""
-    job, host = rank.job, socket.gethostname()
+    job, host = rank.job, rank.node
     Path(job.workdir).mkdir(parents=True, exist_ok=True)
     versions = package_versions()
     differing = different_versions(job.record.get("versions", versions), versions)
@@ -155,11 +154,11 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
             break
         if time.monotonic() - begun > IDLE_WAIT_S:
             used = f"{busy.used_bytes / 1e9:.1f} GB are in use"
-            raise PreflightError(f"GPU {busy.number} of node {socket.gethostname()} is not idle: {used}")
+            raise PreflightError(f"GPU {busy.number} of node {rank.node} is not idle: {used}")
         time.sleep(1.0)
     models = sorted({gpu.model for gpu in gpus})
     if len(models) > 1:
-        raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
+        raise PreflightError(f"node {rank.node} has GPUs of different kinds: {', '.join(models)}")
     if not gpus:
         return {}
     return {"gpu_model": models[0], "num_gpus": len(gpus), "driver_version": gpus[0].driver}
@@ -203,7 +202,7 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
     """Run this rank's process to its end and leave nothing of it behind. Raises ProgramError unless it ends with 0."""
     job = rank.job
     env = make_environment_of(rank, program, place)
-    command = find_command(make_command(job, program, place), env, place.work)
+    command = find_command(make_command(job, program, place), env, place.work, rank.node)
     own = job.log_path(rank.rank)
     own.parent.mkdir(parents=True, exist_ok=True)
     output = Output(own, [job.log_path(other) for other in range(job.world_size) if other != rank.rank])

@@ -22,10 +22,10 @@ from runner.errors import PreflightError
 from runner.folder.program_files import archive_path, clear_folder, folder_hash, unpack
 from runner.folder.program_inputs import combine_inputs, hash_inputs
 from runner.folder.storage import LocalStorage, open_storage
-from runner.gang.kept import GANG_VARIABLE
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.environments import make_environment
+from runner.machine.kept import GANG_VARIABLE
 from runner.provenance import SETTING_PREFIXES
 from runner.spec.program import Program, fill
 from runner.spec.secrets import looks_like_secret
@@ -73,7 +73,7 @@ def attempt_folder(job: Job) -> Path:
 
 def check_inputs(rank: Rank, program: Program) -> dict[str, str]:
     """Return the sha256 of each input of this node. Raises PreflightError if one is missing, or not the driver's."""
-    host, wanted = socket.gethostname(), rank.job.record.get("data_hash")
+    host, wanted = rank.node, rank.job.record.get("data_hash")
     try:
         hashes = hash_inputs(program.inputs, rank.tick)
     except ValueError as error:
@@ -197,7 +197,7 @@ def make_command(job: Job, program: Program, place: Place) -> list[str]:
     return [place.python, *start, *script]
 
 
-def find_command(words: list[str], env: Mapping[str, str], work: Path) -> list[str]:
+def find_command(words: list[str], env: Mapping[str, str], work: Path, node: str) -> list[str]:
     """Return a command with its first word as a path. Raises PreflightError if there is no such program."""
     if os.sep in words[0]:
         path = str(work / words[0])
@@ -205,9 +205,7 @@ def find_command(words: list[str], env: Mapping[str, str], work: Path) -> list[s
     else:
         found = shutil.which(words[0], path=env["PATH"])
     if found is None:
-        raise PreflightError(
-            f"node {socket.gethostname()}: program.command starts with {words[0]!r}, which cannot be run there"
-        )
+        raise PreflightError(f"node {node}: program.command starts with {words[0]!r}, which cannot be run there")
     return [found, *words[1:]]
 
 

@@ -23,10 +23,11 @@ from typing import Any
 from model.report import Interrupted
 from runner.errors import Failure, Kind, NoRoomError, OutNotShared, PreflightError, ProgramError, first_line, is_full
 from runner.folder.fence import fenced
+from runner.folder.lease import boot_id, namespaces
 from runner.folder.mirror import Mirror, open_mirror
 from runner.folder.storage import local_root
-from runner.gang.kept import Keeper
 from runner.life.job import Beat, Job, Outcome
+from runner.machine.kept import Keeper
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Rank:
         self.stop_event = threading.Event()
         self.port: int | None = None  # of the gang's rendezvous store
         self.visible_gpus: tuple[str, ...] = ()
-        self.node: dict[str, Any] = {}
+        self.addresses: tuple[str, ...] = ()  # of the gang's hosts, where there are several
+        self.node = socket.gethostname()  # as messages name it
         self.store: Any = None  # rank 0's rendezvous server; lives as long as the rank
         self.mirror: Mirror | None = None  # where finished files go beside this node's disk
         self.keeper: Keeper | None = None  # who stands over this rank's process of a program
@@ -86,11 +88,17 @@ class Rank:
 
     def hello(self) -> dict[str, Any]:
         """Return who and where this process is."""
-        return {"pid": os.getpid(), "host": socket.gethostname(), "rank": self.rank}
+        return {"pid": os.getpid(), "host": this_host(), "rank": self.rank}
 
-    def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
-        """Do the work of this rank and return how it ended."""
-        self.port, self.visible_gpus = port, visible_gpus
+    def run(
+        self, *, port: int | None = None, visible_gpus: tuple[str, ...] = (), addresses: tuple[str, ...] = ()
+    ) -> Outcome:
+        """Do the work of this rank and return how it ended.
+
+        port: of the gang's rendezvous; visible_gpus: all that the gang has on this node; addresses: of the gang's hosts
+        where there are several.
+        """
+        self.port, self.visible_gpus, self.addresses = port, visible_gpus, addresses
         puts_logs = self.rank == 0
         try:
             self.check_out()
@@ -134,8 +142,9 @@ class Rank:
         """Find the probe that the driver left. Raises OutNotShared if this node sees another folder."""
         root = local_root(self.job.out)
         if self.job.probe and root is not None and not (root / "probes" / self.job.probe).is_file():
-            host = socket.gethostname()
-            raise OutNotShared(f"out must be shared storage or a URI: node {host} does not see the driver's {root}")
+            raise OutNotShared(
+                f"out must be shared storage or a URI: node {self.node} does not see the driver's {root}"
+            )
 
     def failure_of(self, error: BaseException) -> Failure:
         """Return error as plain values, with its traceback and the end of this rank's log."""
@@ -146,11 +155,11 @@ class Rank:
         if isinstance(error, NoRoomError) or is_full(error):
             kind = Kind.DISK
         if isinstance(error, ImportError):
-            message = f"node {socket.gethostname()} lacks a package: {message}; install it there as at the driver"
+            message = f"node {self.node} lacks a package: {message}; install it there as at the driver"
         if isinstance(error, ProgramError):
             kind = error.kind
         return Failure(
-            kind=kind, rank=self.rank, node=socket.gethostname(), message=self.job.redact(message),
+            kind=kind, rank=self.rank, node=self.node, message=self.job.redact(message),
             error_type="" if kind is Kind.DIED else type(error).__name__, at=self.newest.where,
             advice=getattr(error, "advice", ""), log_tail=self.log_tail(),
             traceback=self.job.redact("".join(traceback.format_exception(error))),
@@ -164,6 +173,11 @@ class Rank:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
             return self.job.redact(file.read().decode(errors="replace"))
+
+
+def this_host() -> str:
+    """Return what names this host and the numbering of its processes: hosts and containers may share a hostname."""
+    return " ".join((socket.gethostname(), boot_id(), namespaces()))
 
 
 def load_target(dotted: str) -> Callable[[Rank], object]:

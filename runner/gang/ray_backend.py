@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from typing import Any
 
@@ -12,12 +13,14 @@ from ray.exceptions import RayError
 
 from model.data.cpus import usable_cpus
 from runner.errors import Kind, SweepError, first_line
+from runner.gang.ray_facts import draining_nodes
 from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_head_watch import HeadWatch
 from runner.gang.ray_start import Cluster, check_address, start_cluster
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
-from runner.life.states import Event
+from runner.life.states import Draining, Event
 from runner.provenance import SOURCE_ROOT
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey
@@ -26,9 +29,11 @@ logger = logging.getLogger(__name__)
 
 QUIET = logging.CRITICAL  # what Ray has to say about dead workers, the gang says with rank and node
 POLL_EVERY_S = 0.05
+DRAINS_EVERY_S = 2.0
 
 
 RUNNING: list[Cluster] = []  # the cluster that this process started, if it did
+WATCHES: list[HeadWatch] = []  # of the head of a cluster that it joined
 
 
 def connect(address: str | None) -> None:
@@ -42,6 +47,7 @@ def connect(address: str | None) -> None:
     else:
         check_address(address)
         join(address, f"--address {address}")
+        WATCHES.append(HeadWatch(ray.get_runtime_context().gcs_address))
 
 
 def join(address: str, words: str) -> None:
@@ -63,18 +69,21 @@ def join(address: str, words: str) -> None:
 
 def disconnect() -> None:
     """Leave the cluster; one that `connect` started ends."""
+    while WATCHES:
+        WATCHES.pop().stop()
     ray.shutdown()
     while RUNNING:
         RUNNING.pop().close()
 
 
 def living_nodes() -> tuple[Node, ...]:
-    """Return every living node with its total resources."""
+    """Return every living node with its total resources; one that is being drained takes no more gangs."""
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    draining = draining_nodes()
     return tuple(
         Node(node_id=node["NodeID"], name=node["NodeManagerAddress"], resources=dict(node["Resources"]))
         for node in found
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in draining
     )
 
 
@@ -84,6 +93,7 @@ class RayBackend:
     def __init__(self, shape: Gang) -> None:
         self.shape = shape
         self.gangs: dict[tuple[RunKey, int], RayGang] = {}  # by run and serial of its group
+        self.looked_at = -math.inf  # for nodes that are being drained
 
     def nodes(self) -> tuple[Node, ...]:
         """Return the living nodes."""
@@ -115,11 +125,23 @@ class RayBackend:
         """Return what happened to any gang, waiting up to timeout_s where nothing has."""
         deadline = time.monotonic() + timeout_s
         while True:
-            events = [event for gang in self.gangs.values() for event in gang.poll()]
+            events = [event for gang in self.gangs.values() for event in gang.poll()] + self.look_for_drains()
             self.gangs = {name: gang for name, gang in self.gangs.items() if gang.phase is not Phase.GONE}
             if events or time.monotonic() >= deadline:
                 return events
             time.sleep(POLL_EVERY_S)
+
+    def look_for_drains(self) -> list[Event]:
+        """Tell every gang, once in a while, of a node of it that is being drained."""
+        if time.monotonic() - self.looked_at < DRAINS_EVERY_S:
+            return []
+        self.looked_at, draining = time.monotonic(), draining_nodes()
+        return [
+            Draining(key=gang.key, group=gang.serial, node_id=node_id)
+            for gang in self.gangs.values()
+            for node_id in gang.node_ids
+            if node_id in draining
+        ]
 
     def close(self) -> None:
         """Kill whatever is left."""

@@ -12,6 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from runner.errors import first_line
+from runner.gang.rank import this_host
 from runner.life.job import Job
 
 PROBE_S = 0.5  # for a node's daemon to accept a connection
@@ -20,15 +21,18 @@ LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def rank_environment(job: Job) -> dict[str, str]:
-    """Return the environment of a rank: its threads, all GPUs of the gang visible later, traffic on loopback only."""
+    """Return the environment of a rank: its threads, all GPUs of the gang visible later.
+
+    The traffic of a gang on one host stays on loopback. Ranks of several look for their interface there.
+    """
     threads = str(job.threads)
+    loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
-        "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
+        **(loopback if job.hosts == 1 else {}),
     }
 
 
@@ -58,9 +62,14 @@ def find_node(node_id: str) -> dict[str, Any]:
     return next((node for node in nodes if node["NodeID"] == node_id), {})
 
 
+def draining_nodes() -> set[str]:
+    """Return the ids of the nodes that are being drained: Ray gives them nothing new to do, and they may go soon."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 def is_running(facts: Mapping[str, Any]) -> bool:
     """Return whether a rank's process, or who ends its program, is still there, as far as this host can see."""
-    if facts["host"] != socket.gethostname():
+    if facts["host"] != this_host():
         return False
     return any(is_alive(pid) for pid in (facts["pid"], facts.get("keeper")) if pid is not None)
 

@@ -1,4 +1,4 @@
-"""One gang on Ray: a STRICT_PACK placement group and one actor per rank, polled without ever blocking.
+"""One gang on Ray: a placement group of whole hosts and one actor per rank, polled without ever blocking.
 
 A gang moves from waiting to placed to starting to working to releasing to gone; `poll` says what happened since the
 last call. No actor is ever restarted: a restarted one would be blank and nobody told. A failed gang is killed whole
@@ -8,26 +8,25 @@ and a fresh one takes its place.
 from __future__ import annotations
 
 import math
-import socket
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.errors import Failure, Kind
 from runner.gang.inquest import End, learn_ends, write_stacks
 from runner.gang.rank import Rank
+from runner.gang.ray_ask import Answer, Lookout, ask_nodes
 from runner.gang.ray_facts import find_node, is_node_lost, is_running, rank_environment, ray_words
 from runner.gang.ray_rank import RankActor
 from runner.life import states
-from runner.life.causes import Seen, last_words, most_idle, root_cause
+from runner.life.causes import MUTE_S, Seen, last_words, most_idle, root_cause
 from runner.life.job import Beat, Job, Outcome
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey
@@ -56,25 +55,19 @@ class Phase(StrEnum):
     GONE = "gone"
 
 
-class Answer(NamedTuple):
-    """What a node answers, in its own time."""
-
-    is_there: Callable[[], bool]
-    get: Callable[[], Any]
-
-
 class RayGang:
     """The placement group and the actors of one attempt."""
 
     def __init__(self, key: RunKey, serial: int, shape: Gang, *, prefer: str = "", avoid: Sequence[str] = ()) -> None:
         self.key, self.serial, self.shape = key, serial, shape
-        selector = [{NODE_ID_LABEL: f"!in({','.join(avoid)})"}] * shape.world_size if avoid else None
+        selector = [{NODE_ID_LABEL: f"!in({','.join(avoid)})"}] * shape.hosts if avoid else None
         self.group = placement_group(
-            [shape.bundle] * shape.world_size, strategy="STRICT_PACK", name=f"{key.name}-group={serial}",
-            _soft_target_node_id=prefer or None, bundle_label_selector=selector,
+            [shape.share] * shape.hosts, strategy="STRICT_PACK" if shape.hosts == 1 else "STRICT_SPREAD",
+            name=f"{key.name}-group={serial}", _soft_target_node_id=prefer or None, bundle_label_selector=selector,
         )  # fmt: skip
         self.phase = Phase.WAITING
-        self.node = self.node_id = ""
+        self.node_ids: tuple[str, ...] = ()  # of its hosts, in the order of their ranks
+        self.addresses: tuple[str, ...] = ()
         self.job: Job | None = None
         self.actors: list[Any] = []
         self.pending: dict[Any, int] = {}  # run references still open -> rank
@@ -85,11 +78,12 @@ class RayGang:
         self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
         self.next_beat = 0.0
         self.looked_at = math.inf  # for beats
+        self.lookout = Lookout(self.lost_node)
         self.next_told = 0.0
         self.seen: dict[int, Beat] = {}  # the newest of each rank
         self.ended_at = -math.inf  # when a rank last ended
         self.late: set[int] = set()  # ranks whose next answer may be from before the ranks met
-        self.inquest: Answer | None = None  # what the gang's node is asked once it hangs or lost a rank
+        self.inquest: Answer | None = None  # what the gang's nodes are asked once it hangs or lost a rank
         self.dead: dict[int, RayError] = {}
         self.since = time.monotonic()
 
@@ -120,24 +114,31 @@ class RayGang:
         table = placement_group_table(self.group)
         if table["state"] != "CREATED":
             return []
-        self.node_id = str(next(iter(table["bundles_to_node_id"].values())))
-        self.node = find_node(self.node_id).get("NodeManagerAddress", "")
+        bundles = {int(index): str(node_id) for index, node_id in table["bundles_to_node_id"].items()}
+        self.node_ids = tuple(bundles[index] for index in sorted(bundles))
+        self.addresses = tuple(find_node(node_id).get("NodeManagerAddress", "") for node_id in self.node_ids)
         self.turn(Phase.PLACED)
-        return [states.Placed(key=self.key, group=self.serial, node=self.node, node_id=self.node_id)]
+        return [
+            states.Placed(
+                key=self.key, group=self.serial, node=", ".join(self.addresses), node_id=self.node_ids[0],
+                peers=self.node_ids[1:],
+            )
+        ]  # fmt: skip
 
     def start(self, job: Job) -> None:
-        """Start one actor per rank in the group's bundles."""
+        """Start one actor per rank, each in the bundle of its host."""
         self.job = job
         actor = ray.remote(RankActor)
         env = rank_environment(job)
         for rank in range(job.world_size):
+            host, _ = job.place_of(rank)
             strategy = PlacementGroupSchedulingStrategy(
-                placement_group=self.group, placement_group_bundle_index=rank, placement_group_capture_child_tasks=False
+                placement_group=self.group, placement_group_bundle_index=host, placement_group_capture_child_tasks=False
             )
             handle = actor.options(
                 num_cpus=self.shape.bundle["CPU"], num_gpus=self.shape.bundle.get("GPU", 0), max_concurrency=4,
                 max_restarts=0, scheduling_strategy=strategy, runtime_env={"env_vars": env},
-            ).remote(job, rank)  # fmt: skip
+            ).remote(job, rank, self.addresses[host])  # fmt: skip
             self.actors.append(handle)
         self.hellos = [handle.hello.remote() for handle in self.actors]
         self.turn(Phase.GREETING)
@@ -153,12 +154,25 @@ class RayGang:
         if waiting:
             return []
         self.facts = ray.get(self.hellos)
-        if len(self.actors) > 1 and (
-            self.job is None or self.job.program is None
-        ):  # a program's ranks meet by themselves
-            self.port_ref = self.actors[0].open_store.remote()
+        meets_here = self.job is None or self.job.program is None  # a program's ranks meet by themselves
+        if len(self.actors) > 1 and meets_here:
+            self.port_ref = self.actors[0].open_store.remote(*self.meeting)
         self.turn(Phase.OPENING)
         return self.poll_store()
+
+    @property
+    def meeting(self) -> tuple[str, ...]:
+        """The addresses by which the hosts of the gang meet; none where there is one, whose loopback is enough."""
+        return self.addresses if len(self.addresses) > 1 else ()
+
+    def gpus_of(self, host: int) -> tuple[str, ...]:
+        """Return the ids of all GPUs that the gang has on one of its hosts."""
+        found = {gpu for facts in self.facts if self.host_of(facts["rank"]) == host for gpu in facts["gpus"]}
+        return tuple(sorted(found, key=lambda gpu: (len(gpu), gpu)))
+
+    def host_of(self, rank: int) -> int:
+        """Return on which of the gang's hosts a rank is."""
+        return rank // self.shape.ranks_per_host
 
     def poll_store(self) -> list[states.Event]:
         """See whether the rendezvous is open; then let every rank work."""
@@ -170,12 +184,14 @@ class RayGang:
                 port = ray.get(self.port_ref)
             except RayError as error:
                 return self.lose(0, error)
-        gpus = tuple(sorted({gpu for facts in self.facts for gpu in facts["gpus"]}, key=lambda gpu: (len(gpu), gpu)))
-        refs = [actor.run.remote(port=port, visible_gpus=gpus) for actor in self.actors]
+        refs = [
+            actor.run.remote(port=port, visible_gpus=self.gpus_of(self.host_of(rank)), addresses=self.meeting)
+            for rank, actor in enumerate(self.actors)
+        ]
         self.pending = {ref: rank for rank, ref in enumerate(refs)}
         self.seen = {rank: Beat() for rank in range(len(refs))}
         self.turn(Phase.WORKING)
-        return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts, "gpus": gpus})]
+        return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts})]
 
     def poll_work(self) -> list[states.Event]:
         """Collect outcomes and heartbeats of a working gang."""
@@ -206,35 +222,34 @@ class RayGang:
         self.collect()
         if self.pending and self.waited_s() < COLLECT_S:
             return []
-        is_lost = is_node_lost(self.node_id)
-        if self.dead and not is_lost and self.waited_s() < INQUEST_S:
+        lost = self.lost_node()
+        if self.dead and not lost and self.waited_s() < INQUEST_S:
             if self.inquest is None:
-                self.inquest = self.ask_node(learn_ends, sorted(self.dead))
+                self.inquest = ask_nodes(learn_ends, self.job, [self.facts_of(rank) for rank in sorted(self.dead)])
             if not self.inquest.is_there():
                 return []
         self.describe_deaths()
         failed = {rank: outcome for rank, outcome in self.outcomes.items() if outcome.failure is not None}
-        return self.fail(root_cause(failed, is_node_lost=is_lost))
+        failure = root_cause(failed, is_node_lost=bool(lost))
+        if lost:
+            failure = replace(failure, node=self.addresses[self.node_ids.index(lost)], node_id=lost)
+        return self.fail(failure)
 
-    def ask_node(self, question: Callable[..., object], about: object) -> Answer:
-        """Ask something of the gang's node: here if the gang is here, else in a process of its own there."""
-        if any(facts["host"] == socket.gethostname() for facts in self.facts):
-            pool = ThreadPoolExecutor(1)
-            future = pool.submit(question, self.job, about)
-            pool.shutdown(wait=False)
-            return Answer(future.done, future.result)
-        where = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
-        ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(self.job, about)
-        return Answer(lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref))
+    def facts_of(self, rank: int) -> dict[str, Any]:
+        """Return how a rank described itself, or where it must have been if it never did."""
+        return (
+            self.facts[rank] if self.facts else {"rank": rank, "host": "", "node_id": self.node_ids[self.host_of(rank)]}
+        )
+
+    def lost_node(self) -> str:
+        """Return the id of the first of the gang's nodes that has gone away, "" where all answer."""
+        return next((node_id for node_id in self.node_ids if is_node_lost(node_id)), "")
 
     def describe_deaths(self) -> None:
-        """Put what the node said of dead ranks into their failures."""
+        """Put what the nodes said of dead ranks into their failures; without an answer they have Ray's words."""
         ends: dict[int, End] = {}
-        if self.inquest is not None and self.inquest.is_there():
-            try:
-                ends = self.inquest.get()
-            except (RayError, OSError):
-                ends = {}  # the node cannot say; the failure has Ray's words
+        for found in self.inquest.get() if self.inquest is not None else ():
+            ends |= found
         for rank, error in self.dead.items():
             end = ends.get(rank, End())
             at = end.at or self.outcomes[rank].at
@@ -259,10 +274,11 @@ class RayGang:
         words = end.words or ray_words(error)
         last = last_words(tail)
         message = f"process {words}" + f", last in its log: {last!r}" * bool(last)
+        host = self.host_of(rank)
         return Failure(
-            kind=Kind.NODE_LOST if is_node_lost(self.node_id) else Kind.DIED, rank=rank, node=self.node,
-            message=message, at=self.seen[rank].where if rank in self.seen else "", advice=end.advice,
-            log_tail=tail,
+            kind=Kind.NODE_LOST if is_node_lost(self.node_ids[host]) else Kind.DIED, rank=rank,
+            node=self.addresses[host], message=message, at=self.seen[rank].where if rank in self.seen else "",
+            advice=end.advice, log_tail=tail,
         )  # fmt: skip
 
     def tail(self, rank: int) -> str:
@@ -292,6 +308,7 @@ class RayGang:
         silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
         if now >= self.next_beat:
             self.next_beat = now + BEAT_EVERY_S
+            self.lookout.look(is_silent=silent[0] > MUTE_S)
             for rank in set(self.pending.values()) - set(self.beats):
                 self.beats[rank] = (self.actors[rank].beat.remote(), now)
         if not is_new and now < self.next_told:
@@ -304,7 +321,7 @@ class RayGang:
         return [
             states.Progress(
                 key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
-                metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1],
+                metrics=beat.metrics, is_news=is_new, silent_s=silent[0], silent_rank=silent[1], lost=self.lookout.lost,
                 idle=most_idle(seen, now, met_at=self.ended_at, are_told_apart=not is_program),
             )
         ]  # fmt: skip
@@ -326,14 +343,10 @@ class RayGang:
             return []
         return [
             states.Progress(
-                key=self.key,
-                group=self.serial,
-                phase=beat.phase,
-                step=beat.step,
-                total=beat.total,
+                key=self.key, group=self.serial, phase=beat.phase, step=beat.step, total=beat.total,
                 metrics=beat.metrics,
             )
-        ]
+        ]  # fmt: skip
 
     def stop(self) -> None:
         """Ask every rank to end early."""
@@ -343,7 +356,7 @@ class RayGang:
     def release(self, *, with_stacks: bool) -> None:
         """Kill every rank and remove the group; with_stacks: let the node write down where they stand first."""
         if with_stacks and self.pending:
-            self.inquest = self.ask_node(write_stacks, self.facts)
+            self.inquest = ask_nodes(write_stacks, self.job, self.facts)
             self.turn(Phase.DUMPING)
         else:
             self.kill()

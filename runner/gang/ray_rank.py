@@ -11,9 +11,10 @@ from typing import Any
 import ray
 
 from runner.gang.inquest import call_off, listen_for_stacks, start_watch
-from runner.gang.kept import Keeper
 from runner.gang.rank import Rank, redirect_output
 from runner.life.job import Job, Outcome
+from runner.machine.kept import Keeper
+from runner.machine.route import is_loopback
 
 EXIT_SUPERSEDED = 3
 
@@ -21,17 +22,21 @@ EXIT_SUPERSEDED = 3
 class RankActor(Rank):
     """A rank inside an actor: its output goes to a file of its own, and Ray says which GPUs it holds."""
 
-    def __init__(self, job: Job, rank: int) -> None:
+    def __init__(self, job: Job, rank: int, address: str) -> None:
         redirect_output(job.own_log_path(rank))
         super().__init__(job, rank)
+        if not is_loopback(address):
+            self.node = address
         if job.program is not None:
             self.keeper = Keeper(job.workdir)
         self.watch = start_watch(job.end_path(rank))
         self.stacks = listen_for_stacks()
 
-    def run(self, *, port: int | None = None, visible_gpus: tuple[str, ...] = ()) -> Outcome:
+    def run(
+        self, *, port: int | None = None, visible_gpus: tuple[str, ...] = (), addresses: tuple[str, ...] = ()
+    ) -> Outcome:
         """Do the work of this rank and return how it ended; how its process ends from then on is of no interest."""
-        outcome = super().run(port=port, visible_gpus=visible_gpus)
+        outcome = super().run(port=port, visible_gpus=visible_gpus, addresses=addresses)
         call_off(self.watch)
         return outcome
 
@@ -50,9 +55,9 @@ class RankActor(Rank):
         """End this process at once: its driver may be suspended and unable to, and its peers hold GPUs."""
         os._exit(EXIT_SUPERSEDED)
 
-    def open_store(self) -> int:
-        """Open the gang's rendezvous server and return its port."""
+    def open_store(self, *addresses: str) -> int:
+        """Open the gang's rendezvous server, on the first of its hosts where there are several; return its port."""
         from runner.gang.worker import open_store
 
-        self.store = open_store(self.job.world_size)
+        self.store = open_store(self.job.world_size, *addresses[:1])
         return int(self.store.port)

@@ -7,11 +7,12 @@ the driver of a gang.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -28,14 +29,15 @@ from runner.gang.attempt import GPU_SAMPLES, ignore, note_attempt, save_samples,
 from runner.gang.rank import Rank
 from runner.life.job import Job
 from runner.machine.gpus import GpuWatch, query_gpus
-from runner.provenance import different_versions, machine, package_versions, settings
+from runner.machine.route import interface_to
+from runner.provenance import data_hash, different_versions, machine, package_versions, settings
 
 if TYPE_CHECKING:
     from model.pipeline.run import Donor
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"  # a gang never spans hosts, so its ranks meet here and nobody else can
+LOOPBACK = "127.0.0.1"  # the ranks of a gang on one host meet here, where nobody else can
 RENDEZVOUS_S = 120.0
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
 
@@ -52,14 +54,18 @@ def run_pipeline(rank: Rank) -> None:
     on_write = rank.mirror.put if rank.mirror is not None else ignore
     dist = join_gang(rank)
     bandwidth = all_reduce_bytes_per_s(dist)
-    if rank.rank == 0:
+    facts: dict[str, Any] = {}
+    if job.place_of(rank.rank)[1] == 0:  # one for each host
         facts = preflight(rank)
-        facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
         rank.report("check", 0, None, {})  # what comes now depends on the network, and not on limits.start_s
         with ticking(rank.tick):
             if rank.mirror is not None:
                 rank.mirror.fetch_all()
             check_node_data(rank)
+    if job.hosts > 1:
+        check_hosts_agree(rank, dist, facts)
+    if rank.rank == 0:
+        facts["hardware"]["all_reduce_bytes_per_s"] = bandwidth
         note_attempt(job, facts)
         on_write(Path(job.workdir) / "attempt.json")
     dist.barrier()
@@ -74,7 +80,7 @@ def run_pipeline(rank: Rank) -> None:
                 ),
             )  # fmt: skip
         except OtherHashes as error:
-            raise PreflightError(f"node {socket.gethostname()}: {error}") from None
+            raise PreflightError(f"node {rank.node}: {error}") from None
     dist.barrier()
     # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
     # The gang's processes are ended then anyway.
@@ -127,12 +133,13 @@ def watched_gpus(rank: Rank, on_write: Callable[[Path], None]) -> Iterator[Calla
 def join_gang(rank: Rank) -> Dist:
     """Return this rank's place in its gang, after rendezvous over the store that rank 0 holds."""
     job = rank.job
+    host, local_rank = job.place_of(rank.rank)
     if rank.visible_gpus:
-        # every rank sees all GPUs of the gang: without that NCCL cannot use peer-to-peer
+        # every rank sees all GPUs of the gang on its host: without that NCCL cannot use peer-to-peer
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(rank.visible_gpus)
     wanted = job.config.runtime.device
     device = pick_device(
-        "cuda" if wanted == "auto" and job.uses_gpus else "cpu" if wanted == "auto" else wanted, rank.rank
+        "cuda" if wanted == "auto" and job.uses_gpus else "cpu" if wanted == "auto" else wanted, local_rank
     )
     logger.info("rank=%d world_size=%d device=%s gpus=%s", rank.rank, job.world_size, device, rank.visible_gpus)
     if job.world_size == 1:
@@ -141,36 +148,50 @@ def join_gang(rank: Rank) -> Dist:
         return dist
     if rank.port is None:
         raise RuntimeError(f"rank {rank.rank} of {job.world_size} was given no rendezvous port")
+    if rank.addresses:
+        use_interface_to(rank.addresses[0 if host else 1])
     store = rank.store or TCPStore(
-        LOOPBACK, rank.port, job.world_size, is_master=False, timeout=timedelta(seconds=RENDEZVOUS_S)
+        (rank.addresses or (LOOPBACK,))[0],
+        rank.port,
+        job.world_size,
+        is_master=False,
+        timeout=timedelta(seconds=RENDEZVOUS_S),
     )
-    dist = Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=rank.rank, device=device)
+    dist = Dist.join(store, rank=rank.rank, world_size=job.world_size, local_rank=local_rank, device=device)
     dist.on_wait = rank.wait
     return dist
 
 
-def open_store(world_size: int) -> TCPStore:
-    """Open the rendezvous server of a gang on a port that the system picks, reachable from this host only.
+def use_interface_to(address: str) -> None:
+    """Let gloo and NCCL talk by the interface that leads to address, unless this node's environment names another."""
+    name = interface_to(address)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign it would mean eth0 and eth01
+    logger.info("interface to %s: %s", address, name)
+
+
+def open_store(world_size: int, address: str = LOOPBACK) -> TCPStore:
+    """Open the rendezvous server of a gang at address, on a port that the system picks; reachable there only.
 
     The socket is bound and listening before the store takes it over: no port can be lost in between.
     """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((LOOPBACK, 0))
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((address, 0))
     listener.listen(128)
     port = listener.getsockname()[1]
     return TCPStore(
-        LOOPBACK, port, world_size, is_master=True, timeout=timedelta(seconds=RENDEZVOUS_S), wait_for_workers=False,
+        address, port, world_size, is_master=True, timeout=timedelta(seconds=RENDEZVOUS_S), wait_for_workers=False,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
 
 
 def preflight(rank: Rank) -> dict[str, Any]:
     """Return what this node is. Raises PreflightError if it is not fit for the attempt."""
-    job, host = rank.job, socket.gethostname()
+    job = rank.job
     versions = package_versions()
     differing = different_versions(job.record.get("versions", versions), versions)
     if differing:
-        raise PreflightError(f"node {host} has other package versions: {differing}")
+        raise PreflightError(f"node {rank.node} has other package versions: {differing}")
     Path(job.workdir).mkdir(parents=True, exist_ok=True)
     free = wait_for_room(rank)
     return {
@@ -196,7 +217,35 @@ def check_node_data(rank: Rank) -> None:
         fetch_fineweb(Path(data.train).parent, FetchOptions(**options, num_shards=num_shards), rank.report)
         problems = check_data(data)
     if problems:
-        raise PreflightError(f"node {socket.gethostname()} lacks data: {problems[0]}")
+        raise PreflightError(f"node {rank.node} lacks data: {problems[0]}")
+
+
+def check_hosts_agree(rank: Rank, dist: Dist, facts: Mapping[str, Any]) -> None:
+    """Check that all hosts of a gang have the same data and compute alike: the same GPU, or the CPU's instructions.
+
+    facts: what preflight found. Only the first rank of each host looks. Raises PreflightError, on every rank, naming
+    two hosts that differ.
+    """
+    seen: dict[str, str] = {}
+    if facts:
+        data, model = rank.job.config.data, rank.job.config.model
+        with ticking(rank.tick):
+            hashed = data_hash(data, vocab_size=model.vocab_size)  # remembered: rank 0 reads its shards once
+        device = (
+            {"GPU": facts["hardware"]["gpu_model"]}
+            if dist.device.type == "cuda"
+            else {"CPU": torch.backends.cpu.get_cpu_capability()}
+        )
+        seen = {"node": rank.node, "data": hashed, **device}
+    found = [json.loads(text) for text in dist.gather_text(json.dumps(seen))]
+    first, *others = [host for host in found if host]
+    for other in others:
+        for what in first.keys() - {"node"}:
+            if other.get(what) != first[what]:
+                raise PreflightError(
+                    f"node {other['node']} has other {what} than node {first['node']} ({str(other.get(what))[:24]}, "
+                    f"not {first[what][:24]}); the hosts of a gang need the same"
+                )
 
 
 def gpu_facts(rank: Rank) -> dict[str, Any]:
@@ -210,11 +259,11 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
     gpus = query_gpus(gpu_ids(rank.job))
     models = sorted({gpu.model for gpu in gpus})
     if len(models) > 1:
-        raise PreflightError(f"node {socket.gethostname()} has GPUs of different kinds: {', '.join(models)}")
+        raise PreflightError(f"node {rank.node} has GPUs of different kinds: {', '.join(models)}")
     for gpu in gpus:
         if gpu.used_bytes > MAX_USED_BYTES + own_gpu_bytes():
             raise PreflightError(
-                f"GPU {gpu.number} of node {socket.gethostname()} is not idle: {gpu.used_bytes / 1e9:.1f} GB are in use"
+                f"GPU {gpu.number} of node {rank.node} is not idle: {gpu.used_bytes / 1e9:.1f} GB are in use"
             )
     return {
         "gpu_model": models[0] if models else torch.cuda.get_device_name(0),
@@ -226,8 +275,8 @@ def gpu_facts(rank: Rank) -> dict[str, Any]:
 
 
 def gpu_ids(job: Job) -> list[str]:
-    """Return the names by which the driver knows the gang's GPUs, whatever this process sees them as."""
-    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(job.world_size)]
+    """Return the names by which the driver knows the gang's GPUs of this host, whatever this process sees them as."""
+    return [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(job.ranks_per_host)]
 
 
 def release_gpu_memory() -> None:

@@ -25,18 +25,24 @@ class Node:
 
 
 def gangs_on(node: Node, gang: Gang) -> int:
-    """Return how many gangs fit on one node at the same time."""
-    return min(int(node.resources.get(name, 0.0) // amount) for name, amount in gang.total.items())
+    """Return how many gangs, or shares of gangs over several hosts, fit on one node at the same time."""
+    return min(int(node.resources.get(name, 0.0) // amount) for name, amount in gang.share.items())
 
 
 def count_slots(nodes: Sequence[Node], gang: Gang) -> int:
-    """Return how many gangs the cluster holds at the same time."""
-    return sum(gangs_on(node, gang) for node in nodes)
+    """Return how many gangs the cluster holds at the same time; the shares of one gang lie on different nodes."""
+    shares = [gangs_on(node, gang) for node in nodes]
+    slots = sum(shares) // gang.hosts
+    while sum(min(share, slots) for share in shares) < slots * gang.hosts:  # a node helps each gang once at most
+        slots -= 1
+    return slots
 
 
 def why_infeasible(nodes: Sequence[Node], gang: Gang) -> str:
-    """Return one line with what was asked and what each node has, or nothing if some node can hold a gang."""
+    """Return one line with what was asked and what each node has, or nothing if the nodes can hold a gang."""
     if count_slots(nodes, gang):
         return ""
     has = "; ".join(node.describe() for node in nodes) or "no nodes"
-    return f"no node can hold one gang: asked for {gang.describe()}; nodes have {has}"
+    who = "no node can hold one gang" if gang.hosts == 1 else f"no {gang.hosts} nodes can hold one gang"
+    here = "; --address names a cluster" if gang.hosts > 1 and [node.node_id for node in nodes] == [HERE] else ""
+    return f"{who}: asked for {gang.describe()}; nodes have {has}{here}"

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 from runner.errors import Failure, Kind
 from runner.life.capacity import Node, gangs_on
 from runner.life.sharing import Sharing
-from runner.life.states import ALIVE, FINAL, Idle, Run, State, enter, with_files
+from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, node_id_of, with_files
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
+
+MOVE_S = 30.0  # for a checkpoint before a node goes; under a Ray job too, which ends no sooner for it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,9 @@ class Start(Command):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop(Command):
-    """Ask the ranks to stop at the next step and to leave a checkpoint."""
+    """Ask the ranks to stop at the next step and to leave a checkpoint; is_move: to go on elsewhere."""
+
+    is_move: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +153,9 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state is State.PLACED:
         return Start(key=run.key, group=run.group, attempt=run.attempt)
     failure = overdue(run, situation)
-    return Release(key=run.key, group=run.group, failure=failure) if failure else None
+    if failure is not None:
+        return Release(key=run.key, group=run.group, failure=failure)
+    return decide_move(run, situation) if run.leaves else None
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -174,6 +180,15 @@ def decide_stop(run: Run, situation: Situation) -> Command | None:
     return Release(key=run.key, group=run.group) if situation.now >= run.stop_by else None
 
 
+def decide_move(run: Run, situation: Situation) -> Command | None:
+    """Return the command for a gang whose node is being drained: what has no checkpoint to leave goes on to its end."""
+    if run.state is not State.TRAIN or situation.limits.restart != "checkpoint":
+        return None
+    if not run.is_stopping:
+        return Stop(key=run.key, group=run.group, is_move=True)
+    return Release(key=run.key, group=run.group, failure=drained(run)) if situation.now >= run.stop_by else None
+
+
 def overdue(run: Run, situation: Situation) -> Failure | None:
     """Return the failure of a gang that has taken too long for something, or None."""
     limits, now = situation.limits, situation.now
@@ -188,22 +203,34 @@ def overdue(run: Run, situation: Situation) -> Failure | None:
             kind=Kind.START, message=f"not ready after limits.start_s={limits.start_s:g}", node=run.node,
             advice="raise it if imports or the network are slow there",
         )  # fmt: skip
+    if run.silent_s > limits.heartbeat_s and run.lost:
+        return Failure(
+            kind=Kind.NODE_LOST, node=node_name(run, run.lost, situation), node_id=run.lost,
+            message=f"the node went away: no heartbeat for {run.silent_s:.0f} s, and nothing answers there",
+        )  # fmt: skip
     if run.silent_s > limits.heartbeat_s:
         is_named = run.idle is not None and run.idle.rank == run.silent_rank
         return Failure(
-            kind=Kind.STALLED, rank=run.silent_rank, node=run.node,
+            kind=Kind.STALLED, rank=run.silent_rank,
+            node=node_name(run, node_id_of(run, run.silent_rank), situation),
             at=run.idle.where if run.idle is not None and is_named else "",
             message=f"no heartbeat for {run.silent_s:.0f} s (limits.heartbeat_s={limits.heartbeat_s:g})",
             advice="its process is stopped, or its node too busy to answer",
         )  # fmt: skip
     idle = run.idle or Idle(rank=0, where=f"{run.phase or 'start'} step {run.step}", since=run.progress_at)
     if now - idle.since > limits.stall_s:
+        rank = idle.rank if run.idle is not None else None
         return Failure(
-            kind=Kind.STALLED, rank=idle.rank if run.idle is not None else None, node=run.node, at=idle.where,
+            kind=Kind.STALLED, rank=rank, node=node_name(run, node_id_of(run, rank), situation), at=idle.where,
             message=f"no progress for {now - idle.since:.0f} s (limits.stall_s={limits.stall_s:g})",
             advice="the stacks say where each rank stood; raise limits.stall_s if it was only slow",
         )  # fmt: skip
     return None
+
+
+def node_name(run: Run, node_id: str, situation: Situation) -> str:
+    """Return the name of one node of a gang, of all where that is not known."""
+    return next((node.name for node in situation.nodes if node.node_id == node_id), run.node)
 
 
 def wants_group(run: Run, situation: Situation) -> bool:
@@ -215,10 +242,10 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
     """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
     able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
     avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
-    if len(avoid) == len(able):
-        avoid = ()  # every node has failed it once: any is better than none
+    if len(able) - len(avoid) < situation.gang.hosts:
+        avoid = ()  # too many nodes have failed it once: any is better than none
     prefer = ""
-    if situation.has_repeats:
+    if situation.has_repeats and situation.gang.hosts == 1:
         same = (run.key.variant, run.key.seed)
         siblings = {
             other.node_id for other in runs if (other.key.variant, other.key.seed) == same and other.key != run.key
@@ -244,7 +271,8 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():
-            return replace(run, is_stopping=True, is_cancelled=True, stop_by=now + situation.grace_s)
+            grace_s = max(situation.grace_s, MOVE_S) if command.is_move else situation.grace_s
+            return replace(run, is_stopping=True, is_cancelled=not command.is_move, stop_by=now + grace_s)
         case Release():
             is_cancelled = run.is_cancelled or run.key in situation.cancelled
             run = replace(run, is_releasing=True, is_cancelled=is_cancelled)

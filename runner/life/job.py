@@ -41,6 +41,16 @@ class Job:
     program: Program | None = None  # what to run in place of the pipeline; record has its folder's hash as code_hash
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the program, in no record
     grace_s: float = PROGRAM_GRACE_S
+    hosts: int = 1  # over which the ranks share out evenly, in their order
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Number of ranks on each host."""
+        return self.world_size // self.hosts
+
+    def place_of(self, rank: int) -> tuple[int, int]:
+        """Return on which host a rank is, and which of that host's ranks it is."""
+        return divmod(rank, self.ranks_per_host)
 
     def log_path(self, rank: int) -> Path:
         """Return the log of one rank of this attempt; with a program, what that printed and nothing else."""

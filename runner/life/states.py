@@ -95,12 +95,15 @@ class Run:
     idle: Idle | None = None  # None until the ranks are heard of
     silent_s: float = 0.0  # longest time without an answer among its ranks
     silent_rank: int | None = None
+    lost: str = ""  # the id of a node of its gang that does not answer
+    leaves: str = ""  # the id of a node of its gang that is being drained
     phase: str = ""
     step: int = 0
     total: int | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     node: str = ""
-    node_id: str = ""
+    node_id: str = ""  # where rank 0 is
+    peers: tuple[str, ...] = ()  # ids of the other nodes of a gang over several hosts
     bad_nodes: tuple[str, ...] = ()  # node ids where it was lost or failed
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the ranks said about their node
     failure: Failure | None = None  # of the latest attempt
@@ -122,10 +125,11 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placed(Event):
-    """All bundles of the gang lie on one node."""
+    """All bundles of the gang have their place: on one node, or on node_id and peers."""
 
     node: str = ""
     node_id: str = ""
+    peers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +151,7 @@ class Progress(Event):
     idle: Idle | None = None
     silent_s: float = 0.0
     silent_rank: int | None = None
+    lost: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +162,13 @@ class Finished(Event):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interrupted(Event):
     """The ranks stopped because they were asked to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draining(Event):
+    """A node of the gang is about to go away."""
+
+    node_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +196,8 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
         case Placed() if run.state is State.QUEUED and not run.is_releasing:
             return replace(
                 enter(run, State.PLACED, now), attempt=run.attempt + 1, node=event.node, node_id=event.node_id,
-                placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, idle=None, phase="", step=0, total=None,
-                metrics={}, facts={}, previous=run.failure, failure=None,
+                peers=event.peers, placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, idle=None, lost="",
+                leaves="", phase="", step=0, total=None, metrics={}, facts={}, previous=run.failure, failure=None,
             )  # fmt: skip
         case Started() if run.state is State.STARTING:
             return replace(run, facts=event.facts, progress_at=now, idle=None)
@@ -193,6 +205,10 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
             return apply_progress(run, event, now)
         case Finished() if run.state in WORKING or run.state is State.STARTING:
             return enter(run, State.COMMITTING, now)
+        case Draining() if run.state in ALIVE:
+            return replace(run, leaves=event.node_id)
+        case Interrupted() if run.state in ALIVE and run.leaves and not run.is_cancelled:
+            return replace(enter(run, State.TEARDOWN, now), failure=drained(run))
         case Interrupted() if run.state in ALIVE:
             return replace(enter(run, State.TEARDOWN, now), is_cancelled=True)
         case Failed() if run.state in ALIVE or run.state is State.COMMITTING:
@@ -206,7 +222,7 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
 
 def apply_progress(run: Run, event: Progress, now: float) -> Run:
     """Return run with the newest report."""
-    run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank, idle=event.idle)
+    run = replace(run, silent_s=event.silent_s, silent_rank=event.silent_rank, idle=event.idle, lost=event.lost)
     if not event.is_news:
         return run
     state = PHASES.get(event.phase, run.state)
@@ -219,6 +235,11 @@ def apply_fault(run: Run, failure: Failure, now: float, limits: Limits) -> Run:
     """Return run once its gang failed: it is judged when its group is gone, at once if it has none any more."""
     run = replace(enter(run, State.TEARDOWN, now), failure=with_files(run, failure), is_committing=False)
     return run if run.has_group else judge_attempt(run, now, limits)
+
+
+def drained(run: Run) -> Failure:
+    """Return why a gang leaves a node that is being drained."""
+    return Failure(kind=Kind.NODE_LOST, node=run.node, node_id=run.leaves, message="a node is being drained")
 
 
 def with_files(run: Run, failure: Failure) -> Failure:
@@ -257,13 +278,25 @@ def judge_attempt(run: Run, now: float, limits: Limits) -> Run:
         failures=run.failures + (not is_preemption),
         preemptions=run.preemptions + is_preemption,
     )
-    if failure.kind in NODE_FAULTS and run.node_id and run.node_id not in run.bad_nodes:
-        run = replace(run, bad_nodes=(*run.bad_nodes, run.node_id))
+    if failure.kind in NODE_FAULTS:
+        run = replace(run, bad_nodes=tuple(dict.fromkeys((*run.bad_nodes, *nodes_at_fault(run, failure)))))
     if why_give_up(run, limits):
         return enter(run, State.FAILED, now)
     tries = max(1, run.preemptions if is_preemption else run.failures)
     wait_s = min(limits.backoff_max_s, limits.backoff_s * 2 ** min(tries - 1, BACKOFF_DOUBLINGS))
     return replace(enter(run, State.RETRY_WAIT, now), not_before=now + wait_s)
+
+
+def nodes_at_fault(run: Run, failure: Failure) -> tuple[str, ...]:
+    """Return the ids of the nodes that a failure may be the fault of: all of the gang's where nothing says which."""
+    known = failure.node_id or node_id_of(run, failure.rank)
+    return (known,) if known else tuple(node_id for node_id in (run.node_id, *run.peers) if node_id)
+
+
+def node_id_of(run: Run, rank: int | None) -> str:
+    """Return the id of the node of one rank of a gang over several, "" where that is not known."""
+    ranks = run.facts.get("ranks", ())
+    return str(ranks[rank]["node_id"]) if run.peers and rank is not None and rank < len(ranks) else ""
 
 
 def why_give_up(run: Run, limits: Limits) -> str:

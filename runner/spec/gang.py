@@ -5,26 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MAX_RANKS = 8  # one gang lives on one host
+MAX_RANKS = 8  # on one host
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gang:
-    """The processes of one seed. gpus > 0: that many ranks with one GPU each; gpus = 0: `ranks` CPU ranks."""
+    """The processes of one seed. gpus > 0: that many ranks with one GPU each; gpus = 0: `ranks` CPU ranks.
 
-    gpus: int = 0
+    They share out evenly over `hosts` nodes, in the order of their ranks.
+    """
+
+    gpus: int = 0  # on all hosts together
     cpus: int = 1  # of each rank; also its number of threads
     ranks: int | None = None  # CPU gangs only; 1 where left out
+    hosts: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gpus <= MAX_RANKS:
-            raise ValueError(f"gang.gpus={self.gpus} must be between 0 and {MAX_RANKS}: one gang fits on one host")
+        if self.hosts < 1:
+            raise ValueError(f"gang.hosts={self.hosts} must be at least 1")
+        most = MAX_RANKS * self.hosts
+        more = f" ({MAX_RANKS} on each of gang.hosts={self.hosts}; more hosts hold more)"
+        if not 0 <= self.gpus <= most:
+            raise ValueError(f"gang.gpus={self.gpus} must be between 0 and {most}{more}")
         if self.cpus < 1:
             raise ValueError(f"gang.cpus={self.cpus} must be at least 1 (CPUs of each rank)")
-        if self.ranks is not None and not 1 <= self.ranks <= MAX_RANKS:
-            raise ValueError(f"gang.ranks={self.ranks} must be between 1 and {MAX_RANKS}")
+        if self.ranks is not None and not 1 <= self.ranks <= most:
+            raise ValueError(f"gang.ranks={self.ranks} must be between 1 and {most}{more}")
         if self.gpus and self.ranks not in (None, self.gpus):
             raise ValueError(f"gang.ranks={self.ranks} must equal gang.gpus={self.gpus}, or be left out")
+        if self.world_size % self.hosts:
+            name = "gpus" if self.gpus else "ranks"
+            raise ValueError(
+                f"gang.hosts={self.hosts} must divide gang.{name}={self.world_size}: every host has as many ranks"
+            )
 
     @property
     def world_size(self) -> int:
@@ -32,19 +45,25 @@ class Gang:
         return self.gpus or self.ranks or 1
 
     @property
+    def ranks_per_host(self) -> int:
+        """Number of ranks on each node."""
+        return self.world_size // self.hosts
+
+    @property
     def bundle(self) -> dict[str, float]:
         """What one rank asks of its node, in Ray's words."""
         return {"CPU": float(self.cpus), "GPU": 1.0} if self.gpus else {"CPU": float(self.cpus)}
 
     @property
-    def total(self) -> dict[str, float]:
-        """What the whole gang asks of one node."""
-        return {name: amount * self.world_size for name, amount in self.bundle.items()}
+    def share(self) -> dict[str, float]:
+        """What the gang asks of each of its nodes."""
+        return {name: amount * self.ranks_per_host for name, amount in self.bundle.items()}
 
     def describe(self) -> str:
         """Return the gang in words, as errors and the plan print it."""
         each = ", ".join(f"{amount:g} {name}" for name, amount in sorted(self.bundle.items(), reverse=True))
-        return f"{self.world_size} rank(s) on one node, {each} each"
+        where = "on one node" if self.hosts == 1 else f"on {self.hosts} nodes, {self.ranks_per_host} on each"
+        return f"{self.world_size} rank(s) {where}, {each} each"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from model.config import DataConfig, RunConfig
 from model.fields import check_keys, checked, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
-from runner.spec.places import absolute_path
+from runner.spec.places import absolute_path, is_object_store
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program
 from runner.spec.sweep import SweepSpec, check_name, check_seeds
@@ -107,9 +107,12 @@ def parse_program_spec(given: Mapping[str, Any], *, out: str | None) -> SweepSpe
     named = given.get("restart", (given.get("limits") or {}).get("restart"))
     if named not in (None, "scratch"):
         raise ValueError(f"restart={named} is of our own recipes; a program starts again from scratch")
+    course = parse_course(given, out)
+    if course["gang"].hosts > 1:
+        raise ValueError(f"gang.hosts={course['gang'].hosts}: a program's processes meet on one host; leave hosts out")
     return SweepSpec(
         name=check_name(given["name"]), preset="", config=RunConfig(), program=parse_program(given["program"]),
-        limits=replace(limits, restart="scratch"), **parse_course(given, out),
+        limits=replace(limits, restart="scratch"), **course,
     )  # fmt: skip
 
 
@@ -126,7 +129,12 @@ def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
 
 
 def check_gang(spec: SweepSpec) -> None:
-    """Raise ValueError if the gang cannot share out a step of some variant."""
+    """Raise ValueError if the gang cannot share out a step of some variant, or its hosts cannot share its files."""
+    if spec.gang.hosts > 1 and is_object_store(spec.out):
+        raise ValueError(
+            f"gang.hosts={spec.gang.hosts} needs out in a folder that all nodes share, not {spec.out}: "
+            f"each host reads the checkpoints and weights that rank 0 writes"
+        )
     for variant in spec.variants:
         micro_batches = variant.config.train.micro_batches_per_step
         if micro_batches % spec.gang.world_size:
