@@ -187,26 +187,31 @@ def mirrored_work(rank: Rank) -> None:
 
 
 def patient_gang_work(rank: Rank) -> None:
-    """Work in a real process group: OUT/patience.json seconds together, and as long again on rank 0 alone.
+    """Work in a real process group, round after round: some seconds together, and some more on rank 0 alone.
 
-    A second attempt takes one second each.
+    OUT/patience.json holds the seconds together, those alone, and the rounds. A second attempt takes one round of a
+    second each.
     """
     from runner.gang.worker import join_gang
 
     rank.report("start", 0, None, {})
     dist = join_gang(rank)
     patience = json.loads((Path(rank.job.out) / "patience.json").read_text())
-    seconds, begun, step = patience if rank.job.attempt == 1 else 1.0, time.monotonic(), 0
-    while dist.broadcast_floats([time.monotonic() - begun])[0] < seconds:
-        misbehave(rank, "train", step)
-        time.sleep(0.1)
-        step += 1
-        rank.report("train", step, None, {"loss": 1.0})
-    misbehave(rank, "share", 0)
-    while rank.rank == 0 and time.monotonic() - begun < 2 * seconds:
-        time.sleep(0.1)  # the rest is rank 0's share; the others have done theirs and wait
-        step += 1
-        rank.report("ttt", step, None, {"loss": 1.0})
+    together, alone, rounds = patience if rank.job.attempt == 1 else (1.0, 1.0, 1)
+    step = 0
+    for _ in range(rounds):
+        begun = time.monotonic()
+        while dist.broadcast_floats([time.monotonic() - begun])[0] < together:
+            misbehave(rank, "train", step)
+            time.sleep(0.1)
+            step += 1
+            rank.report("train", step, None, {"loss": 1.0})
+        misbehave(rank, "share", 0)
+        begun = time.monotonic()
+        while rank.rank == 0 and time.monotonic() - begun < alone:
+            time.sleep(0.1)  # the rest is rank 0's share; the others have done theirs and wait
+            step += 1
+            rank.report("ttt", step, None, {"loss": 1.0})
     storage = LocalStorage(Path(rank.job.workdir))
     for stage in STAGES:
         dist.barrier()

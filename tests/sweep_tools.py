@@ -33,6 +33,13 @@ def write_faults(out: Path, *faults: dict[str, Any]) -> None:
     (out / "faults.json").write_text(json.dumps(faults))
 
 
+def grow_old(out: Path) -> None:
+    """Make a dead driver's heartbeat a minute older: its folder is taken without a look whether the heartbeat moves."""
+    path = out / "heartbeat.json"
+    beat = json.loads(path.read_text())
+    path.write_text(json.dumps({**beat, "beat": beat["beat"] - 61.0}))
+
+
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every sweep the same data hash without reading any data."""

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from tests.bench.sweep import SMALL, make_corpus
+from tests.sweep_tools import grow_old
 from tests.test_runner_ablation import begun, scores
 
 pytestmark = pytest.mark.slow
@@ -31,12 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_demo(out: Path, corpus: Path, *flags: str) -> None:
-    """Run the demo's variants over one seed of the smallest model, in a process of its own."""
+def run_demo(out: Path, corpus: Path, variants: list[str], *flags: str) -> None:
+    """Run some of the demo's variants over one seed of the smallest model, in a process of its own."""
     data = {
         "train": f"{corpus}/*_train_*.bin", "val": f"{corpus}/*_val_*.bin", "tokenizer": f"{corpus}/text.model",
     }  # fmt: skip
-    plain = {**DEMO, "overrides": SMALL, "seeds": [42], "data": data, "out": str(out)}
+    chosen = {name: DEMO["variants"][name] for name in variants}
+    plain = {**DEMO, "overrides": SMALL, "seeds": [42], "variants": chosen, "data": data, "out": str(out)}
     spec = out.with_suffix(".yaml")
     spec.write_text(yaml.safe_dump(plain, sort_keys=False))
     command = [sys.executable, "-m", "jobs.cli", "run", str(spec), "--progress", "plain", *flags]
@@ -56,13 +58,26 @@ def donations(out: Path) -> Counter[str]:
     return Counter(stage for line in lines for stage in json.loads(line).get("donors", ()))
 
 
-@pytest.mark.parametrize("flags", [("--local",), ()], ids=["local", "ray"])
-def test_the_demo_trains_three_times_for_seven_runs(tmp_path: Path, corpus: Path, flags: tuple[str, ...]) -> None:
-    out = tmp_path / "demo"
-    run_demo(out, corpus, *flags)
-    assert computed(out) == {"train": 3, "quantize": 5, "evaluate": 5, "ttt": 7}
-    assert donations(out) == {"train": 4, "quantize": 2, "evaluate": 2}
-    assert set(scores(out)) == {(name, 42) for name in DEMO["variants"]}
+@pytest.fixture(scope="module")
+def demo(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of all seven variants, run one after the other in one process."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    run_demo(out, corpus, list(DEMO["variants"]), "--local")
+    return out
+
+
+def test_the_demo_trains_three_times_for_seven_runs(demo: Path) -> None:
+    assert computed(demo) == {"train": 3, "quantize": 5, "evaluate": 5, "ttt": 7}
+    assert donations(demo) == {"train": 4, "quantize": 2, "evaluate": 2}
+    assert set(scores(demo)) == {(name, 42) for name in DEMO["variants"]}
+
+
+def test_gangs_on_ray_share_stages_alike_and_score_the_same(demo: Path, corpus: Path, tmp_path: Path) -> None:
+    variants, out = ["base", "slow_matrices", "bits_5", "fast_ttt"], tmp_path / "ray"
+    run_demo(out, corpus, variants)
+    assert computed(out) == {"train": 2, "quantize": 3, "evaluate": 3, "ttt": 4}
+    assert donations(out) == {"train": 2, "quantize": 1, "evaluate": 1}
+    assert scores(out) == {(name, 42): scores(demo)[name, 42] for name in variants}
 
 
 def test_a_driver_that_is_killed_again_and_again_ends_with_each_stage_computed_once(tmp_path: Path) -> None:
@@ -70,22 +85,25 @@ def test_a_driver_that_is_killed_again_and_again_ends_with_each_stage_computed_o
     variants = {"base": {}, "wide": {"train": {"matrix_lr": 0.5}}, "fast": {"ttt": {"lr": 0.5}}}
     given = json.dumps({"out": str(out), "seeds": [1, 2], "variants": variants, "is_local": True})
     command = [sys.executable, "-m", "tests.drive_sweep", given]
-    for num_events in (5, 11, 17, 23, 29):
+    for num_finished in (1, 6, 11):  # of the 18 stages that runs compute themselves
         driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
-            wait_for_events(out, num_events, driver)
+            wait_for_stages(out, num_finished, driver)
         finally:
             driver.send_signal(signal.SIGKILL)
             driver.wait()
+        assert 0 < sum(computed(out).values()) < 18
+        grow_old(out)
     subprocess.run(command, cwd=ROOT, check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert set(scores(out)) == {(name, seed) for name in variants for seed in (1, 2)}
     assert computed(out) == {"train": 4, "quantize": 4, "evaluate": 4, "ttt": 6}
     assert begun(out)["ttt"] >= 6
 
 
-def wait_for_events(out: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
-    """Wait until a sweep has so many events, or is over."""
-    deadline, path = time.monotonic() + 120, out / "events.jsonl"
-    while driver.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
+def wait_for_stages(out: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
+    """Wait until runs of a sweep have computed so many stages."""
+    deadline = time.monotonic() + 120
+    while sum(computed(out).values()) < count:
+        assert driver.poll() is None, "the sweep was over before"
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -32,11 +32,17 @@ def no_data() -> Iterator[None]:
         yield
 
 
-def run(out: Path, address: str, *faults: dict[str, Any], seconds: float, limits: Limits, seeds: list[int]) -> int:
-    """Run gangs of two that work for so long together, and as long again on rank 0 alone."""
+def run(
+    out: Path, address: str, *faults: dict[str, Any], patience: tuple[float, float, int], limits: Limits,
+    seeds: list[int], at_once: int = 4,
+) -> int:  # fmt: skip
+    """Run gangs of two; patience: seconds that both work together, seconds on rank 0 alone, rounds of the two.
+
+    at_once: gangs on the four nodes, a few only: a starved process is no healthy one.
+    """
     write_faults(out, *faults)
-    (out / "patience.json").write_text(json.dumps(seconds))
-    gang = Gang(cpus=4, ranks=2)  # a few gangs at a time: a starved process is no healthy one
+    (out / "patience.json").write_text(json.dumps(patience))
+    gang = Gang(cpus=16 // at_once, ranks=2)
     return sweep(out, address, gang=gang, target=TARGET, limits=limits, seeds=seeds)
 
 
@@ -51,31 +57,34 @@ def logs(out: Path, seed: int) -> Path:
     return out / "seeds" / f"seed={seed}-repeat=0" / "logs"
 
 
-def test_twenty_gangs_that_outlive_the_limit_ten_times_are_left_alone(cluster: Any, tmp_path: Path) -> None:
-    seeds = list(range(20))
+def test_eight_gangs_that_outlive_the_limit_ten_times_are_left_alone(cluster: Any, tmp_path: Path) -> None:
+    """Rank 1 waits longer than the limit four times over: a gang goes wrong where its ranks meet again, if at all."""
+    seeds, rounds = list(range(8)), 4
     limits = replace(QUICK, attempts=1, stall_s=STALL_S)
-    assert run(tmp_path, cluster.address, seconds=5 * STALL_S, limits=limits, seeds=seeds) == 0
+    patience = (0.5 * STALL_S, 2 * STALL_S, rounds)
+    assert rounds * sum(patience[:2]) == 10 * STALL_S
+    assert run(tmp_path, cluster.address, patience=patience, limits=limits, seeds=seeds, at_once=8) == 0
     runs = json.loads((tmp_path / "state.json").read_text())["runs"]
-    assert [(run["state"], run["attempt"]) for run in runs] == [("DONE", 1)] * 20
+    assert [(run["state"], run["attempt"]) for run in runs] == [("DONE", 1)] * len(seeds)
     assert list(tmp_path.rglob("*.stacks.txt")) == []
     assert list(tmp_path.rglob("*.end.json")) == []
 
 
 HANGS = {
-    "together": {"stage": "train", "step": 30, "do": "hang"},
+    "together": {"stage": "train", "step": 20, "do": "hang"},
     "alone": {"stage": "share", "do": "hang"},  # rank 0 reports all the while
-    "frozen": {"stage": "train", "step": 30, "do": "freeze"},
-    "stopped": {"stage": "train", "step": 30, "do": "kill", "signal": "SIGSTOP"},
+    "frozen": {"stage": "train", "step": 20, "do": "freeze"},
+    "stopped": {"stage": "train", "step": 20, "do": "kill", "signal": "SIGSTOP"},
 }
 
 
 @pytest.fixture(scope="module")
 def hung(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a sweep where rank 1 of every seed hung, each in its own way."""
-    out = tmp_path_factory.mktemp("hung")
+    out, seeds = tmp_path_factory.mktemp("hung"), list(range(len(HANGS)))
     faults = [{"seed": seed, "attempt": 1, "rank": 1, **fault} for seed, fault in enumerate(HANGS.values())]
-    limits = replace(QUICK, attempts=2, stall_s=8.0, heartbeat_s=12.0)
-    assert run(out, cluster.address, *faults, seconds=12.0, limits=limits, seeds=list(range(len(HANGS)))) == 0
+    limits = replace(QUICK, attempts=2, stall_s=5.0, heartbeat_s=10.0)
+    assert run(out, cluster.address, *faults, patience=(8.0, 15.0, 1), limits=limits, seeds=seeds) == 0
     return out
 
 
@@ -85,7 +94,7 @@ def test_a_rank_that_hangs_is_named_leaves_every_ranks_stacks_and_is_tried_again
     assert state_of(hung)[seed] == "DONE"
     (failure,) = failures(hung, seed)
     assert (failure["kind"], failure["rank"]) == ("stalled", 1)
-    assert ("limits.heartbeat_s=12" if how in ("frozen", "stopped") else "limits.stall_s=8") in failure["message"]
+    assert ("limits.heartbeat_s=10" if how in ("frozen", "stopped") else "limits.stall_s=5") in failure["message"]
     assert failure["at"].startswith("train step")
     own, other = (logs(hung, seed) / f"attempt=1-rank={rank}.stacks.txt" for rank in (1, 0))
     assert "patient_gang_work" in other.read_text()
@@ -104,12 +113,12 @@ DEATHS = {
 @pytest.fixture(scope="module")
 def died(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a sweep where rank 1 of every seed died, each in its own way."""
-    out = tmp_path_factory.mktemp("died")
+    out, seeds = tmp_path_factory.mktemp("died"), list(range(len(DEATHS)))
     faults = [
-        {"seed": seed, "rank": 1, "stage": "train", "step": 30, **how} for seed, how in enumerate(DEATHS.values())
+        {"seed": seed, "rank": 1, "stage": "train", "step": 20, **how} for seed, how in enumerate(DEATHS.values())
     ]
     limits = replace(QUICK, attempts=1)
-    assert run(out, cluster.address, *faults, seconds=5.0, limits=limits, seeds=list(range(len(DEATHS)))) == 1
+    assert run(out, cluster.address, *faults, patience=(8.0, 0.0, 1), limits=limits, seeds=seeds) == 1
     return out
 
 

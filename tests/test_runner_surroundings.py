@@ -22,11 +22,11 @@ pytestmark = pytest.mark.slow
 
 
 def start(out: Path, *, python: str = sys.executable, cwd: Path = ROOT, **environment: str) -> subprocess.Popen[bytes]:
-    """Start a driver with stub work on a Ray of its own."""
+    """Start a driver with stub work of one seed on a Ray of its own."""
     code = (
         "import seedsweep; seedsweep.hold_packages(); import sys; from tests.drive_sweep import main; sys.exit(main())"
     )
-    arguments = json.dumps({"out": str(out), "gang": {"gpus": 0, "cpus": 1}})
+    arguments = json.dumps({"out": str(out), "gang": {"gpus": 0, "cpus": 1}, "seeds": [42]})
     paths = f"{ROOT}{os.pathsep}{environment.pop('PYTHONPATH', '')}"
     return subprocess.Popen(
         [python, "-P", "-c", code, arguments], cwd=cwd, env={**os.environ, **environment, "PYTHONPATH": paths}

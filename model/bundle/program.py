@@ -249,6 +249,7 @@ def minify(source: str, *, name: str) -> str:
     )
 
 
+@functools.lru_cache(maxsize=8)  # a third of a second each, and the seeds of a folder have the same program
 def pack(text: str) -> bytes:
     """Return a self-extracting file that does what text does."""
     import brotli

@@ -17,7 +17,7 @@ from jobs.bench.figures import Probe
 from jobs.bench.process import Bench
 
 MEMORY_WANTED = "below 1,000"
-NUM_REPORTED = 10  # runs of the report
+NUM_REPORTED = 10  # runs of the report; like the ablation's numbers, never more than there are runs
 NUM_VARIANTS, NUM_SEEDS = 50, 20  # of the ablation
 LIBRARIES = ("pandas", "pyarrow.dataset", "pyarrow.parquet", "scipy.stats")
 DRAWING = ("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg")
@@ -28,23 +28,26 @@ NUM_STEPS = 10  # step rows of a made-up run
 
 def bench_results(bench: Bench, *, num_runs: int, num_documents: int) -> None:
     """Write three sweeps of made-up runs and time the commands on them."""
-    a, b, ten = (bench.folder / name for name in ("a", "b", "ten"))
-    for out, count in ((a, num_runs), (b, max(2, num_runs // 10)), (ten, NUM_REPORTED)):
+    a, b, few = (bench.folder / name for name in ("a", "b", "few"))
+    num_reported, num_variants, num_seeds = (min(most, num_runs) for most in (NUM_REPORTED, NUM_VARIANTS, NUM_SEEDS))
+    for out, count in ((a, num_runs), (b, max(2, num_runs // 10)), (few, num_reported)):
         bench.measure("tests.bench.results:write_store", out=str(out), num_runs=count, num_documents=num_documents)
     ablation = bench.folder / "ablation"
-    bench.measure("tests.bench.results:write_ablation", out=str(ablation))
+    bench.measure(
+        "tests.bench.results:write_ablation", out=str(ablation), num_variants=num_variants, num_seeds=num_seeds
+    )
     size = sum(path.stat().st_size for path in bench.folder.rglob("*.parquet"))
     bench.report.add("Parquet written", "MB", [size / 1e6])
     page = str(bench.folder / "report.html")
     commands: dict[str, tuple[list[str], str]] = {
         "seed table": (["table", str(a)], "below 1"),
-        f"table of {NUM_VARIANTS} variants, {NUM_SEEDS} seeds": (["table", str(ablation)], "below 2"),
+        f"table of {num_variants} variants, {num_seeds} seeds": (["table", str(ablation)], "below 2"),
         "paired documents, two runs": (
             ["compare", str(a), str(b), "--paired", "documents", "--seeds", "1"], "below 2",
         ),
         "Welch, all runs": (["compare", str(a), str(b)], ""),
         "paired documents, all shared runs": (["compare", str(a), str(b), "--paired", "documents"], ""),
-        f"report of {NUM_REPORTED} runs": (["report", str(ten), "-o", page], "below 15"),
+        f"report of {num_reported} runs": (["report", str(few), "-o", page], "below 15"),
     }  # fmt: skip
     for name, (arguments, wanted) in commands.items():
         for number in range(bench.repeats):
@@ -102,15 +105,16 @@ def write_ablation(request: dict[str, Any], probe: Probe) -> None:
     """Commit made-up finished runs of many variants, without rows of documents and steps."""
     from results.store.writer import commit_attempt
 
+    num_variants, num_seeds = int(request["num_variants"]), int(request["num_seeds"])
     documents = made_up_documents(1000)
     started = time.perf_counter()
-    for seed in range(NUM_SEEDS):
+    for seed in range(num_seeds):
         row, noise = made_up_run(seed, documents), 1e-3 * math.sin(seed)
-        for place in range(NUM_VARIANTS):
+        for place in range(num_variants):
             bpb = LEVELS["post_ttt"] + noise + 1e-4 * (place % 9 - 4) + 2e-4 * math.sin(seed + 3 * place)
             run = {**row, "variant": f"v{place:02d}", "config_hash": f"{place:064x}", "post_ttt_bpb": bpb}
             commit_attempt(request["out"], run=run, stages=made_up_stages())
-    probe.add(f"writing an ablation: {NUM_SEEDS * NUM_VARIANTS} runs", "s", [time.perf_counter() - started])
+    probe.add(f"writing an ablation: {num_seeds * num_variants} runs", "s", [time.perf_counter() - started])
 
 
 def made_up_documents(count: int) -> dict[str, Any]:
