@@ -193,9 +193,10 @@ def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey
     """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
     finished = finished_attempts(spec)
     earlier: dict[RunKey, Run] = {}
-    for plain in directory.read_state().get("runs", []):
+    state = directory.read_state()
+    for plain in state.get("runs", []):
         run = run_from_json(plain)
-        earlier[run.key] = run
+        earlier[run.key] = replace(run, held_s=run.gang_s(state.get("updated", 0.0)))
     return [take_over_run(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
             for key in spec.keys]  # fmt: skip
 
@@ -204,7 +205,8 @@ def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_
     """Return one run for a new driver: its counts are kept, whatever lived in the old driver is not."""
     run = Run(key=key)
     if earlier is not None:
-        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node)
+        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node,
+                      held_s=earlier.held_s)  # fmt: skip
     if finished is not None:
         return replace(run, state=State.DONE, attempt=max(run.attempt, finished))
     if is_wanted:

@@ -33,7 +33,7 @@ from runner.spec.sweep import RunKey
 
 FORMAT = 1
 UNSAVED = ("key", "facts", "idle")  # fields of a run that state.json spells otherwise, or leaves out
-LATER = ("waits_for",)  # fields that earlier versions did not write
+LATER = ("waits_for", "held_s")  # fields that earlier versions did not write
 
 
 class CancelRequest(NamedTuple):

@@ -7,6 +7,7 @@ Relative paths in a spec are taken from the current directory, not from the file
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from model.config import DataConfig
-from model.fields import check_keys, checked, nearest, updated
+from model.fields import check_keys, checked, describe, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
 from runner.spec.places import absolute_path
@@ -24,10 +25,11 @@ from runner.spec.sweep import SweepSpec, check_name, check_seeds
 from runner.spec.variants import parse_variants
 
 SPEC_LIMIT_BYTES = 1 << 20
+TRACKERS = ("mlflow", "tensorboard", "wandb")
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 KNOWN_KEYS = (
     "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
-    "wait_s", "out",
+    "wait_s", "out", "track", "price_per_gpu_hour",
 )  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
         gang=gang,
         limits=parse_limits(given),
         fetch=fetch,
+        track=parse_track(given["track"] if given.get("track") is not None else {}),
+        price_per_gpu_hour=parse_price(given.get("price_per_gpu_hour")),
         out=absolute_path(out if out is not None else checked(given.get("out", ""), str, "out")),
     )
     if not spec.out:
@@ -119,6 +123,28 @@ def parse_limits(given: Mapping[str, Any]) -> Limits:
                 raise ValueError(f"{name} is given twice, at the top and under limits; keep one")
             limits[name] = given[name]
     return updated(Limits(), limits, "limits")
+
+
+def parse_track(given: object) -> dict[str, str]:
+    """Return where each tracker writes: mlflow a URI, tensorboard a folder (made absolute), wandb a project."""
+    track = check_keys("track", given, TRACKERS)
+    for name, place in track.items():
+        if not isinstance(place, str) or not place.strip():
+            raise ValueError(f"track.{name} must be text that names a place, not {describe(place)}")
+        if re.search(r"://[^/]*:[^/]*@", place):  # sweep.json keeps the spec, and is given to others
+            raise ValueError(
+                f"track.{name} holds a password; give it in the environment, as the tracker's client reads it"
+            )
+    return {name: absolute_path(place) if name == "tensorboard" else place for name, place in track.items()}
+
+
+def parse_price(given: object) -> float | None:
+    """Return the price of a GPU for an hour, None where the spec names none."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < float("inf"):
+        raise ValueError(f"price_per_gpu_hour must be a number of 0 or more, without a currency, not {describe(given)}")
+    return float(given)
 
 
 def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:
