@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +22,15 @@ from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
 from runner.life.states import Run, State
 from runner.machine.node import this_machine
-from runner.machine.packages import missing_packages
+from runner.machine.packages import missing_packages, missing_trackers
 from runner.machine.signals import raise_interrupt, signals_end
 from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
-from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
+from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
 from runner.spec.gang import Gang
 from runner.spec.places import absolute_path
 from runner.spec.sweep import BASE, RunKey, SweepSpec
-from runner.view.progress import open_view
+from runner.view.progress import Views, open_view
+from runner.view.trackers import open_tracking
 from runner.work import Options, SweepWork
 
 logger = logging.getLogger(__name__)
@@ -46,10 +47,12 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     """
     if options.is_local:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
+    if missing := missing_trackers(spec.track):
+        raise SweepError(missing)
     if not (options.address or is_ray_job()):
         check_this_machine(spec, needs_gang=not options.is_local)
     directory = SweepDirectory(open_storage(spec.out))
-    with signals_end(raise_interrupt):
+    with signals_end(raise_interrupt), ExitStack() as at_end:
         check_writable(directory.storage)
         make_record(spec, directory, options)  # a run that is refused must not cost a living driver its lease
         try:
@@ -60,7 +63,7 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
                 directory.clear_cancel_requests()
                 runs = take_over(spec, directory, options.only)
                 directory.write_state(spec.name, runs, time.time() - time.monotonic())
-                return drive(spec, runs, directory, record, options)
+                return drive(spec, runs, directory, record, options, at_end)
         finally:
             directory.release()
 
@@ -236,8 +239,14 @@ def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
     return found
 
 
-def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options) -> int:
-    """Run the scheduler over a backend until every run is final."""
+def drive(
+    spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options,
+    at_end: ExitStack,
+) -> int:  # fmt: skip
+    """Run the scheduler over a backend until every run is final.
+
+    at_end: closes what may take long once the directory is given up.
+    """
     if all(run.is_final for run in runs):
         directory.write_state(spec.name, runs, time.time() - time.monotonic())
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
@@ -245,9 +254,11 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         limits = replace(spec.limits, **LOCAL_LIMITS) if options.is_local else spec.limits
         sweep = SweepWork(spec, record, options, directory)
         logger.info("sweep=%s runs=%d slots=%d", spec.name, len(runs), count_slots(backend.nodes(), spec.gang))
+        tracking = at_end.enter_context(closing(open_tracking(spec, record)))
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
+        views = Views([view, tracking, *open_metrics(spec, options)])
         scheduler = Scheduler(
-            spec, runs, backend, directory, view, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
+            spec, runs, backend, directory, views, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
             sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
@@ -263,6 +274,15 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         if code == EXIT_INFEASIBLE:
             raise Infeasible(why_infeasible(backend.nodes(), spec.gang) or "no node could hold a gang for too long")
         return code
+
+
+def open_metrics(spec: SweepSpec, options: Options) -> list[View]:
+    """Return the view that Prometheus reads through Ray, where there is Ray."""
+    if options.is_local:
+        return []
+    from runner.gang.ray_metrics import RayMetrics
+
+    return [RayMetrics(spec.name, gpus=spec.gang.gpus)]
 
 
 def refuse_split_storage(runs: dict[RunKey, Run]) -> None:

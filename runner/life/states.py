@@ -186,6 +186,14 @@ class Committed(Event):
     """The attempt's file in `runs` exists."""
 
 
+def newest(metrics: Mapping[str, Any], word: str) -> tuple[str, float] | None:
+    """Return name and value of the figure in a report that word, such as loss or bpb, means; None if it has none."""
+    for name, value in metrics.items():
+        if (name == word or name.endswith(f"_{word}")) and isinstance(value, int | float):
+            return name, float(value)
+    return None
+
+
 def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
     """Return what event makes of run. Events of an older group, or of a run that is over, change nothing."""
     if event.key != run.key or event.group != run.group or run.is_final:
