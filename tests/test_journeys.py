@@ -16,7 +16,7 @@ from runner.life.capacity import Node
 from tests import doc_pages
 from tests.doc_pages import blocks, links
 from tests.house import ROOT
-from tests.small_run import SPEC, TOKENIZER, small_sweep
+from tests.small_run import SPEC, write_data
 from tests.submissions import write_submission
 
 FOLDER = ROOT / "docs" / "journeys"
@@ -63,9 +63,7 @@ def test_files_that_a_command_names_are_there(page: Path) -> None:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder in which the specs of the pages have their names, and a model that takes two seconds a seed."""
     folder = tmp_path_factory.mktemp("world")
-    shards = small_sweep().parent / "data"
-    data = {"train": f"{shards}/*_train_*.bin", "val": f"{shards}/*_val_*.bin", "tokenizer": str(TOKENIZER)}
-    small = {**yaml.safe_load(SPEC), "data": data}
+    small = {**yaml.safe_load(SPEC), "data": write_data(folder / "data")}
     shutil.copytree(ROOT / "jobs" / "specs", folder / "jobs" / "specs")
     variants = {"base": {}, "bits_4": {"quant": {"matrix_bits": 4}}}
     for name, changes in {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import urllib.request
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from runner import sweep
-from runner.gang import ray_metrics
 from runner.life.states import Run, State
 from runner.spec.sweep import RunKey
 from runner.work import Options
@@ -50,7 +50,13 @@ class FakeMetric:
 
 
 @pytest.fixture
-def values(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+def ray_metrics() -> Any:
+    """Return the module; Ray must not be imported before tests.ray_tools has said that it is to listen on loopback."""
+    return importlib.import_module("runner.gang.ray_metrics")
+
+
+@pytest.fixture
+def values(ray_metrics: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Return what the metrics hold."""
     monkeypatch.setattr(FakeMetric, "values", {}, raising=False)
     monkeypatch.setattr(ray_metrics, "Gauge", FakeMetric)
@@ -58,7 +64,7 @@ def values(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[tuple[tuple[str, s
     return FakeMetric.values
 
 
-def test_every_figure_of_a_run_is_told_and_gpu_seconds_and_retries_add_up(values: Any) -> None:
+def test_every_figure_of_a_run_is_told_and_gpu_seconds_and_retries_add_up(ray_metrics: Any, values: Any) -> None:
     metrics = ray_metrics.RayMetrics("demo", gpus=8)
     queued = Run(key=KEY, state=State.QUEUED, preemptions=3, held_s=50.0)  # an earlier driver's
     metrics.update({KEY: queued}, [queued], 0.0)
@@ -84,7 +90,7 @@ def test_every_figure_of_a_run_is_told_and_gpu_seconds_and_retries_add_up(values
     assert values["seedsweep_bpb"] == {TAGS: 1.1}
 
 
-def test_a_thousand_runs_are_told_of_now_and_then_and_nothing_is_lost_between(values: Any) -> None:
+def test_a_thousand_runs_are_told_of_now_and_then_and_nothing_is_lost_between(ray_metrics: Any, values: Any) -> None:
     metrics = ray_metrics.RayMetrics("demo", gpus=0)
     queued = Run(key=KEY, state=State.QUEUED)
     other = Run(key=RunKey(seed=1), state=State.QUEUED)
@@ -99,18 +105,18 @@ def test_a_thousand_runs_are_told_of_now_and_then_and_nothing_is_lost_between(va
     assert values["seedsweep_runs"][("state", "DONE"), ("sweep", "demo")] == 2, "the end is told at once"
 
 
-def exported(values: Any) -> set[str]:
+def exported(ray_metrics: Any, values: Any) -> set[str]:
     """Return the names under which Ray exports the metrics."""
     metrics = ray_metrics.RayMetrics("demo", gpus=8)
-    counters = {metrics.gpu_s.name, metrics.retries.name}  # type: ignore[attr-defined]
+    counters = {metrics.gpu_s.name, metrics.retries.name}
     return {f"ray_{name}_total" if name in counters else f"ray_{name}" for name in values}
 
 
-def test_the_dashboard_shows_every_metric_and_asks_for_no_other(values: Any) -> None:
+def test_the_dashboard_shows_every_metric_and_asks_for_no_other(ray_metrics: Any, values: Any) -> None:
     board = json.loads(DASHBOARD.read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
     asked = {name for query in queries for name in re.findall(r"ray_seedsweep_\w+", query)}
-    assert asked == exported(values)
+    assert asked == exported(ray_metrics, values)
     assert all('sweep=~"$sweep"' in query for query in queries)
     numbers = [panel["id"] for panel in board["panels"]]
     assert len(set(numbers)) == len(numbers)
@@ -144,7 +150,9 @@ class Scraper:
 
 
 @pytest.mark.slow
-def test_prometheus_finds_a_sweep_at_the_nodes_own_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prometheus_finds_a_sweep_at_the_nodes_own_port(
+    tmp_path: Path, ray_metrics: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scraper = Scraper()
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")
     monkeypatch.setattr(

@@ -8,6 +8,7 @@ phase's steps; a finished run gets the scores of its stage records beside them.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,7 @@ class MlflowTracker:
     """Runs of one experiment, which has the sweep's name."""
 
     def __init__(self, place: str, labels: Labels) -> None:
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the sweep's own lines are read there
         from mlflow.tracking import MlflowClient
 
         self.client, self.labels = MlflowClient(tracking_uri=place), labels
