@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from jobs.bench.figures import environment
+from runner.gang.rank import Rank
+from tests import stub_work
 from tests.house import ROOT
-from tests.stub_work import NUM_STEPS
 
 SEEDS = (42, 0, 1337)
 GIVE_UP_S = 90.0  # for a request that nothing can fulfil
@@ -34,7 +36,26 @@ QUIET = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token", "RA
 
 def ours(out: Path, *, gpus: int = 0, restore: bool = False) -> list[str]:
     """Return the command of the sweep; it is the same the second time."""
-    return ["-m", "tests.drive_sweep", json.dumps({"out": str(out), "gang": {"gpus": gpus, "cpus": 1}})]
+    if gpus:  # the spec of the README on eight GPUs; it ends before any work
+        spec = yaml.safe_load((ROOT / "jobs" / "specs" / "demo.yaml").read_text())
+        spec |= {"gang": {"gpus": gpus}, "out": str(out / "run"), "overrides": {"train": {"batch_tokens": 8192}}}
+        (out / "spec.yaml").write_text(json.dumps(spec))
+        return ["-m", "jobs.cli", "run", str(out / "spec.yaml")]
+    given = {"out": str(out), "gang": {"gpus": 0, "cpus": 1}, "target": "tests.bench.beside_tune:counted_work"}
+    return ["-m", "tests.drive_sweep", json.dumps(given)]
+
+
+def counted_work(rank: Rank) -> None:
+    """Do the stub work of a rank, and leave a line of OUT/steps.txt for every step that is taken, as the other does."""
+    report = rank.report
+
+    def note(phase: str, step: int, total: int | None, metrics: Mapping[str, Any]) -> None:
+        with (Path(rank.job.out) / "steps.txt").open("a") as file:
+            file.write(f"{rank.job.key.seed} {step}\n")
+        report(phase, step, total, metrics)
+
+    rank.report = note  # type: ignore[method-assign]
+    stub_work.work(rank)
 
 
 def tunes(out: Path, *, gpus: int = 0, restore: bool = False) -> list[str]:
@@ -49,20 +70,26 @@ def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(command: list[str], log: Path, within_s: float = 300.0) -> dict[str, Any]:
-    """Run a driver to its end, or to the end of patience; return its exit code (None: it did not end) and seconds."""
+    """Run a driver to its end, or to the end of patience.
+
+    Returns its exit code (None: it did not end), seconds, and the last line that it printed of its own.
+    """
     begun, process = time.monotonic(), start(command, log)
     try:
         code: int | None = process.wait(within_s)
     except subprocess.TimeoutExpired:
         code = None
-    seconds = time.monotonic() - begun
+    result = {"exit_code": code, "seconds": round(time.monotonic() - begun, 2), "last_line": last_line(log)}
     if code is None:
         end_family(process, signal.SIGTERM)
-    return {"exit_code": code, "seconds": round(seconds, 2)}
+    return result
 
 
-def end_family(process: subprocess.Popen[bytes], number: int) -> float:
-    """Send a signal to a driver alone and return the seconds until it and all that it had started are gone."""
+def end_family(process: subprocess.Popen[bytes], number: int) -> float | None:
+    """Send a signal to a driver alone; return the seconds until it and all that it had started are gone.
+
+    None: something was still there after a minute; it is killed then.
+    """
     family = psutil.Process(process.pid).children(recursive=True)
     begun = time.monotonic()
     process.send_signal(number)
@@ -70,19 +97,13 @@ def end_family(process: subprocess.Popen[bytes], number: int) -> float:
     _, alive = psutil.wait_procs(family, timeout=60)
     for member in alive:
         member.kill()
-    return round(time.monotonic() - begun, 2) if not alive else float("inf")
+    return None if alive else round(time.monotonic() - begun, 2)
 
 
-def steps_of_ours(out: Path) -> list[int]:
-    """Return how many training steps each seed has taken, in the order of SEEDS."""
-    logs = [list(out.glob(f"seeds/seed={seed}-*/logs/*-rank=0.log")) for seed in SEEDS]
-    texts = ["".join(path.read_text() for path in paths) for paths in logs]
-    return [sum(f"{stage} step=" in line for line in text.splitlines() for stage in NUM_STEPS) for text in texts]
-
-
-def steps_of_tune(out: Path) -> list[int]:
-    """Return the same of the experiment."""
-    lines = (out / "steps.txt").read_text().splitlines()
+def count_steps(out: Path) -> list[int]:
+    """Return how many steps each seed has taken, in the order of SEEDS."""
+    path = out / "steps.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [sum(line.startswith(f"{seed} ") for line in lines) for seed in SEEDS]
 
 
@@ -98,20 +119,20 @@ def hang(out: Path, is_wanted: bool) -> None:
 
 
 def kill_and_go_on(
-    command: Callable[..., list[str]], count: Callable[[Path], list[int]], out: Path, *, restore: bool
-) -> dict[str, Any]:
-    """Kill the driver when two seeds are done and one hangs, then give the command again."""
+    command: Callable[..., list[str]], out: Path, *, restore: bool, after_s: float
+) -> dict[str, Any]:  # fmt: skip
+    """Kill the driver some seconds after two seeds are done and one hangs, then give the command again."""
     hang(out, True)
     process = start(command(out), out / "log.txt")
     deadline = time.monotonic() + 180
-    while (not (out / "steps.txt").exists() and not (out / "seeds").exists()) or count(out) != [6, 20, 20]:
+    while count_steps(out) != [6, 20, 20]:
         assert time.monotonic() < deadline, (out / "log.txt").read_text()[-2000:]
         time.sleep(0.2)
-    time.sleep(2.0)
+    time.sleep(after_s)
     gone_s = end_family(process, signal.SIGKILL)
     hang(out, False)
     again = finish(command(out, restore=restore), out / "log.txt")
-    return {"all_gone_s": gone_s, "again": again, "steps_taken": count(out)}
+    return {"all_gone_s": gone_s, "again": again, "steps_taken": count_steps(out)}
 
 
 def code_lines(path: Path) -> int:
@@ -132,12 +153,11 @@ def measure(folder: Path) -> dict[str, Any]:
     """Return all figures."""
     figures: dict[str, Any] = {
         "lines": {
-            "tune_seeds.py without its work": code_lines(ROOT / "tests/bench/tune_seeds.py"),
+            "tune_seeds.py": code_lines(ROOT / "tests/bench/tune_seeds.py"),
             "demo.yaml": code_lines(ROOT / "jobs/specs/demo.yaml"),
         }
     }
-    sides = {"seedsweep": (ours, steps_of_ours), "tune": (tunes, steps_of_tune)}
-    for name, (command, count) in sides.items():
+    for name, command in {"seedsweep": ours, "tune": tunes}.items():
         side: dict[str, Any] = {"whole": []}
         for number in range(REPEATS):
             out = folder / f"{name}-whole-{number}"
@@ -148,22 +168,21 @@ def measure(folder: Path) -> dict[str, Any]:
         out = folder / f"{name}-infeasible"
         out.mkdir()
         side["infeasible"] = finish(command(out, gpus=8), out / "log.txt", GIVE_UP_S)
-        side["infeasible"]["last_line"] = last_line(out / "log.txt", folder)
         print(name, side["infeasible"], flush=True)
-        for restore in (False, True)[: 1 + (name == "tune")]:
-            out = folder / f"{name}-killed-{restore}"
+        for restore, after_s in ((False, 2.0), (True, 2.0), (True, 30.0)) if name == "tune" else ((False, 2.0),):
+            key = f"killed after {after_s:g} s" + ", restore" * restore
+            out = folder / f"{name}-{restore}-{after_s:g}"
             out.mkdir()
-            key = "killed, restore" if restore else "killed"
-            side[key] = kill_and_go_on(command, count, out, restore=restore)
+            side[key] = kill_and_go_on(command, out, restore=restore, after_s=after_s)
             print(name, key, side[key], flush=True)
         figures[name] = side
     return figures
 
 
-def last_line(log: Path, folder: Path) -> str:
-    """Return the last line with words that a driver printed, without this machine's folders."""
+def last_line(log: Path) -> str:
+    """Return the last line with words in a driver's log, without this machine's folders."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if any(c.isalpha() for c in line)]
-    return lines[-1].replace(str(folder), "OUT")[:400] if lines else ""
+    return lines[-1].replace(str(log.parent), "OUT").replace(str(ROOT), ".")[:200] if lines else ""
 
 
 def main() -> int:
