@@ -8,14 +8,17 @@ from typing import Any
 from results.render import MISSING, csv_table, fixed, markdown_table, signed, text_table
 from results.schema import FINISHED
 from results.stats import Summary
-from results.tables import SEED_KEYS, SUMMARIZED, SeedTable, shown_columns
+from results.tables import SEED_KEYS, SPENT, SUMMARIZED, SeedTable, shown_columns, spent_in_all
 
 REUSED = "*"  # beside the time of a stage that another run computed
 REUSED_TIMES = ("train_s", "quantize_s", "evaluate_s", "ttt_s")
 
 
 def as_json(table: SeedTable, *, with_population_std: bool = False) -> dict[str, Any]:
-    """Return the table as plain JSON values; `same_seed_spread` is there only when a seed was repeated."""
+    """Return the table as plain JSON values.
+
+    `same_seed_spread` is there only when a seed was repeated, `spent` only where the sweep names what a GPU costs.
+    """
     content: dict[str, Any] = {
         "schema_version": table.schema_version,
         "sweep": table.identity["sweep"],
@@ -32,6 +35,9 @@ def as_json(table: SeedTable, *, with_population_std: bool = False) -> dict[str,
             for column, spread in table.same_seed.items()
             if column in SUMMARIZED
         }
+    if "cost" in spent_in_all(table.seeds):
+        each = [{key: row[key] for key in ("seed", "repeat", *SPENT)} for row in table.seeds]
+        content["spent"] = {**spent_in_all(table.seeds), "seeds": each}
     return content
 
 
@@ -43,7 +49,7 @@ def render(table: SeedTable, form: str, *, with_population_std: bool = False) ->
     if form == "json":
         return json.dumps(as_json(table, with_population_std=with_population_std), indent=2, allow_nan=False)
     if form == "csv":
-        keys = [*SEED_KEYS, "context_gain_bpb", "adaptation_gain_bpb"]
+        keys = [*SEED_KEYS, "context_gain_bpb", "adaptation_gain_bpb", *spent_in_all(table.seeds)]
         return csv_table(keys, [[row[key] for key in keys] for row in table.seeds]).rstrip("\n")
     header, rows = block_cells(table, with_population_std)
     if form == "markdown":
@@ -131,5 +137,16 @@ def foot(table: SeedTable) -> list[str]:
     conventions = sorted({str(row["code_bytes_convention"]) for row in table.seeds if row["code_bytes_convention"]})
     if conventions:
         lines.append(f"artifact bytes = model + code; code counted as: {'; '.join(conventions)}")
+    lines += spent_lines(table.seeds)
     lines += [f"seed={row['seed']} {row['state']}: {row['error']}" for row in table.seeds if row["error"]]
     return [*lines, *(f"note: {note}" for note in table.notes)]
+
+
+def spent_lines(seeds: list[dict[str, Any]]) -> list[str]:
+    """Return a line with what all runs together spent, none where no GPU was used."""
+    spent = spent_in_all(seeds)
+    if not spent:
+        return []
+    cost = f", cost {spent['cost']:.2f} at the spec's price_per_gpu_hour" if "cost" in spent else ""
+    words = "all attempts of a run, failed ones too, from their place to their end"
+    return [f"GPU-hours: {words}; {spent['gpu_hours']:.3f} in all{cost}"]

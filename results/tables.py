@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from results.schema import FINISHED
 from results.stats import Summary, population_std, summarize
-from results.store.reader import Rows, latest_attempts, read_runs
-
-if TYPE_CHECKING:
-    pass
+from results.store.announced import announced_price
+from results.store.reader import RUN, Rows, latest_attempts, read_runs
 
 INTEGERS = ("seed", "repeat", "attempts", "steps", "artifact_bytes")
 SUMMARIZED = (
@@ -32,6 +31,9 @@ TABLE_COLUMNS = (
     "variant", "reused_stages", "source", "provenance_json",
 )  # fmt: skip
 
+SPENT_COLUMNS = ("started_at", "ended_at", "num_gpus", "attempt", "attempts")
+SPENT = ("gpu_hours", "cost")  # computed over all attempts of a run; None where no GPU was used, or no price is known
+
 # heading, key, decimals (None: a difference of two keys, with sign)
 SHOWN = (
     ("steps", "steps", 0), ("live", "live_bpb", 5), ("post-EMA", "post_ema_bpb", 5), ("pre-TTT", "pre_ttt_bpb", 5),
@@ -39,6 +41,7 @@ SHOWN = (
     ("context", "context_gain_bpb", None),
     ("adaptation", "adaptation_gain_bpb", None), ("artifact bytes", "artifact_bytes", 0), ("train s", "train_s", 1),
     ("quantize s", "quantize_s", 1), ("evaluate s", "evaluate_s", 1), ("TTT s", "ttt_s", 1),
+    ("GPU-hours", "gpu_hours", 3), ("cost", "cost", 2),
 )  # fmt: skip
 
 
@@ -71,7 +74,35 @@ def seed_table(out: object) -> SeedTable:
 
     Raises FileNotFoundError without a results folder and ValueError when no row of it could be read.
     """
-    return table_of_rows(latest_attempts(read_runs(out, TABLE_COLUMNS)), shown=str(out))
+    return table_of_rows(latest_attempts(read_spent(out, TABLE_COLUMNS)), shown=str(out))
+
+
+def read_spent(out: object, columns: Sequence[str]) -> Rows:
+    """Return every committed attempt of a run directory, with what its run spent over all of its attempts.
+
+    Two columns are added: gpu_hours, and cost where the sweep names its price. Raises as read_runs does.
+    """
+    return add_spent(read_runs(out, list(dict.fromkeys((*columns, *SPENT_COLUMNS)))), announced_price(out))
+
+
+def add_spent(rows: Rows, price: float | None) -> Rows:
+    """Return rows with gpu_hours and cost of each run, and a note where an attempt left no row: its time is unknown.
+
+    A gang holds its GPUs from started_at to ended_at. What an attempt says of its start may be that of the one before,
+    if it died too early to say anything, so it counts from the end of that one at the earliest.
+    """
+    frame, notes = rows.frame.sort_values([*RUN, "attempt"], kind="stable"), list(rows.notes)
+    last_end = frame.groupby(RUN)["ended_at"].shift()
+    began = frame["started_at"].where(~(frame["started_at"] < last_end), last_end)
+    hours = (frame["ended_at"] - began).dt.total_seconds().clip(lower=0) / 3600
+    frame["gpu_hours"] = hours * frame["num_gpus"].where(frame["num_gpus"] > 0)
+    frame["gpu_hours"] = frame.groupby(RUN)["gpu_hours"].transform("sum", min_count=1)
+    frame["cost"] = frame["gpu_hours"] * (float("nan") if price is None else price)
+    known = frame.groupby(RUN)["attempt"].agg(["count", "max"])
+    num_lost = int((known["max"] - known["count"]).clip(lower=0).sum())
+    if num_lost and frame["gpu_hours"].notna().any():
+        notes.append(f"GPU-hours lack {num_lost} attempt(s) that left no row, as when their driver is killed")
+    return Rows(frame.sort_index(), rows.problems, notes)
 
 
 def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
@@ -79,14 +110,15 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     if rows.frame.empty:
         reason = f": {rows.problems[0]}" if rows.problems else " (no committed attempt in results/runs)"
         raise ValueError(f"{shown}: nothing to show{reason}")
-    columns = (rows.frame[name].tolist() for name in TABLE_COLUMNS)
-    seeds = [_seed_row(dict(zip(TABLE_COLUMNS, values))) for values in zip(*columns)]
+    names = [*TABLE_COLUMNS, *(name for name in SPENT if name in rows.frame)]
+    columns = (rows.frame[name].tolist() for name in names)
+    seeds = [_seed_row(dict(zip(names, values))) for values in zip(*columns)]
     identity, notes = _identity(seeds)
     notes = [*rows.notes, *notes, *_unmeasured(seeds), *_said_of_programs(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
     _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
-    summarized = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb")
+    summarized = (*SUMMARIZED, "sliding_bpb", "context_gain_bpb", "adaptation_gain_bpb", *SPENT)
     means = {column: list(seed_means(finished, column).values()) for column in summarized}
     return SeedTable(
         identity=identity,
@@ -103,12 +135,19 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
 
 def shown_columns(table: SeedTable) -> list[tuple[str, str, int | None]]:
     """Return heading, key and decimals of the columns to show: all of ours, `sliding` where an import has it."""
-    return [entry for entry in SHOWN if entry[1] != "sliding_bpb" or table.summary["sliding_bpb"].n]
+    rare = ("sliding_bpb", *SPENT)
+    return [entry for entry in SHOWN if entry[1] not in rare or any(row[entry[1]] is not None for row in table.seeds)]
+
+
+def spent_in_all(seeds: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return gpu_hours, and cost where a price is known, of all rows of a table together; {} where no GPU was used."""
+    values = {name: [row[name] for row in seeds if row[name] is not None] for name in SPENT}
+    return {name: math.fsum(known) for name, known in values.items() if known}
 
 
 def _seed_row(row: dict[Any, Any]) -> dict[str, Any]:
     """Return one row with plain values, its gains and its marks."""
-    plain = {name: _plain(name, row[name]) for name in TABLE_COLUMNS}
+    plain = {name: _plain(name, row.get(name)) for name in (*TABLE_COLUMNS, *SPENT)}
     plain["attempts"] = plain["attempts"] or plain["attempt"]
     plain["context_gain_bpb"] = _difference(plain["ttt_lr0_bpb"], plain["pre_ttt_bpb"])
     plain["adaptation_gain_bpb"] = _difference(plain["post_ttt_bpb"], plain["ttt_lr0_bpb"])

@@ -10,7 +10,7 @@ from model.config import TIME_LIMIT_S
 from model.report import STAGES
 from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
-from runner.machine.packages import missing_packages
+from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
 from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
 from runner.work import identities
@@ -87,7 +87,8 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     uses_gpus = spec.gang.gpus > 0
     recipes = spec.variants if is_here and spec.program is None else ()
     packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in recipes]
-    problems = [line for line in (why_infeasible(nodes, spec.gang), *dict.fromkeys(packages)) if line]
+    problems = [why_infeasible(nodes, spec.gang), *dict.fromkeys(packages), missing_trackers(spec.track)]
+    problems = [line for line in problems if line]
     missing = lacking(spec)
     hashes = {"config_hash": spec.config_hash, "code_hash": hash_code(spec)}
     if not missing and (found := hash_what_is_read(spec)):

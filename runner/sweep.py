@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
 from runner.life.states import Run, State
 from runner.machine.node import this_machine
-from runner.machine.packages import missing_packages
+from runner.machine.packages import missing_packages, missing_trackers
 from runner.machine.signals import raise_interrupt, signals_end
 from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
-from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, exit_code
+from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
 from runner.spec.gang import Gang
 from runner.spec.places import absolute_path
 from runner.spec.sweep import BASE, RunKey, SweepSpec
-from runner.view.progress import open_view
+from runner.view.progress import Views, open_view
+from runner.view.trackers import open_tracking
 from runner.work import Options, SweepWork, read_secrets
 
 logger = logging.getLogger(__name__)
@@ -49,11 +50,13 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     """
     if options.is_local:
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
+    if missing := missing_trackers(spec.track):
+        raise SweepError(missing)
     if not (options.address or is_ray_job()):
         check_this_machine(spec, needs_gang=not options.is_local)
     read_secrets(spec)  # refused before anything starts
     directory = SweepDirectory(open_storage(spec.out))
-    with signals_end(raise_interrupt):
+    with signals_end(raise_interrupt), ExitStack() as at_end:
         check_writable(directory.storage)
         make_record(spec, directory, options)  # a run that is refused must not cost a living driver its lease
         try:
@@ -64,7 +67,7 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
                 directory.clear_cancel_requests()
                 runs = take_over(spec, directory, options.only)
                 directory.write_state(spec.name, runs, time.time() - time.monotonic())
-                return drive(spec, runs, directory, record, options)
+                return drive(spec, runs, directory, record, options, at_end)
         finally:
             directory.release()
 
@@ -234,9 +237,10 @@ def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey
     """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
     finished = finished_attempts(spec)
     earlier: dict[RunKey, Run] = {}
-    for plain in directory.read_state().get("runs", []):
+    state = directory.read_state()
+    for plain in state.get("runs", []):
         run = run_from_json(plain)
-        earlier[run.key] = run
+        earlier[run.key] = replace(run, held_s=run.gang_s(state.get("updated", 0.0)))
     return [take_over_run(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
             for key in spec.keys]  # fmt: skip
 
@@ -245,7 +249,8 @@ def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_
     """Return one run for a new driver: its counts are kept, whatever lived in the old driver is not."""
     run = Run(key=key)
     if earlier is not None:
-        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node)
+        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node,
+                      held_s=earlier.held_s)  # fmt: skip
     if finished is not None:
         return replace(run, state=State.DONE, attempt=max(run.attempt, finished))
     if is_wanted:
@@ -275,8 +280,14 @@ def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
     return found
 
 
-def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options) -> int:
-    """Run the scheduler over a backend until every run is final."""
+def drive(
+    spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options,
+    at_end: ExitStack,
+) -> int:  # fmt: skip
+    """Run the scheduler over a backend until every run is final.
+
+    at_end: closes what may take long once the directory is given up.
+    """
     if all(run.is_final for run in runs):
         directory.write_state(spec.name, runs, time.time() - time.monotonic())
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
@@ -285,9 +296,11 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         limits = replace(spec.limits, **LOCAL_LIMITS) if is_endless else spec.limits
         sweep = SweepWork(spec, record, options, directory)
         logger.info("sweep=%s runs=%d slots=%d", spec.name, len(runs), count_slots(backend.nodes(), spec.gang))
+        tracking = at_end.enter_context(closing(open_tracking(spec, record)))
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
+        views = Views([view, tracking, *open_metrics(spec, options)])
         scheduler = Scheduler(
-            spec, runs, backend, directory, view, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
+            spec, runs, backend, directory, views, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
             sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
@@ -304,6 +317,15 @@ def drive(spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: d
         if code == EXIT_INFEASIBLE:
             raise Infeasible(why_infeasible(backend.nodes(), spec.gang) or "no node could hold a gang for too long")
         return code
+
+
+def open_metrics(spec: SweepSpec, options: Options) -> list[View]:
+    """Return the view that Prometheus reads through Ray, where there is Ray."""
+    if options.is_local:
+        return []
+    from runner.gang.ray_metrics import RayMetrics
+
+    return [RayMetrics(spec.name, gpus=spec.gang.gpus)]
 
 
 def refuse_split_storage(runs: dict[RunKey, Run]) -> None:

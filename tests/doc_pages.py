@@ -60,8 +60,10 @@ def anchors(page: Path) -> set[str]:
 
 def split_line(line: str) -> Iterator[tuple[str, ...]]:
     """Yield the commands of a shell line; comments, redirections and variables set before a command are left out."""
+    line = re.sub(r"(^|\s)#.*", "", line)  # a comment begins a word; runs/demo#base is one
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.wordchars += "{}[]@:,$%!^"
+    lexer.commenters = ""
+    lexer.wordchars += "{}[]@:,$%!^#"
     words: list[str] = []
     for word in [*lexer, ";"]:
         if word not in ENDS:

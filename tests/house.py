@@ -77,7 +77,7 @@ HOUSE: dict[str, dict[str, Room]] = {
         {"machine": ("what this machine has, and the signals that reach a process on it", "life errors")},
         {"folder": ("a sweep on disk: lease, events, storage, commits", "errors spec life")},
         {
-            "view": ("a running sweep, shown", "errors spec life folder"),
+            "view": ("a running sweep, shown here and told to trackers", "errors spec life folder"),
             "scheduler": ("the driver's loop", "errors spec life folder"),
             "work": ("the job of each attempt, and its commit", "errors spec life folder provenance"),
         },

@@ -32,21 +32,27 @@ gang: {gpus: 0, cpus: 1}
 """
 
 
-@functools.cache
-def small_sweep() -> Path:
-    """Return the run directory of a finished sweep; do not write to it (copy_sweep gives one to write to)."""
-    folder = Path(tempfile.mkdtemp(prefix="seedsweep-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+def write_data(folder: Path) -> dict[str, str]:
+    """Write the shards of made-up tokens and return the data section of a spec."""
     generator = np.random.Generator(np.random.PCG64(1))
     for split, num_documents in (("train", 40), ("val", 6)):
         documents = [
             np.concatenate(([1], 300 + generator.zipf(1.3, size=int(generator.integers(5, 180))) % 7000))
             for _ in range(num_documents)
         ]
-        write_shard(folder / "data" / f"toy_{split}_000000.bin", np.concatenate(documents))
-    data = {"train": f"{folder}/data/toy_train_*.bin", "val": f"{folder}/data/toy_val_*.bin"}
+        write_shard(folder / f"toy_{split}_000000.bin", np.concatenate(documents))
+    shards = {split: f"{folder}/toy_{split}_*.bin" for split in ("train", "val")}
+    return {**shards, "tokenizer": str(TOKENIZER)}
+
+
+@functools.cache
+def small_sweep() -> Path:
+    """Return the run directory of a finished sweep; do not write to it (copy_sweep gives one to write to)."""
+    folder = Path(tempfile.mkdtemp(prefix="seedsweep-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    data = write_data(folder / "data")
     spec = folder / "small.yaml"
-    spec.write_text(f"{SPEC}data: {json.dumps({**data, 'tokenizer': str(TOKENIZER)})}\nout: {folder / 'out'}\n")
+    spec.write_text(f"{SPEC}data: {json.dumps(data)}\nout: {folder / 'out'}\n")
     assert main(["run", str(spec), "--local", "--progress", "plain"]) == 0
     return folder / "out"
 

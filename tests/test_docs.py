@@ -26,7 +26,23 @@ from tests.test_architecture import ALLOWED, WITHOUT_TORCH
 COMMAND_LIST = [
     *dict.fromkeys(command for page in PAGES if page.name != "CHANGELOG.md" for command in doc_pages.commands(page))
 ]
-ELSEWHERE = {"cat", "cd", "cp", "mkdir", "git", "ray", "pip", "torchrun", "for", "do", "done", "kubectl"}
+ELSEWHERE = {
+    "cat",
+    "cd",
+    "cp",
+    "mkdir",
+    "git",
+    "ray",
+    "pip",
+    "torchrun",
+    "for",
+    "do",
+    "done",
+    "kubectl",
+    "sbatch",
+    "docker",
+    "tensorboard",
+}
 RUNNABLE = ("table", "status", "published", "inspect")
 ARCHIVE = ROOT / "tests" / "data" / "sweep_v1.tar.xz"
 
@@ -238,7 +254,9 @@ def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_command_that_only_looks_does_run(command: Command, old_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    words = [str(old_run) if word.startswith("runs/") else word for word in command.words[1:]]
+    words = [
+        str(old_run) if word.startswith(("runs/", "/shared/", "s3://your-")) else word for word in command.words[1:]
+    ]
     assert main(words) == 0
 
 

@@ -1,22 +1,18 @@
-"""What a submitted job is made of, and that the KubeRay manifest fits its schema."""
+"""What a submitted job is made of."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import yaml
 
 from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
 from runner.provenance import Git
 from runner.spec.read import load_spec
 
 ROOT = Path(__file__).parent.parent
-KUBERAY = ROOT / "jobs" / "kuberay"
 DEMO = ROOT / "jobs" / "specs" / "demo.yaml"
 
 
@@ -58,26 +54,6 @@ def test_a_large_working_directory_is_refused(tmp_path: Path) -> None:
 def test_a_spec_that_would_not_travel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not inside the working directory"):
         make_submission(load_spec(DEMO), DEMO, working_dir=tmp_path)
-
-
-def test_the_kuberay_manifest_fits_its_schema() -> None:
-    schema = json.loads((KUBERAY / "rayjob.schema.json").read_text())
-    manifest = yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.validate(manifest, schema)
-    manifest["spec"]["rayClusterSpec"]["workerGroupSpec"] = []
-    with pytest.raises(jsonschema.ValidationError, match="workerGroupSpec"):
-        jsonschema.validate(manifest, schema)
-
-
-def test_the_kuberay_manifest_runs_a_spec_that_fits_its_nodes() -> None:
-    spec = yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())["spec"]
-    words = shlex.split(spec["entrypoint"])
-    sweep = load_spec(ROOT / words[4], out=words[6])
-    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert int(limits["nvidia.com/gpu"]) >= sweep.gang.gpus
-    assert int(limits["cpu"]) >= sweep.gang.share["CPU"]
 
 
 def test_ray_packs_what_is_not_excluded() -> None:

@@ -81,8 +81,14 @@ def print_plan(plan: Plan) -> None:
         return
     each = "" if plan.seed_s is None else f"about {duration(plan.seed_s)} a run, "
     whole = "" if plan.sweep_s is None else f"{duration(plan.sweep_s)} in all, "
-    hours = "" if plan.gpu_hours is None else f"{plan.gpu_hours:.2f} GPU-hours "
+    hours = "" if plan.gpu_hours is None else f"{hours_and_cost(plan.gpu_hours, plan)} "
     print(f"estimate: {each}{whole}{hours}({plan.seed_source})")
+
+
+def hours_and_cost(gpu_hours: float, plan: Plan) -> str:
+    """Return GPU-hours, and what they cost where the spec names a price."""
+    price = plan.spec.price_per_gpu_hour
+    return f"{gpu_hours:.2f} GPU-hours" + ("" if price is None else f" (cost {gpu_hours * price:.2f})")
 
 
 def print_stages(plan: Plan) -> None:
@@ -98,9 +104,11 @@ def print_stages(plan: Plan) -> None:
     alone_s = plan.stage_s(is_shared=False)
     assert alone_s is not None, plan.stages
     with_hours, without = plan.hours(is_shared=True), plan.hours(is_shared=False)
+    assert with_hours is not None
+    assert without is not None
     print(
-        f"estimate: {duration(plan.sweep_s)} in all, {with_hours:.2f} GPU-hours; without sharing "
-        f"{duration(alone_s / plan.slots)}, {without:.2f} GPU-hours ({plan.seed_source})"
+        f"estimate: {duration(plan.sweep_s)} in all, {hours_and_cost(with_hours, plan)}; without sharing "
+        f"{duration(alone_s / plan.slots)}, {hours_and_cost(without, plan)} ({plan.seed_source})"
     )
 
 

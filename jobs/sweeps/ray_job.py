@@ -23,7 +23,7 @@ from runner.spec.sweep import SweepSpec
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
 # folder only (model/data is code); "/.*" would match the folder itself. What is left stays far below the limit.
 EXCLUDES = (
-    "/.?*", "/venv", "/runs", "/data", "/build", "/dist", "*.egg-info", "__pycache__",
+    "/.?*", "/venv", "/runs", "/wandb", "/mlruns", "/data", "/build", "/dist", "*.egg-info", "__pycache__",
     "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
 )  # fmt: skip
 MAX_UPLOAD_BYTES = 20_000_000

@@ -10,8 +10,8 @@ from results.compare.sides import text_of_rows
 from results.schema import BASE, FINISHED
 from results.stats import Difference, holm, paired, welch
 from results.store.announced import announced_variants, order_variants
-from results.store.reader import Rows, latest_attempts, read_runs
-from results.tables import TABLE_COLUMNS, SeedTable, seed_means, table_of_rows
+from results.store.reader import Rows, latest_attempts
+from results.tables import TABLE_COLUMNS, SeedTable, read_spent, seed_means, table_of_rows
 from results.validation_text import Text, why_not_comparable
 
 TEXT_COLUMNS = ("val_bytes", "pre_ttt_bytes", "post_ttt_bytes")
@@ -82,7 +82,7 @@ def read_table(out: object) -> Ablation | SeedTable:
 
     Raises FileNotFoundError without a results folder and ValueError when no row of it could be read.
     """
-    rows = latest_attempts(read_runs(out, list(dict.fromkeys((*TABLE_COLUMNS, *TEXT_COLUMNS)))))
+    rows = latest_attempts(read_spent(out, (*TABLE_COLUMNS, *TEXT_COLUMNS)))
     if has_variants(rows):
         return ablation_of_rows(rows, announced_variants(out), shown=str(out))
     return table_of_rows(rows, shown=str(out))

@@ -10,7 +10,7 @@ from results.compare.variants import Ablation, Effect
 from results.render import MISSING, csv_table, markdown_table, signed, text_table
 from results.schema import FINISHED
 from results.table_text import as_json as table_json
-from results.table_text import block_cells, foot, hash_shown
+from results.table_text import block_cells, foot, hash_shown, spent_lines
 from results.tables import SEED_KEYS
 
 MAX_SEED_ROWS = 60  # with more runs than this only means, stds and counts are shown
@@ -45,7 +45,9 @@ def as_json(ablation: Ablation, *, with_population_std: bool = False) -> dict[st
         content = table_json(table, with_population_std=with_population_std)
         seeds = [{**plain, "reused_stages": row["reused_stages"]} for plain, row in zip(content["seeds"], table.seeds)]
         block = {"variant": name, "config_hash": table.identity["config_hash"], "seeds": seeds}
-        variants.append(block | {key: content[key] for key in ("summary", "same_seed_spread") if key in content})
+        variants.append(
+            block | {key: content[key] for key in ("summary", "same_seed_spread", "spent") if key in content}
+        )
     return {
         "schema_version": max(table.schema_version for table in ablation.tables.values()),
         "sweep": first.identity["sweep"],
@@ -153,6 +155,7 @@ def explain(ablation: Ablation) -> list[str]:
         f"seeds needed: of each variant, for power {POWER:g} at p < {ALPHA:g}/{max(1, tested)} if the observed gain "
         "and spread are the true ones",
     ]
+    lines += spent_lines([row for table in tables.values() for row in table.seeds])
     if any(row["reused_stages"] for table in tables.values() for row in table.seeds):
         lines.append("* another run computed this stage: the time is that run's and was spent once")
     return lines

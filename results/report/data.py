@@ -14,9 +14,9 @@ import pandas as pd
 from results.findings.review import Finding
 from results.schema import FINISHED
 from results.stats import bits_per_byte, paired_documents
-from results.store.announced import rows_of_variant
+from results.store.announced import announced_price, rows_of_variant
 from results.store.reader import latest_attempts, read_attempt, read_runs
-from results.tables import SeedTable, table_of_rows
+from results.tables import SeedTable, add_spent, table_of_rows
 
 if TYPE_CHECKING:
     from results.stats import Difference
@@ -53,7 +53,7 @@ def read_system(out: str, variant: str | None = None) -> System:
 
     Raises FileNotFoundError or ValueError as the seed table does.
     """
-    rows = latest_attempts(read_runs(out))
+    rows = latest_attempts(add_spent(read_runs(out), announced_price(out)))
     if not rows.frame.empty:
         rows = rows_of_variant(rows, out, variant, fix=f"name one, such as {out}#")
     table = table_of_rows(rows, shown=out)

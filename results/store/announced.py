@@ -1,10 +1,11 @@
-"""Which variants a sweep announced, in their order: what sweep.json in a run directory says."""
+"""What a sweep announced in sweep.json of its run directory: its variants in their order, and what a GPU costs."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from results.schema import BASE
 from results.store.location import open_location
@@ -18,16 +19,29 @@ def announced_variants(out: object) -> list[str]:
 
     Raises ValueError for a damaged sweep.json.
     """
+    return [str(name) for name in _section(out, "variants")]
+
+
+def announced_price(out: object) -> float | None:
+    """Return price_per_gpu_hour of the spec that a run directory was last driven with, None where it names none.
+
+    Raises ValueError for a damaged sweep.json.
+    """
+    price = _section(out, "spec").get("price_per_gpu_hour")
+    return float(price) if isinstance(price, int | float) else None
+
+
+def _section(out: object, name: str) -> Mapping[str, Any]:
+    """Return one mapping of sweep.json, {} where the file or the mapping is absent."""
     import pyarrow.fs as pafs
 
     location = open_location(out)
     path = location.path("sweep.json")
     if location.filesystem.get_file_info(path).type != pafs.FileType.File:
-        return []
+        return {}
     try:
         with location.filesystem.open_input_stream(path) as stream:
-            variants = json.loads(bytes(stream.read())).get("variants") or {}
-        return [str(name) for name in variants]
+            return dict(json.loads(bytes(stream.read())).get(name) or {})
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{location.shown}/sweep.json is damaged ({error})") from None
 

@@ -33,7 +33,7 @@ from runner.spec.sweep import RunKey
 
 FORMAT = 1
 UNSAVED = ("key", "facts", "idle", "lost", "leaves")  # fields of a run that state.json spells otherwise, or leaves out
-LATER = ("waits_for", "peers")  # fields that earlier versions did not write
+LATER = ("waits_for", "peers", "held_s")  # fields that earlier versions did not write
 
 
 class CancelRequest(NamedTuple):

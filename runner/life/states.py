@@ -91,6 +91,7 @@ class Run:
     not_before: float = 0.0  # earliest time of the next attempt
     stop_by: float = 0.0  # when ranks that were asked to stop are killed
     placed_at: float = 0.0
+    held_s: float = 0.0  # seconds that gangs of its earlier attempts held their places
     progress_at: float = 0.0  # when rank 0 last reported
     idle: Idle | None = None  # None until the ranks are heard of
     silent_s: float = 0.0  # longest time without an answer among its ranks
@@ -113,6 +114,15 @@ class Run:
     def is_final(self) -> bool:
         """Whether nothing will happen to it any more."""
         return self.state in FINAL
+
+    @property
+    def holds_place(self) -> bool:
+        """Whether a gang of it has a place on a node, at work or being removed."""
+        return self.has_group and self.state is not State.QUEUED
+
+    def gang_s(self, now: float) -> float:
+        """Return the seconds that all its gangs together have held a place until now."""
+        return self.held_s + (max(0.0, now - self.placed_at) if self.holds_place else 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,6 +198,14 @@ class Committed(Event):
     """The attempt's file in `runs` exists."""
 
 
+def newest(metrics: Mapping[str, Any], word: str) -> tuple[str, float] | None:
+    """Return name and value of the figure in a report that word, such as loss or bpb, means; None if it has none."""
+    for name, value in metrics.items():
+        if (name == word or name.endswith(f"_{word}")) and isinstance(value, int | float):
+            return name, float(value)
+    return None
+
+
 def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
     """Return what event makes of run. Events of an older group, or of a run that is over, change nothing."""
     if event.key != run.key or event.group != run.group or run.is_final:
@@ -257,7 +275,7 @@ def with_files(run: Run, failure: Failure) -> Failure:
 
 def apply_gone(run: Run, now: float, limits: Limits) -> Run:
     """Return run once its group is removed: committing goes on, a failed attempt is judged, the rest waits again."""
-    run = replace(run, has_group=False, is_releasing=False, is_stopping=False)
+    run = replace(run, held_s=run.gang_s(now), has_group=False, is_releasing=False, is_stopping=False)
     if run.state is State.COMMITTING:
         return run
     if run.is_cancelled:

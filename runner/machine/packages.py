@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterable
 
 from model.config import RunConfig
 
@@ -31,6 +32,17 @@ def missing_packages(config: RunConfig, *, uses_gpus: bool) -> str:
         return ""
     what = "; ".join(f"{name} ({fault})" for name, fault in faults.items())
     return f"this machine lacks what the run needs: {what}; `python -m pip install {' '.join(faults)}` brings it"
+
+
+def missing_trackers(names: Iterable[str]) -> str:
+    """Return one line with the trackers' clients that this machine, where the driver runs, lacks; or nothing."""
+    missing = [name for name in names if not is_found(name)]
+    if not missing:
+        return ""
+    return (
+        f"track.{missing[0]} asks for the package {missing[0]}, which is not installed here; "
+        f"`python -m pip install 'seedsweep[{','.join(missing)}]'` brings it, or take it out of the spec"
+    )
 
 
 def why_unusable(name: str) -> str:

@@ -7,6 +7,7 @@ Relative paths in a spec are taken from the current directory, not from the file
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from model.config import DataConfig, RunConfig
-from model.fields import check_keys, checked, nearest, updated
+from model.fields import check_keys, checked, describe, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
 from runner.spec.places import absolute_path, is_object_store
@@ -25,10 +26,11 @@ from runner.spec.sweep import SweepSpec, check_name, check_seeds
 from runner.spec.variants import parse_variants
 
 SPEC_LIMIT_BYTES = 1 << 20
+TRACKERS = ("mlflow", "tensorboard", "wandb")
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 KNOWN_KEYS = (
     "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
-    "wait_s", "out", "program",
+    "wait_s", "out", "program", "track", "price_per_gpu_hour",
 )  # fmt: skip
 OF_RECIPES = ("preset", "overrides", "variants", "grid", "data")  # what a program has no use for
 
@@ -117,7 +119,7 @@ def parse_program_spec(given: Mapping[str, Any], *, out: str | None) -> SweepSpe
 
 
 def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
-    """Return what every sweep has, whatever its gangs do: seeds, repeats, gang and the folder."""
+    """Return what every sweep has, whatever its gangs do: seeds, repeats, gang, folder, trackers and price."""
     repeats = checked(given.get("repeats", 1), int, "repeats")
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
@@ -125,7 +127,11 @@ def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
     if not place:
         raise ValueError("out is missing; name a folder (or pass --out DIR)")
     gang = updated(Gang(), given.get("gang") or {}, "gang")
-    return {"seeds": check_seeds(given["seeds"]), "repeats": repeats, "gang": gang, "out": place}
+    track = parse_track(given["track"] if given.get("track") is not None else {})
+    return {
+        "seeds": check_seeds(given["seeds"]), "repeats": repeats, "gang": gang, "out": place, "track": track,
+        "price_per_gpu_hour": parse_price(given.get("price_per_gpu_hour")),
+    }  # fmt: skip
 
 
 def check_gang(spec: SweepSpec) -> None:
@@ -154,6 +160,28 @@ def parse_limits(given: Mapping[str, Any]) -> Limits:
                 raise ValueError(f"{name} is given twice, at the top and under limits; keep one")
             limits[name] = given[name]
     return updated(Limits(), limits, "limits")
+
+
+def parse_track(given: object) -> dict[str, str]:
+    """Return where each tracker writes: mlflow a URI, tensorboard a folder (made absolute), wandb a project."""
+    track = check_keys("track", given, TRACKERS)
+    for name, place in track.items():
+        if not isinstance(place, str) or not place.strip():
+            raise ValueError(f"track.{name} must be text that names a place, not {describe(place)}")
+        if re.search(r"://[^/]*:[^/]*@", place):  # sweep.json keeps the spec, and is given to others
+            raise ValueError(
+                f"track.{name} holds a password; give it in the environment, as the tracker's client reads it"
+            )
+    return {name: absolute_path(place) if name == "tensorboard" else place for name, place in track.items()}
+
+
+def parse_price(given: object) -> float | None:
+    """Return the price of a GPU for an hour, None where the spec names none."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < float("inf"):
+        raise ValueError(f"price_per_gpu_hour must be a number of 0 or more, without a currency, not {describe(given)}")
+    return float(given)
 
 
 def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:

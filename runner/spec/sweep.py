@@ -65,6 +65,8 @@ class SweepSpec:
     gang: Gang = field(default_factory=Gang)
     limits: Limits = field(default_factory=Limits)
     fetch: Mapping[str, Any] | None = None  # data.fetch: how a node gets missing shards
+    track: Mapping[str, str] = field(default_factory=dict)  # name of a tracker -> its URI, folder or project
+    price_per_gpu_hour: float | None = None  # in whatever currency; None: no money is shown
     out: str = ""
     program: Program | None = None  # somebody else's, in place of our pipeline; preset is "" then
 
@@ -141,6 +143,8 @@ class SweepSpec:
             gang=updated(Gang(), plain["gang"], "gang"),
             limits=updated(Limits(), plain["limits"], "limits"),
             fetch=plain["fetch"],
+            track=dict(plain.get("track") or {}),  # like the price, not in what earlier versions wrote
+            price_per_gpu_hour=plain.get("price_per_gpu_hour"),
             out=str(plain["out"]),
             program=parse_program(plain["program"]) if plain.get("program") else None,
         )

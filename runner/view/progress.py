@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import IO, Any, NamedTuple
 
-from runner.life.states import WORKING, Run, State
+from runner.life.states import WORKING, Run, State, newest
 from runner.spec.sweep import RunKey
 
 PLAIN_EVERY_S = 30.0
@@ -94,12 +94,27 @@ def row_of(run: Run, paces: Paces, now: float) -> Row:
     )
 
 
+class Views:
+    """Several views of one sweep, told of it one after the other; whoever opened them closes them."""
+
+    def __init__(self, views: list[Any]) -> None:
+        self.views = views
+
+    def update(self, runs: Mapping[RunKey, Run], changed: list[Run], now: float) -> None:
+        """Show the newest picture in each."""
+        for view in self.views:
+            view.update(runs, changed, now)
+
+    def close(self) -> None:
+        """Nothing of its own is open."""
+
+
 def score_of(metrics: Mapping[str, Any]) -> str:
     """Return the newest loss or bits per byte in a report, with its name."""
     for word in SCORE_WORDS:
-        for name, value in metrics.items():
-            if (name == word or name.endswith(f"_{word}")) and isinstance(value, int | float):
-                return f"{name} {value:.4f}"
+        found = newest(metrics, word)
+        if found is not None:
+            return f"{found[0]} {found[1]:.4f}"
     return ""
 
 

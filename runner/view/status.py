@@ -39,6 +39,8 @@ class Picture:
     rows: tuple[Row, ...]
     ages: tuple[Age, ...]
     eta_s: float | None  # of the whole sweep
+    gpu_hours: tuple[float, ...] = ()  # of each run, all its attempts; () in a sweep without GPUs
+    price: float | None = None  # of a GPU for an hour
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,6 +72,8 @@ def look(out: str) -> Picture:
     else:
         driver = f"no driver; last change {duration(now - state['updated'])} ago"
     paces = Paces()
+    spec = (directory.read_json("sweep.json") or {}).get("spec") or {}
+    gpus = int((spec.get("gang") or {}).get("gpus", 0))
     return Picture(
         sweep=str(state["sweep"]),
         driver=driver,
@@ -78,6 +82,8 @@ def look(out: str) -> Picture:
         rows=tuple(row_of(run, paces, now) for run in runs),
         ages=tuple(age_of(run, now) for run in runs),
         eta_s=sweep_eta_s(runs, int(state.get("slots", 1)), now) if is_driven else None,
+        gpu_hours=tuple(run.gang_s(now) * gpus / 3600 for run in runs) if gpus else (),
+        price=spec.get("price_per_gpu_hour"),
     )
 
 
@@ -107,7 +113,13 @@ def settle(directory: SweepDirectory, state: dict[str, Any], runs: list[Run], no
 
     Returns all runs, and why that could not be written, or nothing.
     """
-    settled = [run if run.is_final else replace(run, state=State.CANCELLED, since=now, has_group=False) for run in runs]
+    last = float(state.get("updated", 0.0))  # what its gangs held after that nobody wrote down
+    settled = [
+        run
+        if run.is_final
+        else replace(run, state=State.CANCELLED, since=now, held_s=run.gang_s(last), has_group=False)
+        for run in runs
+    ]
     lines = [
         {"time": utc(now), "variant": run.key.variant_name, "seed": run.key.seed, "repeat": run.key.repeat,
          "attempt": run.attempt, "from": str(run.state), "to": str(State.CANCELLED), "node": run.node,
