@@ -217,7 +217,7 @@ def test_a_manifest_fits_its_schema_and_its_gangs_fit_its_nodes(path: Path) -> N
     ]
     (node,) = (limit for limit in limits if "nvidia.com/gpu" in limit)
     assert int(node["nvidia.com/gpu"]) >= sweep.gang.gpus
-    assert int(node["cpu"]) >= sweep.gang.total["CPU"]
+    assert int(node["cpu"]) >= sweep.gang.share["CPU"]
 
 
 @pytest.mark.parametrize(
