@@ -73,6 +73,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec = {**small, "name": name, "out": f"runs/{name}", **changes}
         (folder / "jobs" / "specs" / f"{name}.yaml").write_text(json.dumps(spec))
     write_submission(folder / "FOLDER")
+    (folder / "FOLDER" / "train_gpt.py").write_text("import os\n\nprint(int(os.environ['SEED']))\n")
+    with (folder / "FOLDER" / "README.md").open("a", encoding="utf-8") as readme:
+        readme.write("\n```sh\nSEED=42 python train_gpt.py\n```\n")
     return folder
 
 
