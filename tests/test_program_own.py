@@ -52,6 +52,8 @@ def test_every_score_is_the_pipelines_to_the_last_bit(ours: Path) -> None:
 def test_the_two_can_be_compared_and_shown_beside_each_other(ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(ours), str(small_sweep())]) in (0, 1)
     assert "+0.00000" in capsys.readouterr().out
+    assert main(["compare", str(ours), str(small_sweep()), "--reproduces"]) == 0
+    assert "reproduced" in capsys.readouterr().out
     assert main(["report", str(ours), "-o", str(ours.parent / "page.html")]) == 0
     assert main(["table", str(ours)]) == 0
     assert "2 of 2 runs finished" in capsys.readouterr().out
