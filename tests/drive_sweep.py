@@ -10,8 +10,8 @@ from pathlib import Path
 
 from runner import sweep, work
 from runner.folder import lease
-from runner.gang import ray_head_watch
 from runner.gang.ray_start import LOOPBACK_VARIABLE
+from runner.machine import head_watch
 from runner.spec.gang import Gang
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec
@@ -21,7 +21,7 @@ def main() -> int:
     """Run the sweep that the argument describes; data is never read."""
     given = json.loads(sys.argv[1])
     lease.LEASE_TTL_S = given.get("lease_ttl_s", lease.LEASE_TTL_S)
-    ray_head_watch.KNOCKS = given.get("knocks", ray_head_watch.KNOCKS)
+    head_watch.KNOCKS = given.get("knocks", head_watch.KNOCKS)
     if given.get("on_loopback", True):
         os.environ[LOOPBACK_VARIABLE] = "0"
     sweep.data_hash = lambda _data, **_more: "d" * 64

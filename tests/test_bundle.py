@@ -132,7 +132,7 @@ def test_what_neither_training_nor_scoring_needs_is_left_out() -> None:
 
 
 def test_counted_code_stays_small() -> None:
-    assert code_program(published()).num_bytes < 64_000
+    assert code_program(published()).num_bytes < 67_000
 
 
 def test_a_traceback_names_module_and_line(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from runner.errors import EXIT_INTERRUPTED
-from runner.gang import ray_head_watch
-from runner.gang.ray_head_watch import HeadWatch, answers
+from runner.machine import head_watch
+from runner.machine.head_watch import HeadWatch, answers
 
 REFUSED = "127.0.0.1:1"  # nobody listens there
 SILENT = "[::ffff:0.0.0.0:0]:1"  # no address
@@ -22,7 +22,7 @@ SILENT = "[::ffff:0.0.0.0:0]:1"  # no address
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Knock often."""
-    monkeypatch.setattr(ray_head_watch, "KNOCK_EVERY_S", 0.01)
+    monkeypatch.setattr(head_watch, "KNOCK_EVERY_S", 0.01)
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def listener() -> Iterator[socket.socket]:
 
 
 def test_only_silence_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    few, enough = ray_head_watch.KNOCKS - 1, ray_head_watch.KNOCKS
+    few, enough = head_watch.KNOCKS - 1, head_watch.KNOCKS
     script = [*[False] * few, True, *[False] * few, True, *[False] * enough]
     heard, is_silent = list(script), threading.Event()
-    monkeypatch.setattr(ray_head_watch, "answers", lambda _address: heard.pop(0))
+    monkeypatch.setattr(head_watch, "answers", lambda _address: heard.pop(0))
     HeadWatch(SILENT, on_silence=lambda _address: is_silent.set())
     assert is_silent.wait(20)
     assert heard == []
@@ -49,7 +49,7 @@ def test_a_head_that_answers_is_left_alone(listener: socket.socket) -> None:
     assert not answers(SILENT)
     is_silent = threading.Event()
     watch = HeadWatch(address, on_silence=lambda _address: is_silent.set())
-    for _ in range(2 * ray_head_watch.KNOCKS):
+    for _ in range(2 * head_watch.KNOCKS):
         listener.accept()[0].close()
     watch.stop()
     assert not is_silent.is_set()
@@ -57,7 +57,7 @@ def test_a_head_that_answers_is_left_alone(listener: socket.socket) -> None:
 
 def test_the_process_ends_with_one_line_whatever_it_hangs_in() -> None:
     code = (
-        "import threading; from runner.gang import ray_head_watch as w; w.KNOCK_EVERY_S = 0.01; "
+        "import threading; from runner.machine import head_watch as w; w.KNOCK_EVERY_S = 0.01; "
         f"w.HeadWatch({SILENT!r}); threading.Lock().acquire(); lock = threading.Lock(); lock.acquire(); lock.acquire()"
     )
     done = subprocess.run(

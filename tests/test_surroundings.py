@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -183,7 +184,8 @@ def test_packages_are_asked_for_by_configuration(monkeypatch: pytest.MonkeyPatch
 
 def test_a_package_that_only_a_rank_misses_is_the_nodes_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rank, "log_tail", lambda _self: "")
-    failure = Rank(None, 0).failure_of(ModuleNotFoundError("No module named 'brotli'"))  # type: ignore[arg-type]
+    job = SimpleNamespace(redact=str)
+    failure = Rank(job, 0).failure_of(ModuleNotFoundError("No module named 'brotli'"))  # type: ignore[arg-type]
     assert failure.kind is Kind.PREFLIGHT
     assert "lacks a package: No module named 'brotli'" in failure.message
 

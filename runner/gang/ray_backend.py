@@ -15,12 +15,12 @@ from model.data.cpus import usable_cpus
 from runner.errors import Kind, SweepError, first_line
 from runner.gang.ray_facts import draining_nodes
 from runner.gang.ray_gang import Phase, RayGang
-from runner.gang.ray_head_watch import HeadWatch
 from runner.gang.ray_start import Cluster, check_address, start_cluster
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
 from runner.life.states import Draining, Event
+from runner.machine.head_watch import HeadWatch
 from runner.provenance import SOURCE_ROOT
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey

@@ -117,13 +117,13 @@ class SweepSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values from which `from_json` makes the same spec."""
-        plain = dataclasses.asdict(self)
+        plain = dataclasses.asdict(self) | {"config": plain_settings(self.config)}
         if self.program is None:
             del plain["program"]  # earlier versions read the spec of a recipe
         else:
             plain |= {"program": self.program.to_json(), "config": {}}
         plain["seeds"] = list(self.seeds)
-        plain["ablation"] = list(plain["ablation"])
+        plain["ablation"] = [{"name": item.name, "config": plain_settings(item.config)} for item in self.ablation]
         return plain
 
     @classmethod
