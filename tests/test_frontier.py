@@ -249,4 +249,4 @@ def test_a_configuration_comes_back_from_plain_values_and_the_average_holds_ever
     config = micro_run(model=ModelConfig(**{**plain_settings(micro_model()), **FRONTIER_PARTS[part]}))
     assert config_from_plain(plain_settings(config)) == config
     model = random_model(config.model)
-    assert set(Ema(model, 0.9).cast()) == set(parameter_shapes(config.model))
+    assert set(Ema(model).cast()) == set(parameter_shapes(config.model))
