@@ -287,7 +287,7 @@ def test_ranks_of_either_host_that_die_or_hang_are_told_of_by_their_own_node(clu
 def test_a_host_that_comes_back_costs_nothing_and_one_that_does_not_a_preemption(cluster: Cluster) -> None:
     out, beta = cluster.folder / "cut", cluster.hosts["beta"]
     out.mkdir()
-    (out / "patience.json").write_text("25")
+    (out / "patience.json").write_text("[25, 0, 1]")
     driver = cluster.drive_stub(
         out, gang={"ranks": 2, "hosts": 2}, seeds=[1], target=PATIENT, limits={"heartbeat_s": 9.0, "attempts": 1}
     )
