@@ -137,7 +137,8 @@ class Scraper:
 
         if all(run.is_final for run in runs.values()):
             port = int(ray.nodes()[0]["MetricsExportPort"])  # type: ignore[no-untyped-call]
-            wait_until(lambda: "ray_seedsweep_retries_total" in self.scrape(port), 60, "no metrics at the node's port")
+            done = re.compile(r'^ray_seedsweep_runs\{[^}]*state="DONE"[^}]*\} 1\.0$', re.MULTILINE)  # exported last
+            wait_until(lambda: done.search(self.scrape(port)) is not None, 60, "no metrics at the node's port")
 
     def scrape(self, port: int) -> str:
         """Return what the node exports now."""
