@@ -73,6 +73,8 @@ def run_program(rank: Rank) -> None:
         if program.launcher == "none" and not is_finished(rank):
             run_process(rank, program, place)
         return
+    if rank.mirror is not None:  # what counts is what the store has, whatever lies on this node
+        in_background(rank, rank.mirror.fetch_all)
     if is_finished(rank):  # an earlier driver's gang ended, and was not committed any more
         announce(rank, Place(work=folder, out=folder, python="", port=0, token=""))
         return

@@ -1,0 +1,55 @@
+"""Programs at the edges: behind a store that was emptied, beside files that move, with words that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import runner.gang.program as gang_program
+from runner.folder.commit import commit_run
+from runner.folder.mirror import Mirror
+from runner.life.job import Job
+from runner.life.states import Run, State
+from runner.spec.read import parse_spec
+from runner.spec.sweep import RunKey, SweepSpec
+
+
+def program_spec(out: Path | str, folder: Path | str, **section: Any) -> SweepSpec:
+    """Return the spec of a program with one seed."""
+    return parse_spec(
+        {"name": "edge", "program": {"folder": str(folder), **section}, "seeds": [1], "out": str(out)}
+    )  # fmt: skip
+
+
+def test_what_a_node_kept_of_an_emptied_store_is_not_taken_for_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Prepared(Exception):
+        """The program is about to be run."""
+
+    def prepare(*_: Any) -> None:
+        raise Prepared
+
+    spec = program_spec(tmp_path / "out", tmp_path)
+    job = Job(
+        key=RunKey(seed=1), attempt=1, config=spec.config, world_size=1, threads=1, uses_gpus=False,
+        workdir=str(tmp_path / "scratch"), out=spec.out, program=spec.program, record={},
+    )  # fmt: skip
+    rank = gang_program.Rank(job, 0)
+    (tmp_path / "scratch" / "stages").mkdir(parents=True)
+    (tmp_path / "scratch" / "stages" / "program.json").write_text("{}")
+    assert gang_program.is_finished(rank)
+    store: Any = SimpleNamespace(names=lambda _: [])
+    rank.mirror = Mirror(store, "seeds/x", tmp_path / "scratch")
+    monkeypatch.setattr(gang_program, "prepare", prepare)
+    with pytest.raises(Prepared):
+        gang_program.run_program(rank)
+
+
+def test_a_program_without_its_record_is_never_committed_as_done(tmp_path: Path) -> None:
+    run = Run(key=RunKey(seed=1), state=State.COMMITTING, attempt=1)
+    with pytest.raises(ValueError, match=r"stages/program.json is not there; nothing to commit"):
+        commit_run(program_spec(tmp_path / "out", tmp_path / "p"), tmp_path / "run", run, record={})
