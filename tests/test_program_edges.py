@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 import runner.gang.program as gang_program
+from jobs.cli import main
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
 from runner.life.job import Job
 from runner.life.states import Run, State
-from runner.spec.read import parse_spec
+from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import RunKey, SweepSpec
 
 
@@ -33,7 +34,7 @@ def test_what_a_node_kept_of_an_emptied_store_is_not_taken_for_a_finished_run(
     def prepare(*_: Any) -> None:
         raise Prepared
 
-    spec = program_spec(tmp_path / "out", tmp_path)
+    spec = program_spec(tmp_path / "out", tmp_path / "p")
     job = Job(
         key=RunKey(seed=1), attempt=1, config=spec.config, world_size=1, threads=1, uses_gpus=False,
         workdir=str(tmp_path / "scratch"), out=spec.out, program=spec.program, record={},
@@ -53,3 +54,26 @@ def test_a_program_without_its_record_is_never_committed_as_done(tmp_path: Path)
     run = Run(key=RunKey(seed=1), state=State.COMMITTING, attempt=1)
     with pytest.raises(ValueError, match=r"stages/program.json is not there; nothing to commit"):
         commit_run(program_spec(tmp_path / "out", tmp_path / "p"), tmp_path / "run", run, record={})
+
+
+@pytest.mark.parametrize("out", ["p", "p/runs/x", "link/x", "p/../p/x"])
+def test_results_never_go_into_the_folder_of_the_program(tmp_path: Path, out: str) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"out=.* is in program.folder=.*; name a folder outside it"):
+        program_spec(tmp_path / out, tmp_path / "p")
+    assert program_spec(tmp_path / "p2", tmp_path / "p").program is not None
+    assert program_spec("s3://p/x", tmp_path / "p").program is not None
+
+
+@pytest.mark.parametrize(("folder", "out"), [(".", "../runs/theirs"), ("..", "../../runs/records"), ("a", "runs/a")])
+def test_a_first_spec_has_its_results_outside_the_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, out: str
+) -> None:
+    here = tmp_path / "records" / "theirs"
+    (here / "a").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    (Path(folder) / "train_gpt.py").write_text("import os\nos.environ['SEED']\n")
+    (Path(folder) / "README.md").write_text("Run `SEED=1 python train_gpt.py`.\n")
+    assert main(["program", "init", folder, "-o", str(tmp_path / "x.yaml")]) == 0
+    assert load_spec(tmp_path / "x.yaml").out == str(Path(out).resolve())

@@ -86,7 +86,7 @@ def draft_spec(found: FoundProgram, *, folder: str) -> Draft:
     else:
         pen.write("seeds: []", None, Remark(NOT_FOUND, "seeds", "no log, submission.json or command names a seed"))
     _write_gang(pen, found)
-    pen.write(f"out: {scalar(f'runs/{name}')}")
+    pen.write(f"out: {scalar(_out(folder, name))}")
     for note in found.notes:
         pen.note("", Remark(CHECK, "folder", note))
     return Draft("\n".join(pen.lines) + "\n", pen.remarks, bool(found.seeds) and found.script is not None)
@@ -102,6 +102,14 @@ def scalar(value: str) -> str:
 def _name_of(folder: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+|\.{2,}", "-", folder.resolve().name).strip("-._")[:64]
     return name or "program"
+
+
+def _out(folder: str, name: str) -> str:
+    """Return the run directory: beside the folder of the program where it would lie in it."""
+    out, inside = Path("runs", name), Path(folder).resolve()
+    if not out.resolve().is_relative_to(inside):
+        return out.as_posix()
+    return Path(os.path.relpath(inside.parent / out)).as_posix()
 
 
 def _escape(text: str) -> str:
