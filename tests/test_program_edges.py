@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,8 @@ from runner.life.job import Job
 from runner.life.states import Run, State
 from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import RunKey, SweepSpec
+from runner.view.trackers import Labels
+from runner.view.tracking import Tracking
 
 
 def program_spec(out: Path | str, folder: Path | str, **section: Any) -> SweepSpec:
@@ -77,3 +80,20 @@ def test_a_first_spec_has_its_results_outside_the_program(
     (Path(folder) / "README.md").write_text("Run `SEED=1 python train_gpt.py`.\n")
     assert main(["program", "init", folder, "-o", str(tmp_path / "x.yaml")]) == 0
     assert load_spec(tmp_path / "x.yaml").out == str(Path(out).resolve())
+
+
+def test_trackers_are_told_every_score_of_a_program_and_its_last_ones(tmp_path: Path) -> None:
+    spec = program_spec(tmp_path / "out", tmp_path / "p")
+    record = tmp_path / "out" / "seeds" / spec.keys[0].name / "stages" / "program.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"metrics": {"post_ttt_bpb": 0.9, "provenance_json": {}, "unknown": 1}}))
+    assert Labels(spec=spec, record={}).scores(spec.keys[0]) == {"post_ttt_bpb": 0.9}
+    tracking = Tracking([])
+    reports: list[dict[str, Any]] = [
+        {"bpb": 1.0}, {"bpb": 1.0, "output_bytes": 7}, {"bpb": 0.9}, {"bpb": 0.9}, {"output_bytes": 9},
+    ]  # fmt: skip
+    points = [
+        tracking.point_of(Run(key=spec.keys[0], attempt=1, phase="evaluate", step=5, metrics=metrics))
+        for metrics in reports
+    ]
+    assert [point.metrics if point else None for point in points] == [{"bpb": 1.0}, None, {"bpb": 0.9}, None, None]
