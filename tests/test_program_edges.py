@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 
 import runner.gang.program as gang_program
 from jobs.cli import main
+from jobs.sweeps.ray_job import make_submission
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
 from runner.life.job import Job
 from runner.life.states import Run, State
+from runner.provenance import Git
 from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import RunKey, SweepSpec
 from runner.view.trackers import Labels
@@ -97,3 +100,37 @@ def test_trackers_are_told_every_score_of_a_program_and_its_last_ones(tmp_path: 
         for metrics in reports
     ]
     assert [point.metrics if point else None for point in points] == [{"bpb": 1.0}, None, {"bpb": 0.9}, None, None]
+
+
+def submit_program(place: Path, folder: str) -> str:
+    """Return the refusal of a job whose program is in a folder, "" where it may travel."""
+    (place / "spec.yaml").write_text(f"{{name: x, seeds: [1], out: /shared/x, program: {{folder: {folder}}}}}")
+    spec = load_spec(place / "spec.yaml")
+    try:
+        make_submission(spec, place / "spec.yaml", working_dir=place, git=Git("abc", None))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_program_that_would_not_travel_whole_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    (tmp_path / ".gitignore").write_text("*.txt\n")
+    for name in ("prog/sub", "data/prog"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name.split("/sub")[0] / "train_gpt.py").write_text("x = 1")
+    (tmp_path / "link").symlink_to(tmp_path / "prog")
+    assert submit_program(tmp_path, "prog") == ""
+    assert "/nowhere is not inside the working directory" in submit_program(tmp_path, "/nowhere")
+    assert "is a place of this machine; write it from" in submit_program(tmp_path, str(tmp_path / "prog"))
+    assert "data/prog/train_gpt.py would not travel" in submit_program(tmp_path, "data/prog")
+    assert "link/train_gpt.py would not travel" in submit_program(tmp_path, "link")
+    for name in ("sub/w.bin", "notes.txt", "a.npz", "x.safetensors", "y.parquet"):
+        path = tmp_path / "prog" / name
+        path.write_text("1")
+        assert f"program.folder: prog/{name} would not travel" in submit_program(tmp_path, "prog")
+        path.unlink()
+    assert submit_program(tmp_path, "prog") == ""
