@@ -15,9 +15,11 @@ from jobs.cli import main
 from jobs.sweeps.ray_job import make_submission
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
+from runner.folder.program_end import is_named
 from runner.life.job import Job
 from runner.life.states import Run, State
 from runner.provenance import Git
+from runner.spec.program import fill_pattern
 from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import RunKey, SweepSpec
 from runner.view.trackers import Labels
@@ -134,3 +136,21 @@ def test_a_program_that_would_not_travel_whole_is_not_submitted(
         assert f"program.folder: prog/{name} would not travel" in submit_program(tmp_path, "prog")
         path.unlink()
     assert submit_program(tmp_path, "prog") == ""
+
+
+LOGS = ("{out}/train.log", "{workdir}/logs/*.txt", "logs/{run_id}.txt", "**/{run_id}.txt")
+
+
+@pytest.mark.parametrize("pattern", LOGS)
+@pytest.mark.parametrize("name", ["plain", "odd[1]*"])
+def test_a_log_may_be_named_by_its_whole_path(tmp_path: Path, pattern: str, name: str) -> None:
+    spec = program_spec(tmp_path / "elsewhere", tmp_path / "p", log=pattern)
+    assert spec.program is not None
+    work, out = tmp_path / name / "work", tmp_path / name / "out"
+    values = {"out": str(out), "workdir": str(work), "run_id": "r"}
+    path = out / "train.log" if "{out}" in pattern else work / "logs" / "r.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("hello\n")
+    assert gang_program.find_named(spec.program.log, values, work) == [path]
+    written = {"out/train.log" if "{out}" in pattern else "logs/r.txt": path}
+    assert is_named(next(iter(written)), path, fill_pattern(pattern, values))

@@ -7,6 +7,7 @@ environment.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -236,3 +237,8 @@ def check_placeholders(text: str, path: str) -> None:
 def fill(text: str, values: Mapping[str, str]) -> str:
     """Return text with its placeholders filled in and doubled braces made single."""
     return BRACES.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+
+
+def fill_pattern(text: str, values: Mapping[str, str]) -> str:
+    """Return a pattern with its placeholders filled in, whose values mean just themselves."""
+    return fill(text, {name: glob.escape(value) for name, value in values.items()})
