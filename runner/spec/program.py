@@ -176,6 +176,10 @@ def parse_inputs(given: object) -> dict[str, str]:
         text = checked(path, str, f"program.inputs.{name}")
         if not text or is_uri(text):
             raise ValueError(f"program.inputs: {text!r} must be a file or a folder on the node")
+        if isinstance(given, Mapping) and re.search(r"[*?\[]", text):
+            raise ValueError(
+                f"program.inputs.{name}={text!r} is a pattern, and a link leads to one place; name the files' folder"
+            )
         found[name if isinstance(given, Mapping) else absolute_path(text)] = absolute_path(text)
     return found
 
