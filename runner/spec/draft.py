@@ -266,7 +266,8 @@ def _place(path: str, folder: Path) -> str | None:
 def _write_files(pen: _Pen, found: FoundProgram) -> None:
     """Write packages, artifact, code and log."""
     if found.requirements:
-        pen.write(f"  requirements: {scalar(found.requirements)}")
+        remark = Remark(CHECK, "program.requirements", "it does not name torch, and only what it names is installed")
+        pen.write(f"  requirements: {scalar(found.requirements)}", None, *[remark] * _lacks_torch(found))
     else:
         words = "no requirements.txt: it runs with the packages installed here"
         pen.write("  requirements: null", None, Remark(NOT_FOUND, "program.requirements", words))
@@ -282,6 +283,16 @@ def _write_files(pen: _Pen, found: FoundProgram) -> None:
     has_run_id = found.command is not None and any(RUN_ID.fullmatch(name) for name in found.command.env)
     if found.log and (has_run_id or "RUN_ID" in found.reads):
         pen.write(f"  log: [{scalar(found.log)}]")
+
+
+def _lacks_torch(found: FoundProgram) -> bool:
+    """Return whether a program needs torch, by its imports or its launcher, and its requirements do not name it."""
+    is_torchrun = found.command is not None and found.command.words[:1] == ["torchrun"]
+    texts = [(found.folder / name).read_text(encoding="utf-8", errors="replace") for name in found.code]
+    if not is_torchrun and not any(re.search(r"^\s*(?:import|from)\s+torch\b", text, re.MULTILINE) for text in texts):
+        return False
+    text = (found.folder / str(found.requirements)).read_text(encoding="utf-8", errors="replace")
+    return re.search(r"(?:^\s*|/)torch(?=[\s=<>!~@;,\[]|-\d|$)", text, re.MULTILINE | re.IGNORECASE) is None
 
 
 def _write_gang(pen: _Pen, found: FoundProgram) -> None:
