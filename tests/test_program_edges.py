@@ -13,6 +13,7 @@ import pytest
 import runner.gang.program as gang_program
 from jobs.cli import main
 from jobs.sweeps.ray_job import make_submission
+from results import load
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
 from runner.folder.program_end import is_named
@@ -22,6 +23,7 @@ from runner.provenance import Git
 from runner.spec.program import fill_pattern
 from runner.spec.read import load_spec, parse_spec
 from runner.spec.sweep import RunKey, SweepSpec
+from runner.sweep import announced_spec
 from runner.view.trackers import Labels
 from runner.view.tracking import Tracking
 
@@ -154,3 +156,29 @@ def test_a_log_may_be_named_by_its_whole_path(tmp_path: Path, pattern: str, name
     assert gang_program.find_named(spec.program.log, values, work) == [path]
     written = {"out/train.log" if "{out}" in pattern else "logs/r.txt": path}
     assert is_named(next(iter(written)), path, fill_pattern(pattern, values))
+
+
+def test_what_failed_runs_again_from_the_copy_once_the_folder_has_moved(tmp_path: Path) -> None:
+    folder, out, mark = tmp_path / "p", tmp_path / "out", tmp_path / "mark"
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(
+        f"import pathlib\nassert pathlib.Path({str(mark)!r}).exists()\nprint('pre_ttt val_loss:2.0 val_bpb:0.8')\n"
+        "print('quantized val_loss:2.00000000 val_bpb:0.80000000 eval_time:20ms')\n"
+    )
+    (tmp_path / "spec.yaml").write_text(
+        f"{{name: x, seeds: [1], out: {out}, program: {{folder: {folder}}}, limits: {{attempts: 1}}}}"
+    )
+    assert main(["run", str(tmp_path / "spec.yaml"), "--local", "--progress", "plain"]) == 1
+    folder.rename(tmp_path / "moved")
+    mark.touch()
+    assert main(["rerun", str(out), "--failed", "--local", "--progress", "plain"]) == 0
+    row = load(out).to_dict("records")[-1]
+    assert (row["state"], row["pre_ttt_bpb"], row["code_changed"]) == ("DONE", 0.8, False)
+    (copy,) = (out / "program").glob("*.tar")
+    program = announced_spec(str(out)).program
+    assert program is not None
+    assert program.folder == str(copy)  # as sweep.json says now
+    assert main(["run", str(tmp_path / "spec.yaml"), "--local"]) == 2  # what a person names must be there
+    copy.unlink()
+    with pytest.raises(ValueError, match=r"has no copy of it; give `seedsweep run SPEC` again with its new place"):
+        announced_spec(str(out))
