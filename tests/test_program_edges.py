@@ -182,3 +182,28 @@ def test_what_failed_runs_again_from_the_copy_once_the_folder_has_moved(tmp_path
     copy.unlink()
     with pytest.raises(ValueError, match=r"has no copy of it; give `seedsweep run SPEC` again with its new place"):
         announced_spec(str(out))
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["audit", "OUT"], "seedsweep table lists what was found"),
+        (["reproduce", "OUT", "--seed", "1"], "run it with another --out, then: seedsweep compare NEW OLD"),
+        (["bundle", "OUT", "-o", "x"], "its artifact and its code are what it left"),
+        (["audit", "OUT/seeds/seed=1-repeat=0"], "seedsweep table lists what was found"),
+        (["bundle", "OUT/seeds/seed=1-repeat=0", "-o", "x"], "its artifact and its code are what it left"),
+    ],
+)
+def test_what_needs_our_own_stages_says_so_of_a_program(
+    tmp_path: Path, command: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = program_spec(tmp_path, "/p")
+    run = tmp_path / "seeds" / "seed=1-repeat=0"
+    (run / "stages").mkdir(parents=True)
+    (tmp_path / "sweep.json").write_text(json.dumps({"spec": spec.to_json()}))
+    for name in ("run.json", "attempt.json", "stages/program.json"):
+        (run / name).write_text("{}")
+    assert main([word.replace("OUT", str(tmp_path)) for word in command]) == 2
+    shown = capsys.readouterr().err
+    assert f"somebody else's program has none of our stages; {words}" in shown
+    assert len(shown.splitlines()) == 1
