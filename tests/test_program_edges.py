@@ -14,11 +14,13 @@ import runner.gang.program as gang_program
 from jobs.cli import main
 from jobs.sweeps.ray_job import make_submission
 from results import load
+from results.findings.program import read_progress
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
 from runner.folder.program_end import is_named
 from runner.life.job import Job
 from runner.life.states import Run, State
+from runner.machine.kept import Output
 from runner.provenance import Git
 from runner.spec.program import fill_pattern
 from runner.spec.read import load_spec, parse_spec
@@ -207,3 +209,25 @@ def test_what_needs_our_own_stages_says_so_of_a_program(
     shown = capsys.readouterr().err
     assert f"somebody else's program has none of our stages; {words}" in shown
     assert len(shown.splitlines()) == 1
+
+
+def test_how_far_a_program_is_may_stand_in_its_log_alone(tmp_path: Path) -> None:
+    own, log = tmp_path / "printed", tmp_path / "logs" / "r.txt"
+    log.parent.mkdir()
+    own.write_text("hello\nstep:1/9 train_loss:3.0\n")
+    log.write_text("step:2/9 train_loss:2.5\nstep:3/")
+    theirs = tmp_path / "logs" / "author.txt"
+    theirs.write_text("step:9/9 train_loss:1.0\n")
+    output = Output(own)
+    output.skip([theirs])
+    assert output.has_grown([log, theirs])
+    assert read_progress(output.new_lines()) == (2, 9, {"loss": 2.5}, False)
+    with log.open("a") as file:
+        file.write("9 train_loss:2.0\n")
+    assert output.has_grown([log, theirs])
+    assert output.new_lines() == ["step:3/9 train_loss:2.0"]
+    assert not output.has_grown([log, theirs])
+    assert output.new_lines() == []
+    theirs.write_text("begun anew\n")
+    assert output.has_grown([log, theirs])
+    assert output.new_lines() == ["begun anew"]

@@ -209,6 +209,7 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
     own = job.log_path(rank.rank)
     own.parent.mkdir(parents=True, exist_ok=True)
     output = Output(own, [job.log_path(other) for other in range(job.world_size) if other != rank.rank])
+    output.skip(find_named(program.log, placeholders(job, place), place.work))
     keeper = rank.keeper = rank.keeper or Keeper(job.workdir)
     rank.report("train", 0, None, {})
     try:
