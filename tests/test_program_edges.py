@@ -18,6 +18,8 @@ from results.findings.program import read_progress
 from runner.folder.commit import commit_run
 from runner.folder.mirror import Mirror
 from runner.folder.program_end import is_named
+from runner.folder.program_files import find_files, folder_hash, hash_files, keep_folder
+from runner.folder.storage import LocalStorage
 from runner.life.job import Job
 from runner.life.states import Run, State
 from runner.machine.kept import Output
@@ -231,3 +233,39 @@ def test_how_far_a_program_is_may_stand_in_its_log_alone(tmp_path: Path) -> None
     theirs.write_text("begun anew\n")
     assert output.has_grown([log, theirs])
     assert output.new_lines() == ["begun anew"]
+
+
+OF_TORCHRUN = """
+import os
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([float(dist.get_rank() + 1)])
+dist.all_reduce(total)
+print(f"rank {dist.get_rank()} of {os.environ['LOCAL_WORLD_SIZE']}: {total.item()}", flush=True)
+if dist.get_rank() == 0:
+    print(f"quantized val_loss:2.00000000 val_bpb:{total.item() / 10:.8f} eval_time:20ms", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_both_ranks_of_a_gang_and_they_meet(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "train_gpt.py").write_text(OF_TORCHRUN)
+    spec = program_spec(tmp_path / "out", tmp_path / "p", launcher="torchrun")
+    files = find_files(tmp_path / "p")
+    name = folder_hash(hash_files(files))
+    keep_folder(LocalStorage(tmp_path / "out"), files, name)
+    job = Job(
+        key=RunKey(seed=1), attempt=1, config=spec.config, world_size=2, threads=1, uses_gpus=False,
+        workdir=str(tmp_path / "out" / "run"), out=spec.out, program=spec.program,
+        record={"sweep": "x", "code_hash": name},
+    )  # fmt: skip
+    gang_program.run_program(gang_program.Rank(job, 0))
+    gang_program.run_program(gang_program.Rank(job, 1))  # has nothing to start
+    record = json.loads((tmp_path / "out" / "run" / "stages" / "program.json").read_text())
+    assert record["metrics"]["pre_ttt_bpb"] == 0.3
+    printed = job.log_path(0).read_text()
+    assert "rank 0 of 2: 3.0" in printed
+    assert "rank 1 of 2: 3.0" in printed
