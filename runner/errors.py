@@ -29,7 +29,7 @@ class SweepError(ValueError):
 
 
 class Infeasible(SweepError):
-    """A gang asks for more than any single node has."""
+    """A gang asks for more than the nodes have, each for its share of the ranks."""
 
 
 class DirectoryInUse(SweepError):

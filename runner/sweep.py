@@ -19,7 +19,15 @@ from model.pipeline.differences import code_words, data_words, settings_words
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.folder.fence import yield_s
-from runner.folder.program_files import find_files, folder_hash, hash_files, list_names
+from runner.folder.program_files import (
+    find_files,
+    find_folder,
+    folder_hash,
+    hash_files,
+    kept_folder,
+    list_names,
+    read_hashes,
+)
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
@@ -111,7 +119,10 @@ def hash_code(spec: SweepSpec) -> str:
 
 def program_files(spec: SweepSpec) -> dict[str, str]:
     """Return the sha256 of each file in the folder of a sweep's program, {} where it has none."""
-    return hash_files(find_files(Path(spec.program.folder))) if spec.program is not None else {}
+    if spec.program is None:
+        return {}
+    kept = kept_folder(open_storage(spec.out), spec.program.folder)
+    return read_hashes(kept) if kept is not None else hash_files(find_files(Path(spec.program.folder)))
 
 
 def make_record(spec: SweepSpec, directory: SweepDirectory, options: Options) -> dict[str, Any]:
@@ -225,12 +236,19 @@ def variant_differences(variant: str, earlier: dict[str, Any], spec: SweepSpec) 
 
 
 def announced_spec(out: str) -> SweepSpec:
-    """Return the spec that a run directory was last driven with. Raises FileNotFoundError if it is none."""
+    """Return the spec that a run directory was last driven with; a program that has moved is taken from its copy there.
+
+    Raises FileNotFoundError if it is none, ValueError if the program is nowhere.
+    """
     storage = open_storage(out)
     record = SweepDirectory(storage).read_json("sweep.json")
     if not record:
         raise FileNotFoundError(f"{storage.shown}: no sweep.json here; give the run directory of a sweep")
-    return replace(SweepSpec.from_json(record["spec"]), out=absolute_path(out))
+    spec = replace(SweepSpec.from_json(record["spec"]), out=absolute_path(out))
+    if spec.program is None:
+        return spec
+    folder = find_folder(storage, spec.program.folder, str(record["code_hash"]))
+    return replace(spec, program=replace(spec.program, folder=folder))
 
 
 def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey] | None) -> list[Run]:

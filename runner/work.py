@@ -19,7 +19,7 @@ from model.report import STAGES
 from runner.folder.commit import PROGRAM_STAGE, commit_run, read_json
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import open_mirror
-from runner.folder.program_files import find_files, keep_folder
+from runner.folder.program_files import find_files, keep_folder, kept_folder
 from runner.folder.storage import local_root, open_storage
 from runner.life.job import PIPELINE, PROGRAM, PROGRAM_GRACE_S, Job
 from runner.life.sharing import Sharing
@@ -67,9 +67,9 @@ class SweepWork:
 
     def keep_program(self) -> None:
         """Put the folder of the program where every gang can take it from."""
-        if self.spec.program is not None:
-            files = find_files(Path(self.spec.program.folder))
-            keep_folder(open_storage(self.spec.out), files, self.record["code_hash"])
+        storage, program = open_storage(self.spec.out), self.spec.program
+        if program is not None and kept_folder(storage, program.folder) is None:
+            keep_folder(storage, find_files(Path(program.folder)), self.record["code_hash"])
 
     def workdir(self, key: RunKey) -> Path:
         """Return the run directory of a run on this machine."""

@@ -56,7 +56,8 @@ class Ended:
 
     def read(self) -> End:
         """Return the record of its end."""
-        return read_end(self.job, self.program, self.work, self.out, self.files, {"run_id": "r", "seed": "42"})
+        values = {"run_id": "r", "seed": "42", "workdir": str(self.work), "out": str(self.out)}
+        return read_end(self.job, self.program, self.work, self.out, self.files, values)
 
 
 def said_of(end: End) -> tuple[dict[str, Any], list[str], list[str]]:
@@ -85,8 +86,9 @@ def test_a_score_is_found_wherever_the_program_left_it(tmp_path: Path, place: st
     assert ended.read().record["metrics"]["post_ttt_bpb"] == 0.8
 
 
-def test_a_log_that_the_spec_names_comes_before_what_was_printed(tmp_path: Path) -> None:
-    ended = Ended(tmp_path, log="logs/*.txt")
+@pytest.mark.parametrize("log", ["logs/*.txt", "{workdir}/logs/{run_id}.txt"])
+def test_a_log_that_the_spec_names_comes_before_what_was_printed(tmp_path: Path, log: str) -> None:
+    ended = Ended(tmp_path / "odd[1]", log=log)
     ended.print("step:1/1 train_loss:3.0 train_time:10ms\n" + SCORE.replace("0.8", "0.9"))
     ended.write("logs/r.txt", SCORE)
     end = ended.read()

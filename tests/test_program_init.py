@@ -60,7 +60,12 @@ def test_a_usual_record_needs_only_a_look(tmp_path: Path, capsys: pytest.Capture
     )
     folder = make(
         tmp_path / "records" / "track" / "2026-04-11_Some Record",
-        files={"requirements.txt": "numpy\n", "helper.py": "import os, other\n", "other.py": "", "plot.py": ""},
+        files={
+            "requirements.txt": "numpy\nTorch>=2.9\n",
+            "helper.py": "import os, other\n",
+            "other.py": "",
+            "plot.py": "",
+        },
         script=f"from helper import x\n{SCRIPT}",
         submission={"seeds": [42, 0, 1337], "hardware": "8xH100 80GB SXM"},
         readme=f"# A record\n\n```bash\npip install -r requirements.txt\npython data/get.py\n{command}\n```\n",
@@ -182,6 +187,26 @@ def test_a_launcher_that_cannot_be_started_is_named(tmp_path: Path, capsys: pyte
     folder = make(tmp_path / "a", readme="```\naccelerate launch --num_processes 8 train_gpt.py\n```\n")
     assert init(folder, tmp_path / "spec.yaml")["program"]["command"] == ["python", "train_gpt.py"]
     assert "it is started by accelerate launch (README.md line 2); write it as torchrun" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("requirements", "command", "script", "is_marked"),
+    [
+        ("numpy\n", "python train_gpt.py", "import os\n  import torch.nn as nn\n", True),
+        ("numpy\ntorchvision\npytorch-lightning\n", "torchrun --nproc_per_node=2 train_gpt.py", "import os\n", True),
+        ("numpy\n", "python train_gpt.py", "import os\n", False),
+        ("torch\n", "python train_gpt.py", "from torch import nn\n", False),
+        ("x\ntorch[opt] @ https://h/torch.whl\n", "torchrun --nproc_per_node=2 train_gpt.py", "x = 1\n", False),
+        ("https://h/torch-2.9-cp311.whl", "python train_gpt.py", "from torch import nn\n", False),
+    ],
+)
+def test_requirements_without_torch_are_marked_where_it_is_needed(
+    tmp_path: Path, requirements: str, command: str, script: str, is_marked: bool
+) -> None:
+    files = {"requirements.txt": requirements}
+    folder = make(tmp_path / "a", files=files, readme=f"Run `SEED=1 {command}`.\n", script=script)
+    assert init(folder, tmp_path / "spec.yaml")["program"]["requirements"] == "requirements.txt"
+    assert ("CHECK: it does not name torch" in (tmp_path / "spec.yaml").read_text()) is is_marked
 
 
 def test_a_file_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ def test_defaults_are_the_challenges_and_a_program_always_starts_from_scratch() 
         ({"program": {"folder": "p", "env": {"WANDB_API_KEY": "0123456789abcdef"}}}, "KEY looks like a secret"),
         ({"program": {"folder": "p", "env": {"X": {"secret": False, "from_env": "X"}}}}, "or {secret: true, from_env"),
         ({"program": {"folder": "p", "inputs": ["s3://b/x"]}}, "must be a file or a folder on the node"),
+        ({"program": {"folder": "p", "inputs": {"x": "/mnt/*.bin"}}}, "program.inputs.x='/mnt/*.bin' is a pattern"),
+        ({"program": {"folder": "p", "inputs": {"x": "/mnt/a[0-9]"}}}, "name the files' folder"),
         ({"program": {"folder": "p", "inputs": {"../x": "/x"}}}, "must be a path inside the program's folder"),
         ({"program": {"folder": "p", "requirements": "/etc/r.txt"}}, "must be a path inside the program's folder"),
         ({"program": {"folder": "p", "outputs": {"modle": "x"}}}, "unknown key 'modle'"),

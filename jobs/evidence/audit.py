@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.evidence.programs import refuse_program
 from runner.errors import EXIT_FAILED, EXIT_OK
 
 DETAIL_WIDTH = 110
@@ -43,6 +44,7 @@ def execute(args: argparse.Namespace) -> int:
         raise ValueError("DIR is missing; give a sweep's --out folder, or --self-test")
     if args.sample < 1:
         raise ValueError(f"--sample {args.sample} must be at least 1 document")
+    refuse_program(args.out, "seedsweep table lists what was found in its logs and files")
     from model.audit.audit import audit_run, choose_probes, has_failed
     from model.audit.finished_run import find_runs, is_finished
 

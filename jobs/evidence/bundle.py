@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.evidence.programs import refuse_program
+
 if TYPE_CHECKING:
     from model.pipeline.records import StageRecord
 
@@ -26,6 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Write the folder and say what was counted and how to run it."""
+    refuse_program(args.run, "its artifact and its code are what it left, in seeds/.../program of the sweep")
     workdir = find_workdir(args.run, args.seed, args.repeat, args.variant)
     facts = write_bundle(workdir, args.output)
     print(f"from {workdir}")

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.evidence.programs import refuse_program
+
 if TYPE_CHECKING:
     from model.audit.reproduction import StageVerdict
     from runner.spec.sweep import SweepSpec
@@ -35,6 +37,8 @@ def execute(args: argparse.Namespace) -> int:
     from runner.sweep import run_sweep
     from runner.work import Options
 
+    again = "run it with another --out, then: seedsweep compare NEW OLD --reproduces"
+    refuse_program(args.dir, again)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     before = args.dir / "seeds" / f"seed={args.seed}-repeat={args.repeat}"
     run, attempt = read_record(before / "run.json"), read_record(before / "attempt.json")

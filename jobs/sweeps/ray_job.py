@@ -7,6 +7,7 @@ submission. Token authentication stays as the cluster wants it; nothing of it is
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import sys
@@ -17,7 +18,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from runner.folder.program_files import find_files, list_names
 from runner.provenance import Git, git_state, run_git
+from runner.spec.plain_yaml import SpecLoader
 from runner.spec.sweep import SweepSpec
 
 # Left at home: history, environments, caches, data and results, in .gitignore's words; a leading slash means the top
@@ -27,6 +32,14 @@ EXCLUDES = (
     "*.bin", "*.safetensors", "*.ssq", "*.parquet", "*.npz",
 )  # fmt: skip
 MAX_UPLOAD_BYTES = 20_000_000
+NAMES_AT_ONCE = 500  # files in one question to git
+CHECK_IGNORE = (
+    "-c",
+    "core.quotePath=off",
+    "check-ignore",
+    "--no-index",
+    "--",
+)  # as Ray reads .gitignore: tracked or not
 FOLLOW_EVERY_S = 2.0
 EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
 
@@ -46,7 +59,8 @@ def make_submission(
 ) -> Submission:
     """Return the job that runs spec on a cluster. Every word of the command is quoted on its own.
 
-    Raises ValueError if the spec lies outside working_dir, or too much would be uploaded.
+    Raises ValueError if the spec or its program lies outside working_dir, or too much would be uploaded, or not all of
+    the program.
     """
     try:
         inside = spec_path.resolve().relative_to(working_dir.resolve())
@@ -57,6 +71,8 @@ def make_submission(
     if run_git(working_dir, "check-ignore", "--", str(inside)):
         raise ValueError(f"spec {spec_path} is ignored by git, and what git ignores does not travel; move it")
     size, links = pack(working_dir)
+    if spec.program is not None:
+        check_program(spec_path, Path(spec.program.folder), working_dir, links)
     if size > MAX_UPLOAD_BYTES:
         raise ValueError(
             f"working directory {working_dir} would upload {size / 1e6:.1f} MB, over {MAX_UPLOAD_BYTES / 1e6:.0f} MB; "
@@ -78,6 +94,45 @@ def make_submission(
             "seeds": " ".join(map(str, spec.seeds)),
         },
     )
+
+
+def check_program(spec_path: Path, folder: Path, working_dir: Path, links: Sequence[str]) -> None:
+    """Raise ValueError, one line, unless the folder of a program travels whole and is found where the job runs."""
+    try:
+        inside = Path(os.path.relpath(folder, working_dir))
+        folder.resolve().relative_to(working_dir.resolve())
+    except ValueError:
+        raise ValueError(
+            f"program.folder={folder} is not inside the working directory {working_dir}, which is what travels"
+        ) from None
+    given = str(yaml.load(spec_path.read_text(encoding="utf-8"), Loader=SpecLoader)["program"]["folder"])
+    if given.startswith(("/", "~")):
+        raise ValueError(f"program.folder={given} is a place of this machine; write it from the working directory")
+    names = [(inside / name).as_posix() for name in find_files(folder)]
+    left = [name for name in names if stays_at_home(working_dir / name, working_dir, links)]
+    left += ignored_by_git(working_dir, [name for name in names if name not in left])
+    if left:
+        raise ValueError(
+            f"program.folder: {list_names(left)} would not travel (git ignores it, or its name or place says data or "
+            f"results); move it, or run from the cluster"
+        )
+
+
+def stays_at_home(path: Path, working_dir: Path, links: Sequence[str]) -> bool:
+    """Return whether a file, or a folder around it, is left out of what is packed."""
+    places = [path, *(place for place in path.parents if place != working_dir and place.is_relative_to(working_dir))]
+    return any(
+        is_excluded(place, working_dir) or place.relative_to(working_dir).as_posix() in links for place in places
+    )
+
+
+def ignored_by_git(working_dir: Path, names: Sequence[str]) -> list[str]:
+    """Return those of the files of a working directory that git ignores."""
+    found: set[str] = set()
+    for begin in range(0, len(names), NAMES_AT_ONCE):
+        said = run_git(working_dir, *CHECK_IGNORE, *names[begin : begin + NAMES_AT_ONCE])
+        found |= set((said or "").splitlines())
+    return [name for name in names if name in found]
 
 
 class Luggage(NamedTuple):

@@ -46,6 +46,8 @@ def commit_run(
     is_done = run.state in (State.COMMITTING, State.DONE)
     names = STAGES if spec.program is None else (PROGRAM_STAGE,) * is_done  # a program is finished or has no figures
     stages = [read_json(path) for stage in names if (path := workdir / "stages" / f"{stage}.json").exists()]
+    if spec.program is not None and is_done and not stages:
+        raise ValueError(f"{workdir}: the program ended, and its stages/program.json is not there; nothing to commit")
     for stage in stages:
         if record.get("data_hash") and stage.get("data_hash") not in (None, record["data_hash"]):
             raise ValueError(

@@ -12,7 +12,7 @@ from runner.errors import ProgramError
 from runner.folder.commit import PROGRAM_STAGE
 from runner.folder.program_files import changed_files, is_source, list_names, new_files
 from runner.life.job import Job
-from runner.spec.program import Program, fill
+from runner.spec.program import Program, fill_pattern
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,8 +87,8 @@ def find_logs(job: Job, program: Program, written: Mapping[str, Path], values: M
     """Return what counts as a log: the files that the spec names, what each rank printed, other logs that it wrote."""
     from results.published.layout import LOG_SUFFIXES, MAX_LOG_BYTES, NOT_LOGS
 
-    patterns = [fill(pattern, values) for pattern in program.log]
-    named = {name: path for pattern in patterns for name, path in written.items() if Path(name).match(pattern)}
+    patterns = [fill_pattern(pattern, values) for pattern in program.log]
+    named = {name: path for pattern in patterns for name, path in written.items() if is_named(name, path, pattern)}
     ranks = {f"output of rank {rank}": job.log_path(rank) for rank in range(job.world_size)}
     printed = {name: path for name, path in ranks.items() if path.is_file()}
     others = {
@@ -105,8 +105,8 @@ def find_artifact(
     """Return the files of the artifact: those that the spec names, else a new file of the size that was claimed."""
     if program.model:
         found: dict[Path, None] = {}
-        for pattern in (fill(item, values) for item in program.model):
-            paths = [path for name, path in written.items() if path.match(pattern) or Path(name).match(pattern)]
+        for pattern in (fill_pattern(item, values) for item in program.model):
+            paths = [path for name, path in written.items() if is_named(name, path, pattern)]
             found |= dict.fromkeys(paths)
             if not paths:
                 notes.append(f"program.outputs: no new file is {pattern}")
@@ -115,6 +115,11 @@ def find_artifact(
     if claimed is not None and not same:
         notes.append(f"no new file has the {claimed} bytes of the model: taken from the log; name it under outputs")
     return same[:1]
+
+
+def is_named(name: str, path: Path, pattern: str) -> bool:
+    """Return whether a pattern means a new file, by its name in the working folder or by its whole path."""
+    return path.match(pattern) or Path(name).match(pattern)
 
 
 def measure_code(program: Program, work: Path, files: Mapping[str, str], notes: list[str]) -> Code | None:

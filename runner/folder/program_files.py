@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -78,6 +79,29 @@ def folder_hash(hashes: Mapping[str, str]) -> str:
 def archive_path(name: str) -> str:
     """Return where the sweep's folder keeps the program folder of this hash."""
     return f"program/{name}.tar"
+
+
+def find_folder(storage: Storage, folder: str, name: str) -> str:
+    """Return a program's folder, or once it has moved the path of the copy under this hash in the sweep's own folder.
+
+    Raises ValueError, one line, if there is neither.
+    """
+    if Path(folder).is_dir():
+        return folder
+    kept = archive_path(name)
+    if kept.rpartition("/")[2] not in storage.names("program"):
+        raise ValueError(
+            f"program.folder={folder} is not there any more, and {storage.shown} has no copy of it; give "
+            f"`seedsweep run SPEC` again with its new place"
+        )
+    return f"{storage.shown}/{kept}"
+
+
+def kept_folder(storage: Storage, folder: str) -> bytes | None:
+    """Return the packed folder that a path into the sweep's own folder means, None for a path elsewhere."""
+    name = folder.removeprefix(f"{storage.shown}/")
+    is_kept = re.fullmatch(r"program/[0-9a-f]{64}\.tar", name) and name.rpartition("/")[2] in storage.names("program")
+    return storage.read(name) if is_kept else None
 
 
 def keep_folder(storage: Storage, files: Mapping[str, Path], name: str) -> None:

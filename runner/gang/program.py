@@ -6,12 +6,13 @@ launcher has one process, rank 0's; the other ranks hold their GPUs and wait.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -46,7 +47,7 @@ from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
 from runner.machine.kept import Keeper, Output
 from runner.provenance import PACKAGES, different_versions, machine, package_versions, settings
-from runner.spec.program import Program, fill
+from runner.spec.program import Program, fill_pattern
 
 LOOK_S = 0.2
 READ_EVERY_S = 1.0
@@ -73,6 +74,8 @@ def run_program(rank: Rank) -> None:
         if program.launcher == "none" and not is_finished(rank):
             run_process(rank, program, place)
         return
+    if rank.mirror is not None:  # what counts is what the store has, whatever lies on this node
+        in_background(rank, rank.mirror.fetch_all)
     if is_finished(rank):  # an earlier driver's gang ended, and was not committed any more
         announce(rank, Place(work=folder, out=folder, python="", port=0, token=""))
         return
@@ -206,6 +209,7 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
     own = job.log_path(rank.rank)
     own.parent.mkdir(parents=True, exist_ok=True)
     output = Output(own, [job.log_path(other) for other in range(job.world_size) if other != rank.rank])
+    output.skip(find_named(program.log, placeholders(job, place), place.work))
     keeper = rank.keeper = rank.keeper or Keeper(job.workdir)
     rank.report("train", 0, None, {})
     try:
@@ -238,8 +242,7 @@ def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
     """
     from results.findings.program import read_progress
 
-    patterns = [fill(pattern, placeholders(rank.job, place)) for pattern in program.log]
-    if not output.has_grown(path for pattern in patterns for path in place.work.glob(pattern)):
+    if not output.has_grown(find_named(program.log, placeholders(rank.job, place), place.work)):
         return
     newest, seen = read_progress(output.new_lines()), rank.newest
     if newest is None:
@@ -249,6 +252,12 @@ def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
     total = rank.newest.total if newest.step is None else newest.total
     phase = "evaluate" if newest.is_score else "train"
     rank.report(phase, step, total, newest.metrics)
+
+
+def find_named(patterns: Sequence[str], values: Mapping[str, str], work: Path) -> list[Path]:
+    """Return the files that patterns name from the working folder on, or as whole paths once they are filled in."""
+    filled = [fill_pattern(pattern, values) for pattern in patterns]
+    return [work / name for pattern in filled for name in glob.glob(pattern, root_dir=work, recursive=True)]
 
 
 def judge(rank: Rank, command: Sequence[str], keeper: Keeper) -> None:

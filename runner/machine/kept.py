@@ -103,30 +103,45 @@ def is_marked(process: psutil.Process, token: str) -> bool:
 
 
 class Output:
-    """What a gang's processes have printed so far: whether it grows, and its newest lines."""
+    """What a gang's processes have printed or written to logs so far: whether it grows, and its newest lines."""
 
     def __init__(self, own: Path, others: Iterable[Path] = ()) -> None:
         self.own, self.others = own, tuple(others)
+        self.further: tuple[Path, ...] = ()
         self.sizes: dict[Path, int] = {}
-        self.offset = 0
+        self.offsets: dict[Path, int] = {}
+
+    def skip(self, further: Iterable[Path]) -> None:
+        """Take what stands in further logs already as no news: they came with the program."""
+        self.sizes = {path: size_of(path) for path in further}
+        self.offsets = dict(self.sizes)
 
     def has_grown(self, further: Iterable[Path] = ()) -> bool:
         """Return whether any rank has printed something, or written to a further log, since the last call."""
-        sizes = {path: size_of(path) for path in (self.own, *self.others, *further)}
+        self.further = tuple(further)
+        sizes = {path: size_of(path) for path in (self.own, *self.others, *self.further)}
         has_grown = any(size != self.sizes.get(path, 0) for path, size in sizes.items())
         self.sizes = sizes
         return has_grown
 
     def new_lines(self) -> list[str]:
-        """Return the newest whole lines of this rank since the last call, of many only the last ones."""
-        size = size_of(self.own)
-        if size <= self.offset:
+        """Return the newest whole lines of this rank and of the further logs since the last call, the logs' last.
+
+        Of many lines of one file only the last ones.
+        """
+        return [line for path in (self.own, *self.further) for line in self.lines_of(path)]
+
+    def lines_of(self, path: Path) -> list[str]:
+        """Return the newest whole lines of one file since the last call."""
+        size, offset = size_of(path), self.offsets.get(path, 0)
+        if size == offset:
             return []
-        with contextlib.suppress(OSError), self.own.open("rb") as file:
-            file.seek(max(self.offset, size - NEWEST_BYTES))
+        offset = offset if size > offset else 0  # it was begun anew
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(offset, size - NEWEST_BYTES))
             content = file.read(NEWEST_BYTES)
             whole, mark, rest = content.rpartition(b"\n")
-            self.offset = size - (len(rest) if mark else 0)
+            self.offsets[path] = size - (len(rest) if mark else 0)
             return whole.decode(errors="replace").splitlines()[-NEWEST_LINES:]
         return []
 

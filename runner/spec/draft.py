@@ -86,7 +86,7 @@ def draft_spec(found: FoundProgram, *, folder: str) -> Draft:
     else:
         pen.write("seeds: []", None, Remark(NOT_FOUND, "seeds", "no log, submission.json or command names a seed"))
     _write_gang(pen, found)
-    pen.write(f"out: {scalar(f'runs/{name}')}")
+    pen.write(f"out: {scalar(_out(folder, name))}")
     for note in found.notes:
         pen.note("", Remark(CHECK, "folder", note))
     return Draft("\n".join(pen.lines) + "\n", pen.remarks, bool(found.seeds) and found.script is not None)
@@ -102,6 +102,14 @@ def scalar(value: str) -> str:
 def _name_of(folder: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9._-]+|\.{2,}", "-", folder.resolve().name).strip("-._")[:64]
     return name or "program"
+
+
+def _out(folder: str, name: str) -> str:
+    """Return the run directory: beside the folder of the program where it would lie in it."""
+    out, inside = Path("runs", name), Path(folder).resolve()
+    if not out.resolve().is_relative_to(inside):
+        return out.as_posix()
+    return Path(os.path.relpath(inside.parent / out)).as_posix()
 
 
 def _escape(text: str) -> str:
@@ -258,7 +266,8 @@ def _place(path: str, folder: Path) -> str | None:
 def _write_files(pen: _Pen, found: FoundProgram) -> None:
     """Write packages, artifact, code and log."""
     if found.requirements:
-        pen.write(f"  requirements: {scalar(found.requirements)}")
+        remark = Remark(CHECK, "program.requirements", "it does not name torch, and only what it names is installed")
+        pen.write(f"  requirements: {scalar(found.requirements)}", None, *[remark] * _lacks_torch(found))
     else:
         words = "no requirements.txt: it runs with the packages installed here"
         pen.write("  requirements: null", None, Remark(NOT_FOUND, "program.requirements", words))
@@ -274,6 +283,16 @@ def _write_files(pen: _Pen, found: FoundProgram) -> None:
     has_run_id = found.command is not None and any(RUN_ID.fullmatch(name) for name in found.command.env)
     if found.log and (has_run_id or "RUN_ID" in found.reads):
         pen.write(f"  log: [{scalar(found.log)}]")
+
+
+def _lacks_torch(found: FoundProgram) -> bool:
+    """Return whether a program needs torch, by its imports or its launcher, and its requirements do not name it."""
+    is_torchrun = found.command is not None and found.command.words[:1] == ["torchrun"]
+    texts = [(found.folder / name).read_text(encoding="utf-8", errors="replace") for name in found.code]
+    if not is_torchrun and not any(re.search(r"^\s*(?:import|from)\s+torch\b", text, re.MULTILINE) for text in texts):
+        return False
+    text = (found.folder / str(found.requirements)).read_text(encoding="utf-8", errors="replace")
+    return re.search(r"(?:^\s*|/)torch(?=[\s=<>!~@;,\[]|-\d|$)", text, re.MULTILINE | re.IGNORECASE) is None
 
 
 def _write_gang(pen: _Pen, found: FoundProgram) -> None:

@@ -7,6 +7,7 @@ environment.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -175,6 +176,10 @@ def parse_inputs(given: object) -> dict[str, str]:
         text = checked(path, str, f"program.inputs.{name}")
         if not text or is_uri(text):
             raise ValueError(f"program.inputs: {text!r} must be a file or a folder on the node")
+        if isinstance(given, Mapping) and re.search(r"[*?\[]", text):
+            raise ValueError(
+                f"program.inputs.{name}={text!r} is a pattern, and a link leads to one place; name the files' folder"
+            )
         found[name if isinstance(given, Mapping) else absolute_path(text)] = absolute_path(text)
     return found
 
@@ -236,3 +241,8 @@ def check_placeholders(text: str, path: str) -> None:
 def fill(text: str, values: Mapping[str, str]) -> str:
     """Return text with its placeholders filled in and doubled braces made single."""
     return BRACES.sub(lambda found: values[found[1]] if found[1] else found[0][0], text)
+
+
+def fill_pattern(text: str, values: Mapping[str, str]) -> str:
+    """Return a pattern with its placeholders filled in, whose values mean just themselves."""
+    return fill(text, {name: glob.escape(value) for name, value in values.items()})

@@ -19,7 +19,7 @@ from model.config import DataConfig, RunConfig
 from model.fields import check_keys, checked, describe, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
-from runner.spec.places import absolute_path, is_object_store
+from runner.spec.places import absolute_path, is_object_store, is_uri
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program
 from runner.spec.sweep import SweepSpec, check_name, check_seeds
@@ -112,10 +112,18 @@ def parse_program_spec(given: Mapping[str, Any], *, out: str | None) -> SweepSpe
     course = parse_course(given, out)
     if course["gang"].hosts > 1:
         raise ValueError(f"gang.hosts={course['gang'].hosts}: a program's processes meet on one host; leave hosts out")
+    program = parse_program(given["program"])
+    check_apart(course["out"], program.folder)
     return SweepSpec(
-        name=check_name(given["name"]), preset="", config=RunConfig(), program=parse_program(given["program"]),
+        name=check_name(given["name"]), preset="", config=RunConfig(), program=program,
         limits=replace(limits, restart="scratch"), **course,
     )  # fmt: skip
+
+
+def check_apart(out: str, folder: str) -> None:
+    """Raise ValueError if a sweep would write into the folder of its program, which must stay as it is."""
+    if not is_uri(out) and Path(out).resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"out={out} is in program.folder={folder}, which is copied whole; name a folder outside it")
 
 
 def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from model.report import STAGES
 from results.schema import column_names
+from runner.folder.commit import PROGRAM_STAGE
 from runner.folder.storage import open_storage
 from runner.life.states import Run, State
 from runner.spec.sweep import RunKey, SweepSpec
@@ -63,7 +64,7 @@ class Labels:
         storage, columns = open_storage(self.spec.out), set(column_names("runs"))
         found: dict[str, float] = {}
         names = storage.names(f"seeds/{key.name}/stages")
-        for stage in STAGES:
+        for stage in (*STAGES, PROGRAM_STAGE):
             if f"{stage}.json" in names:
                 metrics = json.loads(storage.read(f"seeds/{key.name}/stages/{stage}.json")).get("metrics", {})
                 found |= {name: float(value) for name, value in metrics.items()

@@ -23,7 +23,7 @@ MAX_POINTS = 2000  # that wait for one tracker; the oldest go first
 WRITE_EVERY_S = 1.0
 RETRY_S = 60.0
 CLOSE_S = 10.0  # for what is left when the sweep is over
-LEFT_OUT = ("eta_s",)  # of reports: it is about the future
+LEFT_OUT = ("eta_s", "output_bytes")  # of reports: one is about the future, the other only says that something lives
 
 
 class Point(NamedTuple):
@@ -147,12 +147,12 @@ class Tracking:
 
     def point_of(self, run: Run) -> Point | None:
         """Return a run's newest report, None if it was told already or holds no number."""
-        place = (run.attempt, run.phase, run.step)
         metrics = {
             name: float(value)
             for name, value in run.metrics.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name not in LEFT_OUT
         }
+        place = (run.attempt, run.phase, run.step, repr(metrics))  # a program may have several scores at one step
         if not metrics or self.told.get(run.key) == place:
             return None
         self.told[run.key] = place
