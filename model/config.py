@@ -382,9 +382,9 @@ def config_hash(config: RunConfig, *, world_size: int) -> str:
 
 
 def recipe_hash(config: RunConfig, *, world_size: int) -> str:
-    """Return the sha256 (hex) of everything in config that decides an artifact's weights, and the number of ranks.
+    """Return the sha256 (hex) of the sections of config that make an artifact, and the number of ranks.
 
-    How it is scored, plainly and by test-time training, does not enter.
+    How it is scored does not enter, though under quant.on_oversize "fit" every setting in the program moves weights.
     """
     return _hash_sections(config, RECIPE_SECTIONS, world_size)
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SCHEMA_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 VERSION_KEY = b"seedsweep.schema_version"  # in the metadata of every file
 
 # Commit order: the file in `runs` is written last, and without it the other three do not count.
@@ -28,6 +28,9 @@ SCORES = {
     "ttt_lr0": "the TTT path with learning rate 0: longer context, no adaptation",
     "post_ttt": "test-time training",
 }
+
+# The times that count against the limit on training: whatever reads training data.
+READS_TRAINING_S = ("train_s", "hessian_s", "sensitivity_s")
 
 BASE = "base"  # the variant of a sweep that names none, and of every file of version 1
 
@@ -154,6 +157,7 @@ RUN_COLUMNS = (
     Column("train_s", "float64", "training"),
     Column("quantize_s", "float64", "calibration, rounding and compression"),
     Column("hessian_s", "float64", "calibration Hessians (reads training data)"),
+    Column("sensitivity_s", "float64", "what rounding costs, for fit (reads training data); null: no fit", since=3),
     Column("solve_s", "float64", "GPTQ rounding"),
     Column("compress_s", "float64", "compression of the artifact"),
     Column("evaluate_s", "float64", "plain evaluation, all passes"),
@@ -245,9 +249,10 @@ def describe() -> str:
         "nats are summed unless the name contains `per_token`. A failed attempt is a row too: `state`, `error`, and",
         "null where nothing was measured.",
         "",
-        "Version 2 added `variant`, `stage_identity`, `reused_from` and `reused_stages`. Files of version 1 are",
-        f"read, also beside newer ones: their variant is `{BASE}`. A file of any other version is refused by name. The",
-        "times and figures of a reused stage are those of the run that computed it: a sum over runs counts it twice.",
+        "Version 2 added `variant`, `stage_identity`, `reused_from` and `reused_stages`, version 3 `sensitivity_s`.",
+        "Older files are read, also beside newer ones: what they lack is null, and the variant of version 1 is",
+        f"`{BASE}`. A file of any other version is refused by name. The times and figures of a reused stage are those",
+        "of the run that computed it: a sum over runs counts it twice.",
         "",
         "Any reader of Parquet will do. DuckDB takes a folder named like `seed=42` on the way to the files for a Hive",
         "partition and lays a column of that name over the one in the files; with `hive_partitioning = false` in",

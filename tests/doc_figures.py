@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,23 @@ from tests.house import ROOT
 MEASURED = ROOT / "docs" / "bench" / "frontier"
 NOT_MEASURED = "No figures are committed yet."
 LENGTHS = {"final": "500 steps", "screening": "One epoch of the corpus, 160 steps"}
-# (variant, what it is held against, quantity): both sides of a pair have the same trained weights, or the same artifact
-PAIRS = (
+# (variant, what it is held against, quantity): the artifacts of both sides fill the same limit
+EQUAL_BYTES = (
     ("all", "fit", "post-TTT"),
+    ("quant", "fit", "post-TTT"),
+    ("quant_matrix", "fit", "post-TTT"),
+)
+# the same: both sides of a pair have the same trained weights, or the same artifact
+SAME_WEIGHTS = (
     ("quant", "fit", "quantization loss"),
     ("quant_matrix", "fit", "quantization loss"),
+    ("quant_matrix", "quant", "quantization loss"),
     ("ttt", "base", "adaptation"),
     ("ttt_rank_96", "base", "adaptation"),
     ("ttt_chunk_48", "base", "adaptation"),
     ("all", "all_but_ttt", "adaptation"),
 )
+PAIRS = {"At equal bytes": EQUAL_BYTES, "On the same trained weights or the same artifact": SAME_WEIGHTS}
 QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
     "post-TTT": lambda row: row["post_ttt_bpb"],
     "quantization loss": lambda row: row["pre_ttt_bpb"] - row["post_ema_bpb"],
@@ -74,9 +81,8 @@ def measured_tables(folder: Path = MEASURED) -> str:
             ablation = read_table(folder / name)
             assert isinstance(ablation, Ablation)
             parts.append(f"{length}, {_where(ablation)}:\n\n{ablation_table(ablation)}")
-            parts += [
-                f"On the same weights or the same artifact:\n\n{table}" for table in [pair_table(ablation)] if table
-            ]
+            tables = {title: pair_table(ablation, pairs) for title, pairs in PAIRS.items()}
+            parts += [f"{title}:\n\n{table}" for title, table in tables.items() if table]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
@@ -104,13 +110,13 @@ def ablation_table(ablation: Ablation) -> str:
     return "\n".join(lines)
 
 
-def pair_table(ablation: Ablation) -> str:
-    """Return the paired differences of PAIRS for which there are two seeds or more; empty where there are none."""
+def pair_table(ablation: Ablation, pairs: Iterable[tuple[str, str, str]]) -> str:
+    """Return the paired differences of pairs for which there are two seeds or more; empty where there are none."""
     lines = [
         "| variant | against | quantity | its mean | difference | 95 % interval | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, other, quantity in PAIRS:
+    for name, other, quantity in pairs:
         ours, theirs = (_values(ablation, variant, quantity) for variant in (name, other))
         seeds = [seed for seed in ours if seed in theirs]
         if len(seeds) > 1:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from model.audit.records import find_misordered
+from model.audit.finished_run import RunFiles
+from model.audit.records import find_misordered, probe_timing
 from model.config import TTTConfig
 from model.files.ledger import Ledger, join_ledgers
 from model.ttt.ledger_reading import broken_chains, read_events, times_scored
@@ -132,3 +135,24 @@ def test_joined_ledgers_keep_every_rank_and_name_known_files() -> None:
     joined = join_ledgers(parts, {"/data/a_train_000000.bin": "ab"})
     assert [(read["rank"], read["sha256"]) for read in joined["reads"]] == [(0, "ab"), (1, "ab")]
     assert [span["rank"] for span in joined["spans"]] == [0, 1]
+
+
+@pytest.mark.parametrize("has_spans", [True, False])
+def test_what_fit_measures_on_training_text_counts_as_training(has_spans: bool) -> None:
+    seconds = {"train": {"load": 1.0, "steps": 588.0}, "quantize": {"hessians": 2.0, "round": 20.0}, "ttt": {}}
+    spans: dict[str, list[dict[str, Any]]] = {
+        stage: [{"name": name, "rank": 0, "start_s": 0.0, "end_s": end} for name, end in named.items()]
+        for stage, named in seconds.items()
+    }
+    stated: dict[str, dict[str, float]] = {stage: {} for stage in seconds}
+    if has_spans:
+        spans["quantize"] += [{"name": "sensitivity", "rank": 0, "start_s": 5.0, "end_s": 17.5}]
+    else:
+        stated["quantize"]["sensitivity_s"] = 12.5
+    files = SimpleNamespace(
+        ledgers={stage: {"spans": found} for stage, found in spans.items()},
+        records={stage: {"metrics": metrics} for stage, metrics in stated.items()},
+        run={"device": "NVIDIA H100", "world_size": 8},
+    )
+    result = probe_timing(cast("RunFiles", files))
+    assert (result.result, result.measured) == ("fail", 603.5)

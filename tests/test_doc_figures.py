@@ -37,6 +37,8 @@ def test_the_measured_tables_have_the_paired_differences_of_the_rows(tmp_path: P
     assert by_name["`polar`"][6] == "+0.00100"
     (whole, pair) = [cells for cells in rows if cells[0] == "`all`"]
     assert whole[6:8] == ["-0.00500", "[-0.00748, -0.00252]"]
+    assert text.index("At equal bytes") < text.rindex("| `all` |")
+    assert "same trained weights" not in text  # neither all nor fit has the weights of the other
     assert pair == ["`all`", "`fit`", "post-TTT", pair[3], "-0.00600", "[-0.00848, -0.00352]", "3"]
 
 

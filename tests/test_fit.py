@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from model.banks import split_banks
 from model.config import QuantConfig
 from model.gpt import GPT
 from model.presets import tiny
+from model.quant import rounded
 from model.quant.artifact import pack_artifact, read_artifact_info
 from model.quant.calibrate import collect_hessians
 from model.quant.fit import MAX_GROWTH, Clips, Fitted, GroupCurve, fit_to_limit, group_curves
@@ -316,3 +318,37 @@ def test_what_the_meta_says_changes_no_choice(tmp_path: Path) -> None:
         chosen.append(metrics["clip_sigmas"])
     assert chosen[0] == chosen[1]
     assert chosen[0] != configured_clips(config.quant)
+
+
+@pytest.mark.parametrize(("best", "num_packed"), [(1, 2), (0, 3)])
+def test_the_artifact_is_packed_again_only_where_the_last_pass_was_not_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int, num_packed: int
+) -> None:
+    def two_passes(
+        quantizer: StateQuantizer, measure_bytes: Callable[[QuantizedState, Clips], int], _: object
+    ) -> Fitted:
+        configured = configured_clips(quantizer.config)
+        passes = [{group: factor * clip for group, clip in configured.items()} for factor in (1.0, 1.5)]
+        tried = [
+            (state, clips, measure_bytes(state, clips)) for clips in passes for state in [quantizer.quantize(clips)]
+        ]
+        state, clips, size = tried[best]
+        return Fitted(state, clips, {}, size, len(tried))
+
+    packed: list[str] = []
+
+    def span(name: str) -> AbstractContextManager[None]:
+        packed.extend([name] if name == "compress" else [])
+        return nullcontext()
+
+    monkeypatch.setattr(rounded, "fit_to_limit", two_passes)
+    model, config = random_model().requires_grad_(False), micro_run()
+    loader = micro_loader(tmp_path)
+    hessians = collect_hessians(model, loader, config.quant, LoneRank.single(), ignore, seed=3)
+    config = replace(config, quant=replace(config.quant, on_oversize="fit"))
+    metrics = save_rounded(  # which reads the artifact back and holds it against the state of the best pass
+        tmp_path / "model.ssq", dict(model.named_parameters()), hessians, config,
+        probe=LossProbe(model, loader, config.quant, seed=3), meta={}, code_bytes=0, span=span,
+    )  # fmt: skip
+    assert len(packed) == num_packed
+    assert read_artifact_info(tmp_path / "model.ssq").header.meta["clip_sigmas"] == metrics["clip_sigmas"]

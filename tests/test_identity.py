@@ -7,7 +7,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+from importlib import metadata
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -104,6 +105,17 @@ def test_weights_made_to_fit_depend_on_the_program_s_settings() -> None:
     before, after = identities(fitted), identities(other)
     assert before["train"] == after["train"]
     assert before["quantize"] != after["quantize"]
+
+
+@pytest.mark.parametrize(("on_oversize", "moved"), [("fit", ("quantize", "evaluate", "ttt")), ("mark", ())])
+def test_weights_made_to_fit_depend_on_what_packs_the_program(
+    monkeypatch: pytest.MonkeyPatch, on_oversize: Literal["fit", "mark"], moved: tuple[str, ...]
+) -> None:
+    config = replace(published(), quant=replace(published().quant, on_oversize=on_oversize))
+    before, version = identities(config), metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1" if name == "python-minifier" else version(name))
+    after = identities(config)
+    assert tuple(stage for stage in STAGES if before[stage] != after[stage]) == moved
 
 
 def test_the_published_recipe_keeps_its_identities() -> None:

@@ -14,7 +14,7 @@ import results
 from jobs.cli import main
 from results.compare.variants import Ablation, read_table
 from results.report.data import read_system
-from results.report.figures import PALETTE, draw_all, inline_svg
+from results.report.figures import PALETTE, draw_all, inline_svg, timing
 from results.report.page import write_report
 from results.tables import seed_table, shown_columns
 from tests.browser import Page, find_chromium, with_page
@@ -43,6 +43,14 @@ class Cells(HTMLParser):
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished sweep of three seeds."""
     return fake_sweep(tmp_path_factory.mktemp("sweep"))
+
+
+def test_the_time_against_the_limit_has_what_fit_measures(tmp_path: Path) -> None:
+    system = read_system(str(fake_sweep(tmp_path, (42,), hessian_s=3.5, sensitivity_s=8.5)))
+    drawn = timing(system)
+    assert drawn is not None
+    assert "Training with all that reads its data: at most 600.1 s (OVER 600 s)" in drawn.caption
+    assert "sensitivity" in drawn.svg
 
 
 @pytest.fixture

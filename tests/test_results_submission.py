@@ -11,6 +11,7 @@ import pytest
 
 import results
 from jobs.cli import main
+from results.export.folder import compliance
 from results.findings.importer import findings_of, read_submission
 from results.findings.review import find_disagreements
 from results.published.log import seed_in_name, stage_of
@@ -274,6 +275,26 @@ def test_the_exported_submission_states_what_the_rows_show(tmp_path: Path) -> No
     assert f"**val_bpb {rows['post_ttt_bpb'].mean():.5f}**" in text
     assert "p_margin_0.005 = " in text
     assert "torch==2.13.0" in (folder / "requirements.txt").read_text()
+
+
+FIT = {"quant": {"on_oversize": "fit"}}
+
+
+@pytest.mark.parametrize(
+    ("row", "is_under"),
+    [
+        ({"hessian_s": 3.5, "sensitivity_s": 8.3}, True),  # 588.1 + 11.8
+        ({"hessian_s": 3.5, "sensitivity_s": 8.5, "config_json": FIT}, False),
+        ({"hessian_s": 3.5}, True),
+        (
+            {"hessian_s": 3.5, "config_json": FIT},
+            None,
+        ),  # measured by an earlier version, which did not say for how long
+    ],
+)
+def test_what_fit_measures_counts_as_training(tmp_path: Path, row: dict[str, Any], is_under: bool | None) -> None:
+    rows = results.load(fake_sweep(tmp_path, (42,), **row))
+    assert compliance(rows)["train_under_600s"] is is_under
 
 
 def test_the_exported_log_has_the_lines_reviewers_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Schema version 2: the variant in every table and file name, reused stages, and files of version 1 beside them."""
+"""Schema versions: the variant in every table and file name, reused stages, and files of older versions beside new."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_reused_stages_are_named_in_both_tables(tmp_path: Path) -> None:
     assert pd.isna(frame.loc[("base", "train"), "stage_identity"])
 
 
-def make_version_1(path: Path) -> None:
-    """Write one file again as version 1 had it."""
-    content = pq.read_table(path).replace_schema_metadata({VERSION_KEY: b"1"})
+def make_version(path: Path, version: int) -> None:
+    """Write one file again as an older version had it."""
+    content = pq.read_table(path).replace_schema_metadata({VERSION_KEY: str(version).encode()})
     index = content.schema.get_field_index("schema_version")
-    ones = pa.array([1] * content.num_rows, pa.int32())
-    content = content.set_column(index, content.schema.field(index), ones)
-    kept = [name for name in content.column_names if name not in absent_columns(path.parent.name, 1)]
+    same = pa.array([version] * content.num_rows, pa.int32())
+    content = content.set_column(index, content.schema.field(index), same)
+    kept = [name for name in content.column_names if name not in absent_columns(path.parent.name, version)]
     pq.write_table(content.select(kept), path, compression="zstd")
 
 
@@ -78,7 +78,7 @@ def test_files_of_version_1_are_read_alone_and_beside_others(tmp_path: Path, whi
     commit_fake(tmp_path, 7)
     for path in tmp_path.rglob("*.parquet"):
         if path.name.startswith(tuple(f"seed={seed}-" for seed in which)):
-            make_version_1(path)
+            make_version(path, 1)
     for table in TABLES:
         frame = load_table(tmp_path, table)
         assert list(frame.columns) == column_names(table)
@@ -88,6 +88,20 @@ def test_files_of_version_1_are_read_alone_and_beside_others(tmp_path: Path, whi
     rows = read_runs(tmp_path, ["variant", "reused_stages"])
     assert rows.problems == []
     assert rows.frame["variant"].tolist() == ["base", "base"]
+
+
+def test_files_of_version_2_are_read_without_the_seconds_of_sensitivity(tmp_path: Path) -> None:
+    commit_fake(tmp_path, 42, sensitivity_s=1.5)
+    commit_fake(tmp_path, 7, sensitivity_s=1.5, variant="fit")
+    for path in tmp_path.rglob("*seed=7-*.parquet"):
+        make_version(path, 2)
+    rows = read_runs(tmp_path)
+    assert rows.problems == []
+    frame = rows.frame.set_index("seed")
+    assert frame.loc[42, "sensitivity_s"] == 1.5
+    assert pd.isna(frame.loc[7, "sensitivity_s"])
+    assert frame.loc[7, "variant"] == "fit"
+    assert set(load_table(tmp_path, "runs")["schema_version"]) == {2, 3}
 
 
 def test_a_file_of_version_2_without_its_variant_is_left_out_by_name(tmp_path: Path) -> None:

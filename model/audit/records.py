@@ -30,7 +30,7 @@ VALIDATION, TRAINING, TOKENIZER = "validation text", "a training shard", "the to
 OWN, FOREIGN = "the run's own", "neither data of this run nor its own"
 # spans that have a figure of their own, which counts where it is the larger one: a resumed training has been timed in
 # pieces, and the pieces may be lost
-STATED_S = {"steps": "train_s", "hessians": "hessian_s", "post_ttt": "post_ttt_s"}
+STATED_S = {"steps": "train_s", "hessians": "hessian_s", "sensitivity": "sensitivity_s", "post_ttt": "post_ttt_s"}
 HASH_PHASE = "hash"  # of stage prepare: files are read whole to name and check them, nothing else sees them
 
 
@@ -223,7 +223,8 @@ def probe_size(files: RunFiles) -> Result:
 
 def probe_timing(files: RunFiles) -> Result:
     """Add up the timing ledger's spans against the limits of 600 s for training and 600 s for evaluation."""
-    train = {"train": ("load", "steps"), "quantize": ("load", "hessians")}  # everything that reads training data
+    # everything that reads training data; "fit" measures on it what each group's rounding costs
+    train = {"train": ("load", "steps"), "quantize": ("load", "hessians", "sensitivity")}
     score = {"ttt": ("load", "post_ttt")}
     totals = {"training": longest(files, train), "evaluation": longest(files, score)}
     warm_up = {

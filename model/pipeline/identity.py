@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from model.bundle.program import settings_of
+from model.bundle.program import settings_of, tool_versions
 from model.config import RunConfig, canonical_json
 from model.fields import plain_settings
 
@@ -106,11 +106,11 @@ def read_settings(stage: str, config: RunConfig) -> dict[str, Any]:
     """Return the settings that a stage reads, by section.
 
     Where the artifact is made to fit the size limit, the weights depend on the size of the program, and so on every
-    setting that the program carries.
+    setting that the program carries and on the tools that pack it. Training does not, and stays shared.
     """
     found = {name: plain_settings(getattr(config, name)) for name in STAGE_SECTIONS[stage]}
     is_fitted = stage == "quantize" and config.quant.on_oversize == "fit"
-    return {**found, "program": settings_of(config)} if is_fitted else found
+    return {**found, "program": settings_of(config), "tools": tool_versions()} if is_fitted else found
 
 
 def dependents(stage: str) -> tuple[str, ...]:

@@ -95,7 +95,8 @@ def write_program(program: Program, folder: Path) -> list[str]:
 def artifact_meta(run: Run) -> dict[str, Any]:
     """Return what an artifact holds besides its model: where it comes from, and all that scoring it again needs.
 
-    How it is scored is not in it, so that runs that differ in that alone have the same artifact.
+    How it is scored is not in it, so that runs that differ in that alone have the same artifact; but where
+    quant.on_oversize is "fit" the program's bytes, and with them every setting that it carries, move the weights.
     """
     return {
         "seed": run.config.seed,

@@ -69,13 +69,20 @@ def _fit(
     span: Callable[[str], AbstractContextManager[object]],
 ) -> tuple[QuantizedState, dict[str, Any]]:
     """Round so that the artifact fills its limit, write it, and return what it holds and the metrics of the choice."""
+    newest: QuantizedState | None = None
+
+    def measure_bytes(state: QuantizedState, clips: Mapping[str, float]) -> int:
+        nonlocal newest
+        newest = state
+        return write(state, clips)
 
     def measure_rises(state: QuantizedState) -> dict[str, float]:
         with span("sensitivity"):
             return probe.measure_rises(quantizer.members(), quantizer.changes(state))
 
-    fitted = fit_to_limit(quantizer, write, measure_rises)
-    write(fitted.state, fitted.clips)  # the last pass need not have been the best
+    fitted = fit_to_limit(quantizer, measure_bytes, measure_rises)
+    if newest is not fitted.state:  # the last pass need not have been the best; packing takes a second or more
+        write(fitted.state, fitted.clips)
     chosen = {"clip_sigmas_configured": configured_clips(quantizer.config), "rounding_nats": fitted.rises}
     return fitted.state, {**clip_metrics(fitted.clips), **chosen, "fit_passes": fitted.num_passes}
 

@@ -14,7 +14,7 @@ from results.export.evidence import EVIDENCE, copy_evidence
 from results.export.log import train_log
 from results.export.readme import readme
 from results.published.track import SIZE_LIMIT_BYTES, TIME_LIMIT_S
-from results.schema import FINISHED
+from results.schema import FINISHED, READS_TRAINING_S
 from results.stats import population_std, summarize
 from results.store.announced import rows_of_variant
 from results.store.names import is_named
@@ -133,7 +133,7 @@ def submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
 
 def compliance(runs: pd.DataFrame) -> dict[str, bool | None]:
     """Return what the figures themselves show; None where a figure is missing (never a pass)."""
-    train = runs["train_s"] + runs["hessian_s"].fillna(0.0)
+    train = _training_s(runs)
     evaluation = runs["evaluate_s"] + runs["ttt_s"]
     hashes = [runs[name] for name in ("config_hash", "data_hash", "code_hash")]
     return {
@@ -145,6 +145,14 @@ def compliance(runs: pd.DataFrame) -> dict[str, bool | None]:
         else all(column.nunique() == 1 for column in hashes),
         "code_unchanged_while_running": not runs["code_changed"].eq(True).any(),
     }  # fmt: skip
+
+
+def _training_s(runs: pd.DataFrame) -> pd.Series:
+    """Return the seconds that read training data; NaN where fit did and an older row does not say for how long."""
+    quant = runs["config_json"].map(lambda text: json.loads(text or "{}").get("quant") or {})
+    is_fit = quant.map(lambda settings: settings.get("on_oversize") == "fit")
+    is_known = runs["train_s"].notna() & ~(is_fit & runs["sensitivity_s"].isna())
+    return runs[list(READS_TRAINING_S)].fillna(0.0).sum(axis=1).where(is_known)
 
 
 def hardware(runs: pd.DataFrame) -> str:

@@ -32,6 +32,7 @@ PASSES = {
 TIMES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "warmup_s": ("train", ("warm_up",), ()),
     "hessian_s": ("quantize", ("hessians",), ()),
+    "sensitivity_s": ("quantize", ("sensitivity",), ()),
     "compress_s": ("quantize", ("compress",), ()),
     "solve_s": ("quantize", ("round",), ("compress", "sensitivity")),
     "quantize_s": ("quantize", ("round", "load", "warm_up", "hessians", "program", "reload"), ()),
