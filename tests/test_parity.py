@@ -29,6 +29,8 @@ def folder_of(name: str) -> Path:
 def test_a_set_agrees_with_the_published_figures(name: str) -> None:
     outcome = parity.run_set(SET_OF[name], folder_of(name))
     assert outcome.has_passed, (outcome.line(), outcome.failures)
+    if name.startswith("F"):  # all have a tolerance, but for the batches that its script made
+        assert set(outcome.not_compared) <= {"reference_batches"}
 
 
 def test_the_sets_are_numbered_and_the_copies_are_small() -> None:
