@@ -9,6 +9,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch or numpy: the tensors are tiny
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none, before its fixtures: `-m slow` selects such tests too."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device, and torch sees none")
+
+
 @pytest.fixture(autouse=True)
 def _keep_denormal_numbers() -> Iterator[None]:
     """Undo what a Dist on the CPU does to the whole process, so that no test depends on which ran before it."""

@@ -27,6 +27,7 @@ os.environ[LOOPBACK_VARIABLE] = "0"  # before Ray is imported: its servers liste
 NUM_NODES = 4
 NODE = {"num_cpus": 8, "num_gpus": 8, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}
 WHOLE_NODE = Gang(gpus=1, cpus=8)  # one process that fills a node; eight ranks would take eight times as long
+DRIVERS: list[subprocess.Popen[bytes]] = []  # that `start_driver` started
 ROOT = Path(__file__).parent.parent
 
 
@@ -84,7 +85,17 @@ def sweep(out: Path, address: str, *, target: str = TARGET, gang: Gang = WHOLE_N
 def start_driver(out: Path, address: str | None, **changes: Any) -> subprocess.Popen[bytes]:
     """Run a sweep in a process of its own, so that it can be killed."""
     arguments = json.dumps({"out": str(out), "address": address, **changes})
-    return subprocess.Popen([sys.executable, "-m", "tests.drive_sweep", arguments], cwd=ROOT)
+    DRIVERS.append(subprocess.Popen([sys.executable, "-m", "tests.drive_sweep", arguments], cwd=ROOT))
+    return DRIVERS[-1]
+
+
+def end_drivers() -> None:
+    """End drivers that a failed test left behind, and collect them, lest the next test fails of them."""
+    while DRIVERS:
+        driver = DRIVERS.pop()
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
 
 
 def end(process: subprocess.Popen[bytes], number: int = signal.SIGKILL, *, within_s: float = 30.0) -> int:

@@ -18,7 +18,7 @@ import pytest
 
 from runner.folder.lease import Owner
 from runner.view.status import look
-from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, is_zombie, start_driver, wait_until
+from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, end_drivers, is_zombie, start_driver, wait_until
 from tests.sweep_tools import grow_old, scores_of, state_of, write_faults
 
 pytestmark = pytest.mark.slow
@@ -31,9 +31,7 @@ WAIT = {"do": "wait", "seconds": 600}
 def no_driver_is_left() -> Iterator[None]:
     """End drivers that a failed test left behind."""
     yield
-    for child in psutil.Process().children():
-        if "tests.drive_sweep" in " ".join(child.cmdline()):
-            child.kill()
+    end_drivers()
 
 
 def is_at(out: Path, seed: int, stage: str) -> bool:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from runner.folder.directory import SweepDirectory
 from runner.folder.fence import fenced, take_place
 from runner.folder.lease import LEASE, LEASE_TTL_S, Lease, Owner, process_start
 from runner.folder.storage import LocalStorage
+
+ROOT = Path(__file__).parents[1]
+EXIT_SUPERSEDED = 3  # of a rank, in runner/gang/ray_rank.py, which needs Ray
 
 
 @dataclass
@@ -319,6 +323,46 @@ def test_a_rank_ends_by_itself_once_another_driver_has_come(tmp_path: Path, monk
     assert told.is_set()
     with pytest.raises(Superseded):
         start_fenced(tmp_path, told, 0.0)
+
+
+WAITING_RANK = """
+import sys, time
+from pathlib import Path
+from model.presets import tiny
+from runner.gang.ray_rank import RankActor
+from runner.life.job import Job
+from runner.spec.sweep import RunKey
+
+out, call = sys.argv[1:]
+job = Job(
+    key=RunKey(seed=1), attempt=1, config=tiny(), world_size=1, threads=1, uses_gpus=False, workdir=f"{out}/{call}",
+    out=out, target="builtins:repr", epoch=1,
+)
+rank = RankActor(job, 0, "127.0.0.1")
+if call == "worked":
+    rank.run()
+Path(out, f"{call}-waits").touch()
+time.sleep(60)
+"""
+
+
+def test_a_rank_without_work_ends_too_once_another_driver_has_come(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    storage.write("drivers/1.json", b"{}")
+    calls = ("greeted", "worked")  # by a driver that was suspended before it gave the work, or heard of its end
+    ranks = [subprocess.Popen([sys.executable, "-c", WAITING_RANK, str(tmp_path), call], cwd=ROOT) for call in calls]
+    try:
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"{call}-waits").exists() for call in calls):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [rank.poll() for rank in ranks] == [None, None]
+        storage.write("drivers/2.json", b"{}")
+        assert [rank.wait(timeout=30) for rank in ranks] == [EXIT_SUPERSEDED, EXIT_SUPERSEDED]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def test_a_newer_claim_alone_stops_the_earlier_driver(tmp_path: Path) -> None:

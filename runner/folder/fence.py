@@ -93,6 +93,22 @@ def fenced(
             retire(place)
 
 
+def watch_drivers(out: str, epoch: int, over: threading.Event, on_superseded: Callable[[], None]) -> None:
+    """Look for a newer driver of the sweep in out, until over is set. Epoch 0 belongs to no driver: returns at once.
+
+    Folders that cannot be opened are for whoever works in them to report; they are tried again here.
+    """
+    while epoch and not over.is_set():
+        try:
+            storage = open_storage(out)
+        except (OSError, ValueError) as error:
+            logger.warning("cannot see whether another driver has come: %s", error)
+            over.wait(LOOK_EVERY_URI_S)
+        else:
+            look_out(storage, epoch, None, over, on_superseded)
+            return
+
+
 def look_out(
     storage: Storage, epoch: int, place: Path | None, over: threading.Event, on_superseded: Callable[[], None]
 ) -> None:

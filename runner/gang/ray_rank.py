@@ -6,10 +6,12 @@ Beside each rank stands a small process that notes how it ended, and a signal ma
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import ray
 
+from runner.folder.fence import watch_drivers
 from runner.gang.inquest import call_off, listen_for_stacks, start_watch
 from runner.gang.rank import Rank, redirect_output
 from runner.life.job import Job, Outcome
@@ -31,13 +33,28 @@ class RankActor(Rank):
             self.keeper = Keeper(job.workdir)
         self.watch = start_watch(job.end_path(rank))
         self.stacks = listen_for_stacks()
+        self.has_work = self.watch_drivers()
+
+    def watch_drivers(self) -> threading.Event:
+        """End this process if a newer driver comes, until the event returned is set.
+
+        Before its work and after it a rank waits for its driver, which may be suspended by then and never come back.
+        """
+        over = threading.Event()
+        watch = threading.Thread(
+            target=watch_drivers, args=(self.job.out, self.job.epoch, over, self.end_superseded), daemon=True
+        )
+        watch.start()
+        return over
 
     def run(
         self, *, port: int | None = None, visible_gpus: tuple[str, ...] = (), addresses: tuple[str, ...] = ()
     ) -> Outcome:
         """Do the work of this rank and return how it ended; how its process ends from then on is of no interest."""
+        self.has_work.set()  # which looks for a newer driver itself
         outcome = super().run(port=port, visible_gpus=visible_gpus, addresses=addresses)
         call_off(self.watch)
+        self.has_work = self.watch_drivers()
         return outcome
 
     def hello(self) -> dict[str, Any]:
