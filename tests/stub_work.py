@@ -150,11 +150,11 @@ def misbehave(rank: Rank, stage: str, step: int) -> None:
             "step": step,
         }
         if all(fault.get(name, value) == value for name, value in wanted.items()):
-            commit_fault(fault)
+            commit_fault(fault, rank)
 
 
-def commit_fault(fault: dict[str, Any]) -> None:
-    """Raise, die, hang or take long."""
+def commit_fault(fault: dict[str, Any], rank: Rank) -> None:
+    """Raise, die, hang, take long, or as long as it takes to be told to stop."""
     match fault["do"]:
         case "raise":
             raise RuntimeError(fault.get("message", "a stub failed"))
@@ -172,6 +172,8 @@ def commit_fault(fault: dict[str, Any]) -> None:
             lock(mutex), lock(mutex)
         case "wait":
             time.sleep(fault["seconds"])
+        case "wait for a stop":
+            assert rank.stop_event.wait(120)
         case other:
             raise AssertionError(other)
 

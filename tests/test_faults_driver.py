@@ -77,7 +77,7 @@ def test_a_killed_driver_leaks_nothing_and_the_same_command_goes_on(
 def test_a_stopped_driver_releases_everything_in_time_and_says_cancelled(
     cluster: Any, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 9, "do": "wait", "seconds": 3})
+    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 9, "do": "wait for a stop"})
     driver = start_driver(tmp_path, cluster.address, gang=SMALL)
     wait_until(lambda: is_at(tmp_path, 42, "TRAIN"), 90, "seed 42 never trained")
     begun = time.monotonic()

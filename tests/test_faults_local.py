@@ -136,7 +136,7 @@ def test_an_ousted_driver_ends_with_one_line_in_the_middle_of_a_step(
 
 @pytest.mark.slow
 def test_a_hangup_leaves_a_checkpoint(tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
-    write_faults(tmp_path, {"attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 2})
+    write_faults(tmp_path, {"attempt": 1, "stage": "train", "step": 6, "do": "wait for a stop"})
     driver = start()
     wait_for(lambda: is_training(tmp_path))
     driver.send_signal(signal.SIGHUP)

@@ -277,7 +277,7 @@ def test_a_sweep_whose_folder_is_not_shared_ends_as_bad_input(tmp_path: Path, mo
 
 @pytest.mark.slow
 def test_stop_takes_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path) -> None:
-    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait", "seconds": 2})
+    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 6, "do": "wait for a stop"})
     given = json.dumps({"out": str(tmp_path), "is_local": True})
     driver = subprocess.Popen([sys.executable, "-m", "tests.drive_sweep", given], cwd=ROOT)
     try:
@@ -297,7 +297,7 @@ def test_stop_takes_a_checkpoint_and_the_next_run_goes_on_from_it(tmp_path: Path
 
 
 def test_a_stop_outside_training_ends_at_the_next_report(tmp_path: Path) -> None:
-    write_faults(tmp_path, {"seed": 1, "attempt": 1, "stage": "ttt", "step": 1, "do": "wait", "seconds": 1.5})
+    write_faults(tmp_path, {"seed": 1, "attempt": 1, "stage": "ttt", "step": 1, "do": "wait for a stop"})
     spec = make_spec(tmp_path, seeds=[1])
     stopper = threading.Thread(target=stop_at, args=(tmp_path, "TTT"))
     stopper.start()
