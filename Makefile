@@ -8,6 +8,7 @@ STAMP := .venv/installed
 PYTEST_FLAGS ?=
 # One process more than the two cores of a small machine: some tests wait. A file's tests stay together, they share runs.
 WORKERS ?= 3
+SLOW_WORKERS ?= 2
 
 # A .venv whose interpreter no longer starts (moved, or its Python removed) counts as not made.
 ifneq ($(wildcard $(STAMP)),)
@@ -52,7 +53,7 @@ test: lint
 
 test-slow: $(STAMP)
 	@echo "==> pytest (slow)"
-	@$(BIN)/python -m pytest -q -rs -m slow $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -q -rs -m slow -n $(SLOW_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(STAMP)
 	@echo "==> ruff format --check"

@@ -41,7 +41,8 @@ __all__ = ["no_data"]
 ROOT = Path(__file__).parent.parent
 LOCAL = Options(is_local=True, target=TARGET, progress="plain")
 DRIVER = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs these tests may ignore it, and children would as well
 from pathlib import Path
 from jobs import cli
 from jobs.sweeps import run
