@@ -118,7 +118,7 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
     Runs that need a stage which another gang is computing leave the room to those behind them.
     """
     sharing = situation.sharing
-    room = situation.slots + 1 - sum(run.has_group for run in runs.values())
+    room = most_groups(situation.slots, situation.limits) - sum(run.has_group for run in runs.values())
     if not sharing:
         return [place(run, runs.values(), situation) for run in waiting[: max(0, room)]]
     if room <= 0 and not situation.has_news:
@@ -135,6 +135,17 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
         elif words != run.waits_for:
             commands.append(Wait(key=run.key, group=run.group, words=words))
     return commands
+
+
+def most_groups(slots: int, limits: Limits) -> int:
+    """Return how many gangs may have a place, or have asked for one, at once.
+
+    Without max_gangs one more than there are slots: it is placed as soon as something is free, and shows an autoscaler
+    what is missing. Where nodes may still come (wait_s), max_gangs alone decides how many are asked for.
+    """
+    if limits.max_gangs is None:
+        return slots + 1
+    return limits.max_gangs if limits.wait_s else min(limits.max_gangs, slots + 1)
 
 
 def decide_one(run: Run, situation: Situation) -> Command | None:
