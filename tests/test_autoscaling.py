@@ -256,6 +256,19 @@ def test_time_in_which_no_node_was_asked_for_is_not_waited(tmp_path: Path) -> No
     assert simulation.cluster.launched == 2
 
 
+def test_a_group_does_not_wait_for_nodes_that_are_gone_beside_one_that_failed_its_seed(tmp_path: Path) -> None:
+    def fate(key: RunKey, attempt: int) -> tuple[float, Failure] | None:
+        return (30.0, Failure(kind=Kind.DIED, message="died", rank=0)) if (key.seed, attempt) == (1, 1) else None
+
+    simulation = Simulation(tmp_path, Limits(backoff_s=5.0), num_nodes=2, fate=fate, seeds=[1, 2])
+    run = RunKey(seed=1)
+    runs = simulation.scheduler.runs
+    simulation.until(lambda: runs[run].failures == 1 and runs[run].has_group)
+    assert runs[run].state is State.QUEUED  # it waits for the other node, though the one where it failed is free
+    simulation.cluster.lose_node("node-1")
+    assert simulation.run() == {1: "DONE", 2: "DONE"}
+
+
 def test_plan_says_how_many_gangs_there_will_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def shown(limits: Limits, num_nodes: int, seeds: int = 4) -> str:
         spec = make_spec(tmp_path, gang=GANG, limits=limits, seeds=list(range(seeds)))

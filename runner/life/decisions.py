@@ -158,7 +158,8 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state in (State.COMMITTING, State.TEARDOWN):
         return Release(key=run.key, group=run.group, failure=run.failure)
     if run.state is State.QUEUED:  # its group waits for room; no limit runs before it has some
-        return Release(key=run.key, group=run.group) if is_cancelled or situation.infeasible else None
+        is_withdrawn = is_cancelled or situation.infeasible or is_kept_out(run, situation)
+        return Release(key=run.key, group=run.group) if is_withdrawn else None
     if is_cancelled and run.state in ALIVE:
         return decide_stop(run, situation)
     if run.state is State.PLACED:
@@ -167,6 +168,12 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if failure is not None:
         return Release(key=run.key, group=run.group, failure=failure)
     return decide_move(run, situation) if run.leaves else None
+
+
+def is_kept_out(run: Run, situation: Situation) -> bool:
+    """Return whether every node that could hold a waiting group is one that it was told to avoid; others are gone."""
+    able = {node.node_id for node in situation.nodes if gangs_on(node, situation.gang)} if run.avoids else set()
+    return bool(run.avoids) and len(able - set(run.avoids)) < situation.gang.hosts
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -277,8 +284,9 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
     match command:
         case Submit():
             return replace(
-                run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for=""
-            )
+                run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for="",
+                avoids=command.avoid,
+            )  # fmt: skip
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():
