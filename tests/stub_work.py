@@ -172,6 +172,9 @@ def commit_fault(fault: dict[str, Any]) -> None:
             lock(mutex), lock(mutex)
         case "wait":
             time.sleep(fault["seconds"])
+        case "await":
+            while not Path(fault["path"]).exists():
+                time.sleep(0.1)
         case other:
             raise AssertionError(other)
 
