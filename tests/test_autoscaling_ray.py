@@ -158,7 +158,7 @@ def test_a_gang_that_no_node_type_can_hold_is_withdrawn_when_the_wait_is_over(ad
 def test_nodes_come_as_seeds_ask_for_them_and_one_that_goes_is_nobodys_failure(address: str, tmp_path: Path) -> None:
     went = tmp_path / "a-node-went"
     out = tmp_path / "grown"  # the last seed, alone by then, stays until the node that is idle has gone
-    write_faults(out, {"seed": SEEDS[2], "stage": "evaluate", "step": 1, "do": "await", "path": str(went)})
+    write_faults(out, {"seed": SEEDS[2], "stage": "evaluate", "step": 1, "do": "await", "file": str(went)})
     watch = Watch(address, went)
     limits = replace(QUICK, wait_s=120.0, max_gangs=MAX_NODES)
     with watch.looking():

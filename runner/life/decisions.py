@@ -171,9 +171,11 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
 
 
 def is_kept_out(run: Run, situation: Situation) -> bool:
-    """Return whether every node that could hold a waiting group is one that it was told to avoid; others are gone."""
-    able = {node.node_id for node in situation.nodes if gangs_on(node, situation.gang)} if run.avoids else set()
-    return bool(run.avoids) and len(able - set(run.avoids)) < situation.gang.hosts
+    """Return whether a waiting group was told to avoid every node that could hold it: the others are gone."""
+    if not run.avoid:
+        return False
+    left = {node.node_id for node in situation.nodes if gangs_on(node, situation.gang)} - {*run.avoid}
+    return len(left) < situation.gang.hosts and {*nodes_to_avoid(run, situation)} < {*run.avoid}
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -259,9 +261,7 @@ def wants_group(run: Run, situation: Situation) -> bool:
 def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
     """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
     able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
-    avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
-    if len(able) - len(avoid) < situation.gang.hosts:
-        avoid = ()  # too many nodes have failed it once: any is better than none
+    avoid = nodes_to_avoid(run, situation)
     prefer = ""
     if situation.has_repeats and situation.gang.hosts == 1:
         same = (run.key.variant, run.key.seed)
@@ -270,6 +270,13 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
         }
         prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
     return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
+
+
+def nodes_to_avoid(run: Run, situation: Situation) -> tuple[str, ...]:
+    """Return the ids of the nodes that have failed a run; none where too few are left: any is better than none."""
+    able = [node.node_id for node in situation.nodes if gangs_on(node, situation.gang)]
+    avoid = tuple(node_id for node_id in able if node_id in run.bad_nodes)
+    return avoid if len(able) - len(avoid) >= situation.gang.hosts else ()
 
 
 def quietest(nodes: Sequence[Node], runs: Iterable[Run]) -> str:
@@ -285,7 +292,7 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
         case Submit():
             return replace(
                 run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for="",
-                avoids=command.avoid,
+                avoid=command.avoid,
             )  # fmt: skip
         case Start():
             return enter(run, State.STARTING, now)
