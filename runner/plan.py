@@ -10,6 +10,7 @@ from model.config import TIME_LIMIT_S
 from model.report import STAGES
 from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
+from runner.life.decisions import most_groups
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
 from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
@@ -41,22 +42,28 @@ class Plan:
 
     spec: SweepSpec
     nodes: tuple[Node, ...]
-    slots: int
+    slots: int  # gangs that fit on the nodes
     runs: dict[RunKey, Left]
     hashes: dict[str, str]  # without data_hash where data is missing
     problems: tuple[str, ...]  # the gang's first, then the data's
     seed_s: float | None  # estimated time of one run
     seed_source: str  # where that comes from
     stages: tuple[StagePlan, ...] = ()  # of an ablation
+    no_place: str = ""  # why the nodes of a cluster cannot hold a gang, where one that can may still come
+
+    @property
+    def at_once(self) -> int:
+        """How many gangs are at work at once on these nodes."""
+        return min(self.slots, self.spec.limits.max_gangs or self.slots)
 
     @property
     def sweep_s(self) -> float | None:
         """Estimated time until all runs are done."""
         if self.stages:
             seconds = self.stage_s(is_shared=True)
-            return None if seconds is None or not self.slots else seconds / self.slots
+            return None if seconds is None or not self.at_once else seconds / self.at_once
         left = sum(state is not Left.DONE for state in self.runs.values())
-        return None if self.seed_s is None or not self.slots else -(-left // self.slots) * self.seed_s
+        return None if self.seed_s is None or not self.at_once else -(-left // self.at_once) * self.seed_s
 
     @property
     def gpu_hours(self) -> float | None:
@@ -87,7 +94,9 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     uses_gpus = spec.gang.gpus > 0
     recipes = spec.variants if is_here and spec.program is None else ()
     packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in recipes]
-    problems = [why_infeasible(nodes, spec.gang), *dict.fromkeys(packages), missing_trackers(spec.track)]
+    problem = why_infeasible(nodes, spec.gang)
+    no_place = problem if spec.limits.wait_s and not is_here else ""
+    problems = ["" if no_place else problem, *dict.fromkeys(packages), missing_trackers(spec.track)]
     problems = [line for line in problems if line]
     missing = lacking(spec)
     hashes = {"config_hash": spec.config_hash, "code_hash": hash_code(spec)}
@@ -101,7 +110,7 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
         stages = plan_stages(spec, runs, hashes, seconds)
     return Plan(
         spec=spec, nodes=tuple(nodes), slots=count_slots(nodes, spec.gang), runs=runs, hashes=hashes,
-        problems=(*problems, *missing), seed_s=seed_s, seed_source=source, stages=stages,
+        problems=(*problems, *missing), seed_s=seed_s, seed_source=source, stages=stages, no_place=no_place,
     )  # fmt: skip
 
 
@@ -183,6 +192,19 @@ def estimate_stages_s(spec: SweepSpec) -> tuple[dict[str, float], str]:
         f"train.budget_s={train.budget_s:g} with train.reserve_s={train.reserve_s:g} of it for the artifact, and "
         f"{TIME_LIMIT_S:g} s of ttt with evaluation in them"
     )
+
+
+def slots_lines(plan: Plan) -> list[str]:
+    """Return how many gangs there may be at once: on these nodes, and on those that may come."""
+    limits = plan.spec.limits
+    most = "" if limits.max_gangs is None else f" (max_gangs: {limits.max_gangs})"
+    lines = [f"slots: {plan.slots} gang(s) at once{most}"]
+    if limits.wait_s:
+        asked = min(most_groups(plan.slots, limits), sum(left is not Left.DONE for left in plan.runs.values()))
+        lines.append(f"asked for: {asked} gang(s) at once, placed ones included; nodes that come are used")
+    if plan.no_place:
+        lines.append(f"no place yet: {plan.no_place}; waits {limits.wait_s:g} s for a node (wait_s)")
+    return lines
 
 
 def slots_per_node(plan: Plan) -> list[str]:

@@ -100,6 +100,7 @@ class Scheduler:
         self.nodes_at = self.state_at = self.requests_at = -float("inf")
         self.feasible_at = clock()  # when some node could last hold a gang
         self.had_room = False
+        self.infeasible = ""  # why gangs were given up, once they were
         self.unsaved: list[dict[str, Any]] = []
         self.changed: list[Run] = []
         self.is_disk_failing = False
@@ -145,17 +146,25 @@ class Scheduler:
         if now - self.requests_at >= REQUESTS_EVERY_S:
             self.requests_at = now
             self.read_requests()
-        slots = self.slots
-        if slots:
-            self.feasible_at, self.had_room = now, True
-        patience_s = max(self.limits.wait_s, LOST_NODES_S if self.had_room else 0.0)
-        is_over = not slots and now - self.feasible_at >= patience_s
         return Situation(
-            now=now, gang=self.spec.gang, limits=self.limits, slots=slots, nodes=self.nodes, grace_s=self.grace_s,
-            has_repeats=self.spec.repeats > 1, infeasible=why_infeasible(self.nodes, self.spec.gang) if is_over else "",
+            now=now, gang=self.spec.gang, limits=self.limits, slots=self.slots, nodes=self.nodes, grace_s=self.grace_s,
+            has_repeats=self.spec.repeats > 1, infeasible=self.why_give_up(now),
             cancelled=frozenset(self.runs) if self.is_interrupted else self.cancelled,
             sharing=self.sharing, has_news=self.sharing.version != self.sharing_seen,
         )  # fmt: skip
+
+    def why_give_up(self, now: float) -> str:
+        """Return why no place is waited for any more, "" while one may come.
+
+        Time counts while some run is queued: a node that nobody asks for, an autoscaler takes away.
+        """
+        if self.slots or not any(run.state is State.QUEUED for run in self.runs.values()):
+            self.feasible_at, self.had_room = now, self.had_room or self.slots > 0
+        patience_s = max(self.limits.wait_s, LOST_NODES_S if self.had_room else 0.0)
+        if self.slots or now - self.feasible_at < patience_s:
+            return ""
+        self.infeasible = why_infeasible(self.nodes, self.spec.gang, waited_s=patience_s)
+        return self.infeasible
 
     def read_requests(self) -> None:
         """Take in what `seedsweep cancel` asked for."""
@@ -256,8 +265,9 @@ class Scheduler:
             if self.unsaved:
                 self.directory.log_events(self.unsaved)
                 self.unsaved = []
+            slots = min(self.slots, self.limits.max_gangs or self.slots)
             if force or now - self.state_at >= STATE_EVERY_S:
-                self.directory.write_state(self.spec.name, self.runs.values(), self.offset, slots=self.slots)
+                self.directory.write_state(self.spec.name, self.runs.values(), self.offset, slots=slots)
                 self.state_at = now
         except OSError as error:
             self.note_disk(error)

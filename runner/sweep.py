@@ -333,7 +333,7 @@ def drive(
         refuse_split_storage(final)
         code = exit_code(final, is_interrupted=scheduler.is_interrupted)
         if code == EXIT_INFEASIBLE:
-            raise Infeasible(why_infeasible(backend.nodes(), spec.gang) or "no node could hold a gang for too long")
+            raise Infeasible(scheduler.infeasible or "no node could hold a gang when these seeds were last run")
         return code
 
 

@@ -59,6 +59,18 @@ def our_processes() -> set[int]:
     }
 
 
+def listening() -> set[str]:
+    """Return every address that a process below this one listens on."""
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            connections = child.net_connections(kind="inet")
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        found |= {str(c.laddr.ip).removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+    return found
+
+
 def is_zombie(process: psutil.Process) -> bool:
     """Return whether a process has ended and only waits to be collected."""
     try:

@@ -174,6 +174,9 @@ def commit_fault(fault: dict[str, Any], rank: Rank) -> None:
             time.sleep(fault["seconds"])
         case "wait for a stop":
             assert rank.stop_event.wait(120)
+        case "await":  # a file of the test's, or the wish that it stops
+            while not Path(fault["file"]).exists() and not rank.should_stop():
+                time.sleep(STEP_S)
         case other:
             raise AssertionError(other)
 

@@ -101,6 +101,26 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     return gang
 
 
+def test_a_group_that_waits_for_long_is_looked_at_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, now = [], [1000.0]
+    table = {"state": "PENDING", "bundles_to_node_id": {0: "n"}}
+    monkeypatch.setattr(gang_module, "placement_group", lambda *_arguments, **_options: None)
+    monkeypatch.setattr(gang_module, "placement_group_table", lambda _group: looks.append(now[0]) or table)
+    monkeypatch.setattr(gang_module, "find_node", lambda _node: {"NodeManagerAddress": "10.0.0.4"})
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: now[0])
+    gang = RayGang(RunKey(seed=1), 1, Gang())
+    for _ in range(1200):  # a minute in which it is asked as often as the loop does
+        assert gang.poll() == []
+        now[0] += 0.05
+    assert len([at for at in looks if at < 1001.0]) >= 15  # most groups have their place at once
+    assert len([at for at in looks if at >= 1030.0]) <= 31
+    table["state"] = "CREATED"
+    now[0] += 1.0
+    (event,) = gang.poll()
+    assert isinstance(event, states.Placed)
+    assert (event.node, event.node_id) == ("10.0.0.4", "n")
+
+
 def poll(gang: RayGang) -> states.Progress:
     """Ask for beats, take them in, and return what the gang says."""
     found: list[states.Event] = []

@@ -247,6 +247,8 @@ def test_nodes_that_come_and_go_are_waited_for() -> None:
     assert cluster["enableInTreeAutoscaling"] is True
     sweep = load_spec(ROOT / shlex.split(job["spec"]["entrypoint"])[4])
     assert (sweep.limits.wait_s, sweep.limits.restart) == (1800.0, "checkpoint")
+    assert sweep.limits.max_gangs is not None
+    assert 1 < sweep.limits.max_gangs <= cluster["workerGroupSpecs"][0]["maxReplicas"]
     assert sweep.config.runtime.checkpoint_every_s
 
 

@@ -6,12 +6,11 @@ import json
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 
 from runner.sweep import run_sweep
 from runner.work import Options
-from tests.ray_tools import our_processes, wait_until
+from tests.ray_tools import listening, our_processes, wait_until
 from tests.stub_work import TARGET
 from tests.sweep_tools import make_spec, no_data, scores_of
 
@@ -22,12 +21,7 @@ __all__ = ["no_data"]
 def watch_listeners(found: set[str], is_over: threading.Event) -> None:
     """Collect every address that a process below this one listens on, until told to end."""
     while not is_over.wait(0.3):
-        for child in psutil.Process().children(recursive=True):
-            try:
-                connections = child.net_connections(kind="inet")
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-            found |= {str(c.laddr.ip).removeprefix("::ffff:") for c in connections if c.status == psutil.CONN_LISTEN}
+        found |= listening()
 
 
 def test_a_seed_runs_on_rays_own_cluster_on_loopback_and_leaves_no_process(

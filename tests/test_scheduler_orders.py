@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job
 from runner.life.states import Run, State
-from runner.scheduler import Scheduler
+from runner.scheduler import NODES_EVERY_S, Scheduler
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
 from runner.sweep import take_over_run
@@ -43,10 +43,11 @@ class HandDriven:
     past: list[tuple[RunKey, int]] = field(default_factory=list)
     jobs: dict[tuple[RunKey, int], Job] = field(default_factory=dict)
     news: list[states.Event] = field(default_factory=list)
+    num_nodes: int = PLACES
 
     def nodes(self) -> tuple[Node, ...]:
         """Return as many nodes as there are places."""
-        return tuple(make_nodes(PLACES, cpus=32, gpus=8))
+        return tuple(make_nodes(self.num_nodes, cpus=32, gpus=8))
 
     def submit(self, command: Submit) -> None:
         """Note the group; a second one for a living run breaks the first promise."""
@@ -89,6 +90,7 @@ class Orders(RuleBasedStateMachine):
     """One sweep of three seeds, two places, and whatever happens to them."""
 
     spec_changes: ClassVar[dict[str, Any]] = {}
+    limits: ClassVar[Limits] = LIMITS
 
     @initialize()
     def begin(self) -> None:
@@ -97,7 +99,7 @@ class Orders(RuleBasedStateMachine):
         self.files: set[RunKey] = set()
         self.records: dict[RunKey, set[str]] = {}
         self.disk_is_full = False
-        self.spec = make_spec(FOLDER, gang=GANG, limits=LIMITS, **self.spec_changes)
+        self.spec = make_spec(FOLDER, gang=GANG, limits=self.limits, **self.spec_changes)
         self.drive([Run(key=key) for key in self.spec.keys])
 
     def drive(self, runs: list[Run]) -> None:
@@ -129,7 +131,7 @@ class Orders(RuleBasedStateMachine):
         """A waiting group gets a node."""
         waiting = [place for place in self.backend.alive if place not in self.backend.placed]
         place = self.pick(data, waiting)
-        if place and len(self.backend.placed) < PLACES:
+        if place and len(self.backend.placed) < self.backend.num_nodes:
             self.backend.placed.append(place)
             self.backend.news.append(states.Placed(key=place[0], group=place[1], node="n", node_id="node-0"))
 
@@ -201,11 +203,13 @@ class Orders(RuleBasedStateMachine):
             done = {key for key, run in self.scheduler.runs.items() if run.state is State.DONE}
             assert done <= self.files
 
+    most_groups = PLACES + 1
+
     @invariant()
     def at_most_one_group_more_than_places(self) -> None:
         """The cluster is not flooded."""
         if hasattr(self, "backend"):
-            assert len(self.backend.alive) <= PLACES + 1
+            assert len(self.backend.alive) <= self.most_groups
 
     def teardown(self) -> None:
         """From wherever chance left it, a sweep whose gangs now work comes to an end."""
@@ -227,11 +231,32 @@ class Orders(RuleBasedStateMachine):
             if (key, group) in self.backend.started:
                 self.records[key] = set(STAGES)
                 self.backend.news.append(states.Finished(key=key, group=group))
-            elif (key, group) not in self.backend.placed and len(self.backend.placed) < PLACES:
+            elif (key, group) not in self.backend.placed and len(self.backend.placed) < self.backend.num_nodes:
                 self.backend.placed.append((key, group))
                 self.backend.news.append(states.Placed(key=key, group=group, node="n", node_id="node-0"))
         self.clock.now += 3.0
         self.scheduler.tick()
+
+
+class GrowingOrders(Orders):
+    """The same on a cluster whose nodes come and go, with as many gangs asked for as max_gangs says."""
+
+    spec_changes: ClassVar[dict[str, Any]] = {"seeds": [42, 0, 1337, 7, 8]}
+    limits: ClassVar[Limits] = replace(LIMITS, max_gangs=4, wait_s=300.0)
+    most_groups = 4
+
+    @rule(num_nodes=st.sampled_from([0, 1, 2, 6]))
+    def nodes_come_or_go(self, num_nodes: int) -> None:
+        """Nodes come, or go; a gang on one that went fails by a rule of its own."""
+        self.backend.num_nodes = num_nodes
+        self.clock.now += NODES_EVERY_S
+        self.scheduler.tick()
+
+    def teardown(self) -> None:
+        """Every group is withdrawn, or comes to its end."""
+        if hasattr(self, "backend"):
+            self.backend.num_nodes = PLACES
+        super().teardown()
 
 
 class SharedOrders(Orders):
@@ -316,5 +341,7 @@ class SharedOrders(Orders):
 
 TestOrders = Orders.TestCase
 TestOrders.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestGrowingOrders = GrowingOrders.TestCase
+TestGrowingOrders.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestSharedOrders = SharedOrders.TestCase
 TestSharedOrders.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)

@@ -64,6 +64,13 @@ def plain(**changes: Any) -> dict[str, Any]:
         ({"limits": {"stall_s": -1}}, "limits.stall_s=-1.0 must be positive"),
         ({"restart": "scrach"}, "did you mean 'scratch'"),
         ({"wait_s": 5, "limits": {"wait_s": 6}}, "wait_s is given twice"),
+        ({"max_gangs": 2, "limits": {"max_gangs": 2}}, "max_gangs is given twice"),
+        ({"max_gangs": 0}, "limits.max_gangs=0 must be at least 1; leave it out for as many as the nodes hold"),
+        ({"limits": {"max_gangs": -2}}, "limits.max_gangs=-2 must be at least 1"),
+        ({"max_gangs": 2.0}, "limits.max_gangs must be a whole number, not a number ('2.0')"),
+        ({"max_gangs": True}, "limits.max_gangs must be a whole number, not true or false ('True')"),
+        ({"max_gangs": "all"}, "limits.max_gangs must be a whole number, not text ('all')"),
+        ({"gang": {"max_gangs": 2}}, "gang: unknown key 'max_gangs'"),
         ({"name": "../up"}, "name='../up' must be"),
         ({"name": "a/b"}, "name='a/b' must be"),
         ({"name": 7}, "name=7 must be"),
@@ -200,6 +207,16 @@ def test_an_ablation_survives_json_and_a_spec_without_variants_is_as_before() ->
     read = SweepSpec.from_json(json.loads(json.dumps(earlier)))
     assert [key.name for key in read.keys] == ["seed=42-repeat=0", "seed=0-repeat=0"]
     assert [variant.name for variant in read.variants] == ["base"]
+
+
+def test_max_gangs_stands_at_the_top_or_under_limits_and_survives_json() -> None:
+    spec = parse_spec(plain(max_gangs=4))
+    assert spec.limits.max_gangs == 4
+    assert parse_spec(plain(limits={"max_gangs": 4})) == spec
+    assert SweepSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    earlier = spec.to_json()
+    del earlier["limits"]["max_gangs"]  # as versions without it wrote it
+    assert SweepSpec.from_json(earlier).limits.max_gangs is None
 
 
 def test_a_spec_survives_json() -> None:

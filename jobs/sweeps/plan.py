@@ -23,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Print the plan; 2 if the gang fits nowhere or data is missing, both said."""
+    """Print the plan; 2 if the gang fits nowhere, and no node is waited for, or data is missing."""
     from runner.plan import make_plan
     from runner.spec.read import load_spec
 
@@ -57,7 +57,7 @@ def print_plan(plan: Plan) -> None:
 
     import yaml
 
-    from runner.plan import slots_per_node
+    from runner.plan import slots_lines, slots_per_node
     from runner.spec.sweep import seeds_line
     from runner.view.progress import duration
 
@@ -73,7 +73,8 @@ def print_plan(plan: Plan) -> None:
     print(f"gang: {spec.gang.describe()}; restart: {spec.limits.restart}; {spec.limits.attempts} attempts")
     for line in slots_per_node(plan):
         print(f"node {line}")
-    print(f"slots: {plan.slots} gang(s) at once")
+    for line in slots_lines(plan):
+        print(line)
     for key, left in plan.runs.items():
         print(f"run {key.name}: {left}")
     if plan.stages:
@@ -108,7 +109,7 @@ def print_stages(plan: Plan) -> None:
     assert without is not None
     print(
         f"estimate: {duration(plan.sweep_s)} in all, {hours_and_cost(with_hours, plan)}; without sharing "
-        f"{duration(alone_s / plan.slots)}, {hours_and_cost(without, plan)} ({plan.seed_source})"
+        f"{duration(alone_s / plan.at_once)}, {hours_and_cost(without, plan)} ({plan.seed_source})"
     )
 
 

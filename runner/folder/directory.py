@@ -32,7 +32,8 @@ from runner.life.states import Run, State
 from runner.spec.sweep import RunKey
 
 FORMAT = 1
-UNSAVED = ("key", "facts", "idle", "lost", "leaves")  # fields of a run that state.json spells otherwise, or leaves out
+# fields of a run that state.json spells otherwise, or leaves out
+UNSAVED = ("key", "facts", "idle", "lost", "leaves", "avoid")
 LATER = ("waits_for", "peers", "held_s")  # fields that earlier versions did not write
 
 

@@ -37,6 +37,7 @@ ASLEEP_S = 5.0  # between two looks: this process was stopped, and answers from 
 WAKE_S = 2.0  # for those to come in
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
+LOOK_EVERY_S = 1.0  # for the place of a group that has waited for long
 NODE_ID_LABEL = "ray.io/node-id"
 
 
@@ -66,6 +67,7 @@ class RayGang:
             name=f"{key.name}-group={serial}", _soft_target_node_id=prefer or None, bundle_label_selector=selector,
         )  # fmt: skip
         self.phase = Phase.WAITING
+        self.next_look = 0.0  # for its place
         self.node_ids: tuple[str, ...] = ()  # of its hosts, in the order of their ranks
         self.addresses: tuple[str, ...] = ()
         self.job: Job | None = None
@@ -110,7 +112,11 @@ class RayGang:
         return time.monotonic() - self.since
 
     def poll_group(self) -> list[states.Event]:
-        """See whether the group has its place."""
+        """See whether the group has its place; one that has waited for long is looked at less often."""
+        now = time.monotonic()
+        if now < self.next_look:
+            return []
+        self.next_look = now + min(LOOK_EVERY_S, self.waited_s() / 20)
         table = placement_group_table(self.group)
         if table["state"] != "CREATED":
             return []

@@ -38,11 +38,21 @@ def count_slots(nodes: Sequence[Node], gang: Gang) -> int:
     return slots
 
 
-def why_infeasible(nodes: Sequence[Node], gang: Gang) -> str:
-    """Return one line with what was asked and what each node has, or nothing if the nodes can hold a gang."""
+def why_infeasible(nodes: Sequence[Node], gang: Gang, *, waited_s: float = 0.0) -> str:
+    """Return one line with what was asked and what each node has, or nothing if the nodes can hold a gang.
+
+    waited_s: how long a node was waited for in vain; the line then says what to do about that.
+    """
     if count_slots(nodes, gang):
         return ""
     has = "; ".join(node.describe() for node in nodes) or "no nodes"
     who = "no node can hold one gang" if gang.hosts == 1 else f"no {gang.hosts} nodes can hold one gang"
     here = "; --address names a cluster" if gang.hosts > 1 and [node.node_id for node in nodes] == [HERE] else ""
-    return f"{who}: asked for {gang.describe()}; nodes have {has}{here}"
+    line = f"{who}: asked for {gang.describe()}; nodes have {has}{here}"
+    if not waited_s:
+        return line
+    shape = f"{gang.share}" + f" on each of {gang.hosts} nodes" * (gang.hosts > 1)
+    return (
+        f"{line}; none came in {waited_s:g} s: raise wait_s, or let the autoscaler have nodes of at least {shape} "
+        f"(`ray status` shows what it was asked for)"
+    )

@@ -118,7 +118,7 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
     Runs that need a stage which another gang is computing leave the room to those behind them.
     """
     sharing = situation.sharing
-    room = situation.slots + 1 - sum(run.has_group for run in runs.values())
+    room = most_groups(situation.slots, situation.limits) - sum(run.has_group for run in runs.values())
     if not sharing:
         return [place(run, runs.values(), situation) for run in waiting[: max(0, room)]]
     if room <= 0 and not situation.has_news:
@@ -137,6 +137,17 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
     return commands
 
 
+def most_groups(slots: int, limits: Limits) -> int:
+    """Return how many gangs may have a place, or have asked for one, at once.
+
+    Without max_gangs one more than there are slots: it is placed as soon as something is free, and shows an autoscaler
+    what is missing. Where nodes may still come (wait_s), max_gangs alone decides how many are asked for.
+    """
+    if limits.max_gangs is None:
+        return slots + 1
+    return limits.max_gangs if limits.wait_s else min(limits.max_gangs, slots + 1)
+
+
 def decide_one(run: Run, situation: Situation) -> Command | None:
     """Return the command for one run that needs no look at the others."""
     is_cancelled = run.is_cancelled or run.key in situation.cancelled
@@ -147,7 +158,8 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state in (State.COMMITTING, State.TEARDOWN):
         return Release(key=run.key, group=run.group, failure=run.failure)
     if run.state is State.QUEUED:  # its group waits for room; no limit runs before it has some
-        return Release(key=run.key, group=run.group) if is_cancelled or situation.infeasible else None
+        is_withdrawn = is_cancelled or situation.infeasible or is_kept_out(run, situation)
+        return Release(key=run.key, group=run.group) if is_withdrawn else None
     if is_cancelled and run.state in ALIVE:
         return decide_stop(run, situation)
     if run.state is State.PLACED:
@@ -156,6 +168,14 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if failure is not None:
         return Release(key=run.key, group=run.group, failure=failure)
     return decide_move(run, situation) if run.leaves else None
+
+
+def is_kept_out(run: Run, situation: Situation) -> bool:
+    """Return whether a waiting group was told to avoid every node that could hold it: the others are gone."""
+    if not run.avoid:
+        return False
+    left = {node.node_id for node in situation.nodes if gangs_on(node, situation.gang)} - {*run.avoid}
+    return len(left) < situation.gang.hosts and {*nodes_to_avoid(run, situation)} < {*run.avoid}
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -241,9 +261,7 @@ def wants_group(run: Run, situation: Situation) -> bool:
 def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
     """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
     able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
-    avoid = tuple(node.node_id for node in able if node.node_id in run.bad_nodes)
-    if len(able) - len(avoid) < situation.gang.hosts:
-        avoid = ()  # too many nodes have failed it once: any is better than none
+    avoid = nodes_to_avoid(run, situation)
     prefer = ""
     if situation.has_repeats and situation.gang.hosts == 1:
         same = (run.key.variant, run.key.seed)
@@ -252,6 +270,13 @@ def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
         }
         prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
     return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
+
+
+def nodes_to_avoid(run: Run, situation: Situation) -> tuple[str, ...]:
+    """Return the ids of the nodes that have failed a run; none where too few are left: any is better than none."""
+    able = [node.node_id for node in situation.nodes if gangs_on(node, situation.gang)]
+    avoid = tuple(node_id for node_id in able if node_id in run.bad_nodes)
+    return avoid if len(able) - len(avoid) >= situation.gang.hosts else ()
 
 
 def quietest(nodes: Sequence[Node], runs: Iterable[Run]) -> str:
@@ -266,8 +291,9 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
     match command:
         case Submit():
             return replace(
-                run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for=""
-            )
+                run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for="",
+                avoid=command.avoid,
+            )  # fmt: skip
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():

@@ -106,6 +106,7 @@ class Run:
     node_id: str = ""  # where rank 0 is
     peers: tuple[str, ...] = ()  # ids of the other nodes of a gang over several hosts
     bad_nodes: tuple[str, ...] = ()  # node ids where it was lost or failed
+    avoid: tuple[str, ...] = ()  # ids of the nodes where its group may not be
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the ranks said about their node
     failure: Failure | None = None  # of the latest attempt
     previous: Failure | None = None  # of the attempt before

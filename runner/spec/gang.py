@@ -79,6 +79,7 @@ class Limits:
     heartbeat_s: float = 60.0  # without an answer from a rank's process
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang
+    max_gangs: int | None = None  # placed or asked for at once; None: as many as the nodes hold, and one more
     disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
     stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
     restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
@@ -88,6 +89,10 @@ class Limits:
             raise ValueError(f"limits.attempts={self.attempts} must be at least 1")
         if self.preemptions < 0:
             raise ValueError(f"limits.preemptions={self.preemptions} must not be negative")
+        if self.max_gangs is not None and self.max_gangs < 1:
+            raise ValueError(
+                f"limits.max_gangs={self.max_gangs} must be at least 1; leave it out for as many as the nodes hold"
+            )
         for name in ("start_s", "stall_s", "heartbeat_s", "seed_s"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -30,7 +30,7 @@ TRACKERS = ("mlflow", "tensorboard", "wandb")
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 KNOWN_KEYS = (
     "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
-    "wait_s", "out", "program", "track", "price_per_gpu_hour",
+    "wait_s", "max_gangs", "out", "program", "track", "price_per_gpu_hour",
 )  # fmt: skip
 OF_RECIPES = ("preset", "overrides", "variants", "grid", "data")  # what a program has no use for
 
@@ -160,9 +160,9 @@ def check_gang(spec: SweepSpec) -> None:
 
 
 def parse_limits(given: Mapping[str, Any]) -> Limits:
-    """Return the limits; `restart` and `wait_s` may stand at the top of the spec as well."""
+    """Return the limits; `restart`, `wait_s` and `max_gangs` may stand at the top of the spec as well."""
     limits = dict(check_keys("limits", given.get("limits") or {}, [item.name for item in dataclasses.fields(Limits)]))
-    for name in ("restart", "wait_s"):
+    for name in ("restart", "wait_s", "max_gangs"):
         if name in given:
             if name in limits:
                 raise ValueError(f"{name} is given twice, at the top and under limits; keep one")
