@@ -9,10 +9,11 @@ from enum import StrEnum
 from model.config import TIME_LIMIT_S
 from model.report import STAGES
 from runner.folder.storage import Storage, open_storage
-from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
+from runner.folder.takeover import finished_attempts
+from runner.life.capacity import HERE, Node, count_slots, gangs_on, labels_on, why_infeasible
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
+from runner.sweep import hash_code, hash_what_is_read, lacking
 from runner.work import identities
 
 
@@ -189,4 +190,11 @@ def slots_per_node(plan: Plan) -> list[str]:
     """Return one line for each node: what it has, and how many gangs, or shares of them, it holds."""
     gang = plan.spec.gang
     what = "gang(s)" if gang.hosts == 1 else f"share(s) of a gang over {gang.hosts} hosts"
-    return [f"{node.describe()}: {gangs_on(node, gang)} {what}" for node in plan.nodes]
+
+    def count(node: Node) -> str:
+        has = f" ({labels_on(node, gang)})" if gang.require else ""
+        if not gang.matches(node.labels):
+            return f"not for this gang{has}"
+        return f"{gangs_on(node, gang)} {what}{has}"
+
+    return [f"{node.describe()}: {count(node)}" for node in plan.nodes]

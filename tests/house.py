@@ -74,7 +74,7 @@ HOUSE: dict[str, dict[str, Room]] = {
             "provenance": ("source, packages and fingerprints", ""),
         },
         {"life": ("states, decisions and capacity: pure", "errors spec")},
-        {"machine": ("what this machine has, and the signals that reach a process on it", "life errors")},
+        {"machine": ("what this machine has, and the signals that reach a process on it", "life errors spec")},
         {"folder": ("a sweep on disk: lease, events, storage, commits", "errors spec life")},
         {
             "view": ("a running sweep, shown here and told to trackers", "errors spec life folder"),

@@ -32,8 +32,16 @@ from runner.life.states import Run, State
 from runner.spec.sweep import RunKey
 
 FORMAT = 1
-UNSAVED = ("key", "facts", "idle", "lost", "leaves")  # fields of a run that state.json spells otherwise, or leaves out
-LATER = ("waits_for", "peers", "held_s")  # fields that earlier versions did not write
+# fields of a run that state.json spells otherwise, or leaves out
+UNSAVED = ("key", "facts", "idle", "lost", "leaves", "held_back", "asked_at", "prefer", "avoid", "yields")
+LATER = (
+    "waits_for",
+    "peers",
+    "held_s",
+    "asides",
+    "accelerator",
+    "device",
+)  # fields that earlier versions did not write
 
 
 class CancelRequest(NamedTuple):
