@@ -52,7 +52,7 @@ HOUSE: dict[str, dict[str, Room]] = {
         {"store": ("Parquet files written whole, read back, and tried out before they are trusted", "schema")},
         {
             "__init__": ("`results.load` and friends for pandas", "store"),
-            "tables": ("the seed table, as rows", "schema stats store"),
+            "tables": ("the seed table, as rows", "render schema stats store"),
             "published": ("what others published: their records, and what a folder of logs says", "stats"),
         },
         {
