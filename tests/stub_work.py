@@ -150,7 +150,11 @@ def misbehave(rank: Rank, stage: str, step: int) -> None:
             "step": step,
         }
         if all(fault.get(name, value) == value for name, value in wanted.items()):
-            commit_fault(fault)
+            if fault["do"] == "await":  # a file of the test's, or the wish that it stops
+                while not Path(fault["file"]).exists() and not rank.should_stop():
+                    time.sleep(STEP_S)
+            else:
+                commit_fault(fault)
 
 
 def commit_fault(fault: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""On what each run of a sweep was computed, and that a sweep over several models of GPU says so wherever it is shown."""
+"""On what each run of a sweep was computed, and that a sweep over several models of GPU says so where it is shown."""
 
 from __future__ import annotations
 

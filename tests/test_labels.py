@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from jobs.sweeps.plan import print_plan
 from runner import sweep
 from runner.errors import SweepError
+from runner.folder.directory import SweepDirectory
+from runner.folder.storage import LocalStorage
 from runner.gang import ray_backend, ray_gang
 from runner.gang.ray_facts import select_nodes
 from runner.gang.ray_gang import Phase, RayGang
@@ -128,6 +131,13 @@ def test_the_plan_says_which_nodes_match(tmp_path: Path, capsys: pytest.CaptureF
     assert "node h: 64 CPU, 8 GPU: 2 gang(s) (accelerator=H100)" in lines
     assert "node a: 64 CPU, 8 GPU: not for this gang (accelerator=A100)" in lines
     assert "slots: 2 gang(s) at once" in lines
+    assert not [line for line in lines if line.startswith("priority")]
+    spec = replace(spec, priority=-2, preemptible=True, gang=Gang(gpus=8, same_gpu=True))
+    SweepDirectory(LocalStorage(tmp_path)).write_state("test", [Run(key=KEY, accelerator="A100")], 0.0)
+    print_plan(make_plan(spec, [H, A]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "priority: -2 among the sweeps of the cluster; its gangs make way for a higher one" in lines
+    assert "node h: 64 CPU, 8 GPU: not for this gang (accelerator=H100)" in lines
 
 
 def test_what_is_required_and_what_is_avoided_are_asked_for_together() -> None:

@@ -77,11 +77,11 @@ def why_no_match(nodes: Sequence[Node], gang: Gang) -> str:
             fix = f"the nodes have {has}; name one of these" if has else "the nodes have no labels; leave it out"
             return f"no node has the label {shown(label)} that gang.require names: {fix}{start}"
         if not {*known} & {*values}:
-            asked = f"{words({label: values})} {'as gang.same_gpu needs' if is_chosen else 'as gang.require has it'}"
-            return (
-                f"no node has {asked}: the nodes have {shown(label)}={', '.join(known)}; "
-                f"{'leave it out' if is_chosen else 'ask for one of these'}, or set wait_s if such a node is to come"
-            )
+            asked, have = words({label: values}), f"the nodes have {shown(label)}={', '.join(known)}"
+            wait = "or set wait_s if such a node is to come"
+            if is_chosen:
+                return f"no node has {asked} as gang.same_gpu needs: {have}; leave it out, {wait}"
+            return f"no node has {asked} as gang.require has it: {have}; ask for one of these, {wait}"
     each = "; ".join(f"{node.name} has {labels_on(node, gang)}" for node in nodes)
     return f"no node has all of gang.require ({words(gang.require)}): {each}; leave one out"
 
