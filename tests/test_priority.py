@@ -131,6 +131,20 @@ def test_a_later_more_important_sweep_gets_the_next_free_place_and_nothing_is_ki
     assert (held["from"], held["to"]) == ("QUEUED", "QUEUED")
 
 
+def test_who_is_held_back_still_goes_before_those_below_it(tmp_path: Path) -> None:
+    shared = Shared()
+    first = shared.add(tmp_path / "first", "first", seeds=[1])
+    shared.until(lambda: run_of(first, 1).state is State.TRAIN)
+    low = shared.add(tmp_path / "low", "low", seeds=[4])
+    middle = shared.add(tmp_path / "middle", "middle", seeds=[5], priority=5)
+    high = shared.add(tmp_path / "high", "high", seeds=[9], priority=9)
+    shared.until(lambda: run_of(low, 4).held_back and run_of(middle, 5).held_back)
+    shared.until(lambda: run_of(high, 9).state is State.TRAIN)
+    shared.until(lambda: run_of(middle, 5).state is State.TRAIN)
+    assert run_of(low, 4).attempt == 0
+    shared.finish()
+
+
 def test_sweeps_of_equal_priority_leave_each_other_alone(tmp_path: Path) -> None:
     shared = Shared()
     low = shared.add(tmp_path / "low", "low", seeds=[1, 2], priority=5, preemptible=True)

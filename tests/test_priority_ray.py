@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from runner.gang.ray_backend import disconnect, join, living_nodes
+from runner.gang.ray_facts import RayStore
+from runner.gang.ray_gang import Phase, RayGang
 from runner.life.states import Run
 from runner.spec.gang import Gang
 from runner.spec.labels import ACCELERATOR_LABEL
@@ -82,11 +85,6 @@ def waits_for(out: Path, seed: int) -> str:
 
 
 def test_labels_and_avoided_nodes_hold_together_and_the_head_keeps_what_drivers_leave(cluster: Any) -> None:
-    # not above: Ray reads what keeps it on loopback when it is imported, and tests.ray_tools sets that
-    from runner.gang.ray_backend import disconnect, join, living_nodes
-    from runner.gang.ray_facts import RayStore
-    from runner.gang.ray_gang import Phase, RayGang
-
     join(cluster.address, "the cluster of this test")
     try:
         nodes = {node.labels["zone"]: node for node in living_nodes()}
