@@ -264,6 +264,12 @@ def test_who_is_held_back_on_some_nodes_asks_for_a_place_on_the_others() -> None
     assert (withdrawn.key, type(withdrawn).__name__) == (pending.key, "Release")
     assert isinstance(asked, Submit)
     assert asked.avoid == ("a",)
+    apart = replace(pending, avoid=("a",))
+    assert decide({apart.key: apart}, situation) == []
+    (anew,) = decide({apart.key: apart}, replace(situation, reserved={}))  # there may be room where it may not go
+    assert type(anew).__name__ == "Release"
+    lost = replace(pending, avoid=("b",), bad_nodes=("b",))
+    assert decide({lost.key: lost}, replace(situation, reserved={})) == []
     everywhere = replace(situation, reserved={"a": "sweep x", "b": "sweep x"})
     (wait,) = decide({fresh.key: fresh}, everywhere)
     assert wait == Wait(key=fresh.key, group=0, words="waits: sweep x waits for a place", held_back=True)

@@ -22,7 +22,7 @@ from tests.ray_tools import NODE, end, end_drivers, our_processes, start_driver,
 from tests.sweep_tools import scores_of, write_faults
 
 pytestmark = pytest.mark.slow
-WORDS = "waits: sweep high with priority 5 waits for a place"
+WORDS = "waits: sweep {} with priority {} waits for a place"
 GANG = {"gpus": 1, "cpus": 1, "require": {"accelerator": ["H100", "H200"], "zone": "eu"}}  # one node is left of two
 SILENT_S = 6.0
 
@@ -72,10 +72,16 @@ def run_of(out: Path, seed: int) -> Run | None:
     return next(run for run in look(str(out)).runs if run.key.seed == seed)
 
 
-def is_in(out: Path, seed: int, state: str) -> bool:
-    """Return whether a run is in a state."""
+def is_in(out: Path, seed: int, *states: str) -> bool:
+    """Return whether a run is in one of some states."""
     run = run_of(out, seed)
-    return run is not None and str(run.state) == state
+    return run is not None and str(run.state) in states
+
+
+def steps_of(out: Path, seed: int) -> int:
+    """Return how many steps a run has reported."""
+    run = run_of(out, seed)
+    return run.step if run is not None else 0
 
 
 def waits_for(out: Path, seed: int) -> str:
@@ -111,48 +117,38 @@ def test_labels_and_avoided_nodes_hold_together_and_the_head_keeps_what_drivers_
         disconnect()
 
 
-def test_the_next_free_place_is_the_more_important_sweeps_until_its_driver_is_killed(
+def test_the_next_free_place_is_the_more_important_sweeps_and_who_may_be_preempted_goes_on_later(
     cluster: Any, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
-    low_out, high_out = tmp_path / "low", tmp_path / "high"
-    low = start(low_out, "low", cluster.address, seeds=[1, 2])
-    wait_until(lambda: is_in(low_out, 1, "TRAIN"), 90, "seed 1 never trained")
-    high = start(high_out, "high", cluster.address, seeds=[7, 8], priority=5)
-    wait_until(lambda: waits_for(low_out, 2) == WORDS, 60, "the less important sweep was not held back")
-    assert is_in(low_out, 1, "TRAIN")  # nothing is killed
-    (low_out / "go").touch()
-    wait_until(lambda: is_in(high_out, 7, "TRAIN"), 60, "the more important sweep got no place")
-    wait_until(lambda: is_in(low_out, 1, "DONE"), 30, "seed 1 was not finished")
-    waiting = run_of(low_out, 2)
-    assert waiting is not None
-    assert (waiting.attempt, waiting.waits_for) == (0, WORDS)
-    end(high)
-    wait_until(lambda: is_in(low_out, 2, "DONE"), SILENT_S + 20, "a dead driver's claim never ended")
-    assert low.wait(timeout=30) == 0
-    assert scores_of(low_out) == {seed: undisturbed[seed] for seed in (1, 2)}
-    events = [json.loads(line) for line in (low_out / "events.jsonl").read_text().splitlines()]
-    assert [event["seed"] for event in events if event["why"] == WORDS] == [2]
+    low, middle, high = (tmp_path / name for name in ("low", "middle", "high"))
+    drivers = [start(low, "low", cluster.address, seeds=[1, 2])]
+    wait_until(lambda: is_in(low, 1, "STARTING", "TRAIN"), 90, "seed 1 was never placed")
+    drivers.append(start(middle, "middle", cluster.address, seeds=[7], priority=2, preemptible=True))
+    wait_until(lambda: waits_for(low, 2) == WORDS.format("middle", 2), 60, "the less important sweep asks for a place")
+    assert is_in(low, 1, "TRAIN")  # nothing is killed
+    (low / "go").touch()
+    wait_until(lambda: is_in(middle, 7, "TRAIN") and steps_of(middle, 7) == 6, 60, "it did not get the next free place")
+    assert is_in(low, 1, "DONE")
+    assert is_in(low, 2, "QUEUED")
 
-
-def test_a_preemptible_gang_makes_way_goes_on_afterwards_and_ends_in_the_same_scores(
-    cluster: Any, undisturbed: dict[int, float], tmp_path: Path
-) -> None:
-    low_out, high_out = tmp_path / "low", tmp_path / "high"
-    low = start(low_out, "low", cluster.address, seeds=[1], preemptible=True)
-    wait_until(lambda: is_in(low_out, 1, "TRAIN"), 90, "seed 1 never trained")
-    high = start(high_out, "high", cluster.address, seeds=[7], priority=5)
-    wait_until(lambda: is_in(high_out, 7, "TRAIN"), 60, "nobody made way")
-    assert is_in(low_out, 1, "QUEUED")
-    (high_out / "go").touch()
-    assert high.wait(timeout=60) == 0
-    assert low.wait(timeout=60) == 0
-    assert {**scores_of(low_out), **scores_of(high_out)} == {seed: undisturbed[seed] for seed in (1, 7)}
-    after = run_of(low_out, 1)
+    top = start(high, "high", cluster.address, seeds=[3, 4], priority=5)
+    wait_until(lambda: is_in(high, 3, "STARTING", "TRAIN"), 60, "nobody made way")
+    wait_until(lambda: waits_for(middle, 7) == WORDS.format("high", 5), 30, "who made way asks for a place")
+    assert waits_for(low, 2).startswith("waits: sweep ")
+    (middle / "go").touch()
+    end(top)
+    assert [driver.wait(timeout=SILENT_S + 60) for driver in drivers] == [0, 0]
+    assert {**scores_of(low), **scores_of(middle)} == undisturbed
+    after = run_of(middle, 7)
     assert after is not None
     assert (after.attempt, after.failures, after.preemptions) == (2, 0, 1)
-    events = [json.loads(line) for line in (low_out / "events.jsonl").read_text().splitlines()]
-    assert [event["why"] for event in events if event["to"] == "TEARDOWN"] == [
-        "made way for sweep high with priority 5"
-    ]
-    record = json.loads((low_out / "seeds" / "seed=1-repeat=0" / "stages" / "train.json").read_text())
+    record = json.loads((middle / "seeds" / "seed=7-repeat=0" / "stages" / "train.json").read_text())
     assert record["metrics"]["resumed_at_steps"] == [4]
+    assert [why for _, why in reasons(middle)] == ["made way for sweep high with priority 5", WORDS.format("high", 5)]
+    assert {seed for seed, _ in reasons(low)} == {2}
+
+
+def reasons(out: Path) -> list[tuple[int, str]]:
+    """Return seed and reason of the events that have one, each once."""
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return list(dict.fromkeys((event["seed"], event["why"]) for event in events if event["why"]))

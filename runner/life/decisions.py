@@ -182,8 +182,8 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state in (State.COMMITTING, State.TEARDOWN):
         return Release(key=run.key, group=run.group, failure=run.failure)
     if run.state is State.QUEUED:  # its group waits for room; no limit runs before it has some
-        is_withdrawn = not {*situation.reserved} <= {*run.avoid}  # asks anew, away from what is another sweep's
-        return Release(key=run.key, group=run.group) if is_cancelled or situation.infeasible or is_withdrawn else None
+        is_withdrawn = is_cancelled or situation.infeasible or is_outdated(run, situation)
+        return Release(key=run.key, group=run.group) if is_withdrawn else None
     if is_cancelled and run.state in ALIVE:
         return decide_stop(run, situation)
     if run.yields or run.key in situation.leavers:
@@ -194,6 +194,12 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if failure is not None:
         return Release(key=run.key, group=run.group, failure=failure)
     return decide_move(run, situation) if run.leaves else None
+
+
+def is_outdated(run: Run, situation: Situation) -> bool:
+    """Return whether a waiting group avoids other nodes than it should by now, and is to be asked for anew."""
+    reserved = {*situation.reserved}
+    return not reserved <= {*run.avoid} <= {*reserved, *run.bad_nodes}
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
