@@ -1,12 +1,15 @@
-"""Plain tables as text, Markdown, CSV: lists of cells in, one string out."""
+"""Plain tables as text, Markdown, CSV: lists of cells in, one string out; and words that several tables share."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MISSING = "-"
+CPU = "CPU"  # the device of a run without GPUs
+MIXED = "computed on different devices"
+SHOWN_RUNS = 12  # by name, on each device
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, rules_before: Sequence[int] = ()) -> str:
@@ -48,3 +51,21 @@ def fixed(value: object, decimals: int) -> str:
 def signed(value: float | None, decimals: int = 5) -> str:
     """Return a difference with its sign; a dash for None."""
     return MISSING if value is None else f"{value:+.{decimals}f}"
+
+
+def mixed_devices(devices: Mapping[str, str]) -> str:
+    """Return which runs were computed on what, where that is more than one model of GPU, or GPUs and CPUs; else "".
+
+    devices: run -> model of its GPUs, or CPU; "" where nobody knows, which is left out.
+    """
+    groups: dict[str, list[str]] = {}
+    for run, device in devices.items():
+        if device:
+            groups.setdefault(device, []).append(run)
+    if len(groups) < 2:
+        return ""
+    each = (
+        f"{device}: {', '.join(runs[:SHOWN_RUNS])}" + f" and {len(runs) - SHOWN_RUNS} more" * (len(runs) > SHOWN_RUNS)
+        for device, runs in groups.items()
+    )
+    return f"{MIXED} ({'; '.join(each)}): these round differently, so that the spread is not that of seeds alone"

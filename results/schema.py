@@ -140,7 +140,7 @@ RUN_COLUMNS = (
     Column("started_at", "timestamp", "UTC"),
     Column("ended_at", "timestamp", "UTC"),
     Column("attempts", "int32", "attempts of this seed so far, this one included"),
-    Column("preemptions", "int32", "attempts lost to preempted nodes"),
+    Column("preemptions", "int32", "attempts lost to nodes that went away, or to a sweep of higher priority"),
     Column("num_resumes", "int32", "times that training continued from a checkpoint"),
     Column("reused_stages", "string", "stages taken from another run, with their times; comma between", since=2),
     Column("resumed_at_steps", "list_int64", "the steps it continued from"),

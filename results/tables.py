@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from results.render import CPU, mixed_devices
 from results.schema import FINISHED
 from results.stats import Summary, population_std, summarize
 from results.store.announced import announced_price
@@ -28,7 +29,7 @@ MARK_COLUMNS = ("code_changed", "num_resumes", "is_slow", "attempt", "preemption
 IDENTITY_COLUMNS = ("sweep", "data_hash", "config_hash", "code_hash", "val_documents_hash")
 TABLE_COLUMNS = (
     *SEED_KEYS, *MARK_COLUMNS, *IDENTITY_COLUMNS, "sliding_bpb", "error", "order0_bpb", "code_bytes_convention",
-    "variant", "reused_stages", "source", "provenance_json",
+    "variant", "reused_stages", "source", "provenance_json", "gpu_model", "num_gpus",
 )  # fmt: skip
 
 SPENT_COLUMNS = ("started_at", "ended_at", "num_gpus", "attempt", "attempts")
@@ -114,7 +115,8 @@ def table_of_rows(rows: Rows, *, shown: str) -> SeedTable:
     columns = (rows.frame[name].tolist() for name in names)
     seeds = [_seed_row(dict(zip(names, values))) for values in zip(*columns)]
     identity, notes = _identity(seeds)
-    notes = [*rows.notes, *notes, *_unmeasured(seeds), *_said_of_programs(seeds)]
+    devices = mixed_devices(devices_of(seeds))
+    notes = [*rows.notes, *notes, *[devices] * bool(devices), *_unmeasured(seeds), *_said_of_programs(seeds)]
     finished = [row for row in seeds if row["state"] == FINISHED]
     _mark_other_steps(finished)
     order0 = [row["order0_bpb"] for row in finished if row["order0_bpb"] is not None]
@@ -210,6 +212,16 @@ def _identity(seeds: list[dict[str, Any]]) -> tuple[dict[str, str | None], list[
             listed = ", ".join(value[:12] for value in values)
             notes.append(f"{column} differs between rows ({listed}): the summary mixes them")
     return identity, notes
+
+
+def devices_of(seeds: list[dict[str, Any]], prefix: str = "") -> dict[str, str]:
+    """Return what each finished run was computed on: the model of its GPUs, or CPU; "" where its row does not say."""
+    return {
+        f"{prefix}seed={row['seed']}" + f"-repeat={row['repeat']}" * bool(row["repeat"]): row["gpu_model"]
+        or CPU * (row["num_gpus"] == 0)
+        for row in seeds
+        if row["state"] == FINISHED
+    }
 
 
 def _unmeasured(seeds: list[dict[str, Any]]) -> list[str]:

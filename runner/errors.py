@@ -55,6 +55,7 @@ class Kind(StrEnum):
     STALLED = "stalled"  # no progress, or no heartbeat
     TIMEOUT = "timeout"  # a limit of the spec ran out
     NODE_LOST = "node_lost"  # the node went away: a preemption, not an attempt
+    PREEMPTED = "preempted"  # it made way for a sweep of higher priority: a preemption, not an attempt
     START = "start"  # the gang never became ready
     PREFLIGHT = "preflight"  # the node is not fit: busy GPUs, other versions, no data
     COMMIT = "commit"  # results could not be written

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from model.config import TIME_LIMIT_S
 from model.report import STAGES
+from runner.folder.directory import SweepDirectory, run_from_json
 from runner.folder.storage import Storage, open_storage
-from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
+from runner.folder.takeover import finished_attempts
+from runner.life.capacity import HERE, Node, count_slots, gangs_on, labels_on, why_infeasible
 from runner.life.decisions import most_groups
+from runner.life.placing import gang_now
+from runner.life.states import Run
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
+from runner.sweep import hash_code, hash_what_is_read, lacking
 from runner.work import identities
 
 
@@ -90,6 +94,7 @@ class Plan:
 
 def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     """Return the plan of spec on nodes, reading the run directory and the data but changing nothing."""
+    spec = replace(spec, gang=gang_now(spec.gang, earlier_runs(spec), nodes))
     is_here = [node.node_id for node in nodes] == [HERE]
     uses_gpus = spec.gang.gpus > 0
     recipes = spec.variants if is_here and spec.program is None else ()
@@ -112,6 +117,12 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
         spec=spec, nodes=tuple(nodes), slots=count_slots(nodes, spec.gang), runs=runs, hashes=hashes,
         problems=(*problems, *missing), seed_s=seed_s, seed_source=source, stages=stages, no_place=no_place,
     )  # fmt: skip
+
+
+def earlier_runs(spec: SweepSpec) -> list[Run]:
+    """Return the runs of the directory as its last driver left them, where they say on which GPUs the sweep is."""
+    state = SweepDirectory(open_storage(spec.out)).read_state() if spec.gang.same_gpu else {}
+    return [run_from_json(plain) for plain in state.get("runs", [])]
 
 
 def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:
@@ -211,4 +222,11 @@ def slots_per_node(plan: Plan) -> list[str]:
     """Return one line for each node: what it has, and how many gangs, or shares of them, it holds."""
     gang = plan.spec.gang
     what = "gang(s)" if gang.hosts == 1 else f"share(s) of a gang over {gang.hosts} hosts"
-    return [f"{node.describe()}: {gangs_on(node, gang)} {what}" for node in plan.nodes]
+
+    def count(node: Node) -> str:
+        has = f" ({labels_on(node, gang)})" if gang.require else ""
+        if not gang.matches(node.labels):
+            return f"not for this gang{has}"
+        return f"{gangs_on(node, gang)} {what}{has}"
+
+    return [f"{node.describe()}: {count(node)}" for node in plan.nodes]

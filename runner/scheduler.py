@@ -16,6 +16,7 @@ from model.report import STAGES
 from runner.errors import Failure, Kind, Superseded, first_line, is_full
 from runner.folder.directory import SweepDirectory, utc
 from runner.life.capacity import Node, count_slots, why_infeasible
+from runner.life.claims import Board, Claim, choose_leavers, claim_of, reserve
 from runner.life.decisions import (
     Command,
     Commit,
@@ -30,6 +31,7 @@ from runner.life.decisions import (
     decide,
 )
 from runner.life.job import Job
+from runner.life.placing import gang_now
 from runner.life.sharing import STAGE_STATES, Sharing
 from runner.life.states import FINAL, Committed, Event, Failed, Run, State, apply_event
 from runner.spec.gang import Limits
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 NODES_EVERY_S = 5.0
 REQUESTS_EVERY_S = 1.0  # looks for `seedsweep cancel`
+CLAIMS_EVERY_S = 1.0  # looks at what the other sweeps of the cluster wait for
 STATE_EVERY_S = 1.0  # a picture of 1,000 runs takes tens of milliseconds; the events have every transition at once
 POLL_S = 0.2
 EXIT_INFEASIBLE = 2
@@ -84,12 +87,16 @@ class Scheduler:
         self, spec: SweepSpec, runs: Iterable[Run], backend: Backend, directory: SweepDirectory, view: View, *,
         make_job: Callable[[Run], Job], commit: Callable[[Run], None], limits: Limits | None = None,
         sharing: Sharing | None = None, recorded_stages: Callable[[RunKey], Collection[str]] = lambda _key: STAGES,
-        grace_s: float = 30.0, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
+        board: Board | None = None, grace_s: float = 30.0, clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self.spec, self.backend, self.directory, self.view = spec, backend, directory, view
         self.runs = {run.key: run for run in runs}
         self.make_job, self.commit = make_job, commit
         self.sharing, self.recorded_stages = sharing or Sharing(), recorded_stages
+        self.board = board  # of the other sweeps on the cluster; None where there can be none
+        self.reserved: dict[str, Claim] = {}  # node id -> a sweep that goes first there
+        self.leavers: dict[RunKey, str] = {}  # runs that make way -> for whom
         self.sharing_seen = -1  # version of what is shared when decisions were last made
         self.limits, self.grace_s, self.clock, self.wall = limits or spec.limits, grace_s, clock, wall
         self.offset = wall() - clock()
@@ -97,7 +104,8 @@ class Scheduler:
         self.is_interrupted = False
         self.nodes: tuple[Node, ...] = ()
         self.slots = 0
-        self.nodes_at = self.state_at = self.requests_at = -float("inf")
+        self.gang = spec.gang  # as it is asked for now
+        self.nodes_at = self.state_at = self.requests_at = self.claims_at = -float("inf")
         self.feasible_at = clock()  # when some node could last hold a gang
         self.had_room = False
         self.infeasible = ""  # why gangs were given up, once they were
@@ -142,14 +150,20 @@ class Scheduler:
         now = self.clock()
         if now - self.nodes_at >= NODES_EVERY_S:
             self.nodes, self.nodes_at = self.backend.nodes(), now
-            self.slots = count_slots(self.nodes, self.spec.gang)
+            if not any(run.has_group for run in self.runs.values()):  # what was asked for stands until it is answered
+                self.gang = gang_now(self.spec.gang, self.runs.values(), self.nodes)
+            self.slots = count_slots(self.nodes, self.gang)
+        if self.board is not None and now - self.claims_at >= CLAIMS_EVERY_S:
+            self.claims_at = now
+            self.look_at_others(self.board, now)
         if now - self.requests_at >= REQUESTS_EVERY_S:
             self.requests_at = now
             self.read_requests()
         return Situation(
-            now=now, gang=self.spec.gang, limits=self.limits, slots=self.slots, nodes=self.nodes, grace_s=self.grace_s,
+            now=now, gang=self.gang, limits=self.limits, slots=self.slots, nodes=self.nodes, grace_s=self.grace_s,
             has_repeats=self.spec.repeats > 1, infeasible=self.why_give_up(now),
             cancelled=frozenset(self.runs) if self.is_interrupted else self.cancelled,
+            reserved={node_id: claim.words for node_id, claim in self.reserved.items()}, leavers=self.leavers,
             sharing=self.sharing, has_news=self.sharing.version != self.sharing_seen,
         )  # fmt: skip
 
@@ -163,8 +177,21 @@ class Scheduler:
         patience_s = max(self.limits.wait_s, LOST_NODES_S if self.had_room else 0.0)
         if self.slots or now - self.feasible_at < patience_s:
             return ""
-        self.infeasible = why_infeasible(self.nodes, self.spec.gang, waited_s=patience_s)
+        self.infeasible = why_infeasible(self.nodes, self.gang, waited_s=patience_s)
         return self.infeasible
+
+    def look_at_others(self, board: Board, now: float) -> None:
+        """Tell the other sweeps of the cluster what this one waits for and holds, and see who of them goes first."""
+        own = claim_of(
+            self.runs.values(), self.gang, now, driver=board.name, sweep=self.spec.name, priority=self.spec.priority,
+            preemptible=self.spec.preemptible,
+        )  # fmt: skip
+        others = board.exchange(own)
+        self.reserved, self.leavers = reserve(own, others, self.nodes), {}
+        if own.preemptible and any(claim.waits_s for claim in self.reserved.values()):
+            found = choose_leavers([own, *others], self.nodes, board.free())
+            names = {key.name: key for key in self.runs}
+            self.leavers = {names[run]: found[driver, run].words for driver, run in found if driver == own.driver}
 
     def read_requests(self) -> None:
         """Take in what `seedsweep cancel` asked for."""
@@ -220,6 +247,9 @@ class Scheduler:
     def note(self, before: Run, run: Run, *, why: str = "", donors: Mapping[str, str] | None = None) -> None:
         """Store run; a new state becomes a line of events.jsonl, and a failed attempt a row of the results."""
         self.runs[run.key] = run
+        if run.held_back and run.waits_for != before.waits_for:
+            self.unsaved.append(transition(before, run, self.wall(), run.waits_for))
+            logger.info("%s %s", run.key.name, run.waits_for)
         if run.state is before.state:
             return
         self.changed.append(run)
@@ -285,7 +315,7 @@ def is_news_of_stages(before: Run, run: Run) -> bool:
 
 def transition(before: Run, run: Run, wall: float, why: str) -> dict[str, Any]:
     """Return the line of events.jsonl for a new state."""
-    reason = why if run.state is State.INFEASIBLE else ""
+    reason = why if run.state is State.INFEASIBLE or run.held_back else ""
     if run.failure is not None and run.state in (State.TEARDOWN, State.RETRY_WAIT, State.FAILED):
         reason = run.failure.one_line
     return {

@@ -17,7 +17,7 @@ from typing import Any
 from model.fields import plain_settings
 from model.pipeline.differences import code_words, data_words, settings_words
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
-from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
+from runner.folder.directory import FORMAT, SweepDirectory, utc
 from runner.folder.fence import yield_s
 from runner.folder.program_files import (
     find_files,
@@ -30,8 +30,10 @@ from runner.folder.program_files import (
 )
 from runner.folder.program_inputs import combine_inputs, hash_inputs, input_problems
 from runner.folder.storage import check_writable, open_storage
+from runner.folder.takeover import take_over
 from runner.life.capacity import count_slots, why_infeasible
-from runner.life.states import Run, State
+from runner.life.claims import Board
+from runner.life.states import Run
 from runner.machine.node import this_machine
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.machine.signals import raise_interrupt, signals_end
@@ -57,6 +59,7 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
     Raises SweepError (a ValueError) when the directory is in use or belongs to another config, data or code.
     """
     if options.is_local:
+        check_local_labels(spec)
         spec = replace(spec, gang=Gang(gpus=min(spec.gang.gpus, 1), cpus=spec.gang.cpus))
     if missing := missing_trackers(spec.track):
         raise SweepError(missing)
@@ -78,6 +81,13 @@ def run_sweep(spec: SweepSpec, options: Options) -> int:
                 return drive(spec, runs, directory, record, options, at_end)
         finally:
             directory.release()
+
+
+def check_local_labels(spec: SweepSpec) -> None:
+    """Raise SweepError if this machine, which has no label but that of its GPUs, is not what gang.require asks for."""
+    here = this_machine()
+    if not spec.gang.matches(here.labels):
+        raise SweepError(f"--local runs on this machine: {why_infeasible([here], spec.gang)}")
 
 
 def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
@@ -251,53 +261,6 @@ def announced_spec(out: str) -> SweepSpec:
     return replace(spec, program=replace(spec.program, folder=folder))
 
 
-def take_over(spec: SweepSpec, directory: SweepDirectory, only: frozenset[RunKey] | None) -> list[Run]:
-    """Return the runs of the sweep as earlier drivers left them: done, or to be done."""
-    finished = finished_attempts(spec)
-    earlier: dict[RunKey, Run] = {}
-    state = directory.read_state()
-    for plain in state.get("runs", []):
-        run = run_from_json(plain)
-        earlier[run.key] = replace(run, held_s=run.gang_s(state.get("updated", 0.0)))
-    return [take_over_run(key, earlier.get(key), finished.get(key), is_wanted=only is None or key in only)
-            for key in spec.keys]  # fmt: skip
-
-
-def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_wanted: bool) -> Run:
-    """Return one run for a new driver: its counts are kept, whatever lived in the old driver is not."""
-    run = Run(key=key)
-    if earlier is not None:
-        run = replace(run, attempt=earlier.attempt, preemptions=earlier.preemptions, node=earlier.node,
-                      held_s=earlier.held_s)  # fmt: skip
-    if finished is not None:
-        return replace(run, state=State.DONE, attempt=max(run.attempt, finished))
-    if is_wanted:
-        return run
-    state = earlier.state if earlier is not None and earlier.is_final else State.CANCELLED
-    return replace(run, state=state, failure=earlier.failure if earlier is not None else None)
-
-
-def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
-    """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
-    from results.schema import FINISHED
-    from results.store.reader import read_runs
-
-    try:
-        rows = read_runs(spec.out, columns=["attempt"])
-    except FileNotFoundError:
-        return {}
-    for problem in rows.problems:
-        logger.warning("%s (counts as not done)", problem)
-    frame = rows.frame[rows.frame["state"] == FINISHED]
-    keys = {(key.variant_name, key.seed, key.repeat): key for key in spec.keys}
-    found: dict[RunKey, int] = {}
-    for *name, attempt in zip(frame["variant"], frame["seed"], frame["repeat"], frame["attempt"]):
-        key = keys.get((str(name[0]), int(name[1]), int(name[2])))
-        if key is not None:
-            found[key] = max(found.get(key, 0), int(attempt))
-    return found
-
-
 def drive(
     spec: SweepSpec, runs: list[Run], directory: SweepDirectory, record: dict[str, Any], options: Options,
     at_end: ExitStack,
@@ -317,9 +280,10 @@ def drive(
         tracking = at_end.enter_context(closing(open_tracking(spec, record)))
         view = open_view(options.progress, f"{spec.name} -> {spec.out}")
         views = Views([view, tracking, *open_metrics(spec, options)])
+        board = open_board(options)
         scheduler = Scheduler(
             spec, runs, backend, directory, views, make_job=sweep.make_job, commit=sweep.commit, limits=limits,
-            sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages,
+            sharing=sweep.share_stages(runs), recorded_stages=sweep.recorded_stages, board=board,
             grace_s=spec.limits.stop_grace_s if spec.limits.stop_grace_s is not None else grace_s,
         )  # fmt: skip
         sweep.keep_program()
@@ -330,11 +294,22 @@ def drive(
         finally:
             sweep.remove_probe()
             view.close()
+            if board is not None:
+                board.close()
         refuse_split_storage(final)
         code = exit_code(final, is_interrupted=scheduler.is_interrupted)
         if code == EXIT_INFEASIBLE:
             raise Infeasible(scheduler.infeasible or "no node could hold a gang when these seeds were last run")
         return code
+
+
+def open_board(options: Options) -> Board | None:
+    """Return where the sweeps of a cluster tell each other who goes first; None where no other sweep can come."""
+    if options.is_local or not (options.address or is_ray_job()):
+        return None
+    from runner.gang.ray_facts import RayStore
+
+    return Board(RayStore())
 
 
 def open_metrics(spec: SweepSpec, options: Options) -> list[View]:

@@ -11,8 +11,9 @@ from pathlib import Path
 from runner import sweep, work
 from runner.folder import lease
 from runner.gang.ray_start import LOOPBACK_VARIABLE
+from runner.life import claims
 from runner.machine import head_watch
-from runner.spec.gang import Gang
+from runner.spec.gang import parse_gang
 from tests.stub_work import TARGET
 from tests.sweep_tools import QUICK, make_spec
 
@@ -28,8 +29,10 @@ def main() -> int:
     sweep.data_problems = lambda _data: []
     limits = replace(QUICK, **given.get("limits", {}))
     is_local = given.get("is_local", False)
-    shape = Gang(**given.get("gang", {"cpus": 1} if is_local else {"gpus": 1, "cpus": 8}))
-    changes = {name: given[name] for name in ("seeds", "variants") if name in given}
+    shape = parse_gang(given.get("gang", {"cpus": 1} if is_local else {"gpus": 1, "cpus": 8}))
+    claims.SILENT_S = given.get("silent_s", claims.SILENT_S)
+    wanted = ("name", "seeds", "variants", "priority", "preemptible")
+    changes = {name: given[name] for name in wanted if name in given}
     spec = make_spec(Path(given["out"]), gang=shape, limits=limits, **changes)
     options = work.Options(
         is_local=is_local, address=given.get("address"), target=given.get("target", TARGET), progress="plain"

@@ -52,7 +52,7 @@ HOUSE: dict[str, dict[str, Room]] = {
         {"store": ("Parquet files written whole, read back, and tried out before they are trusted", "schema")},
         {
             "__init__": ("`results.load` and friends for pandas", "store"),
-            "tables": ("the seed table, as rows", "schema stats store"),
+            "tables": ("the seed table, as rows", "render schema stats store"),
             "published": ("what others published: their records, and what a folder of logs says", "stats"),
         },
         {
@@ -74,7 +74,7 @@ HOUSE: dict[str, dict[str, Room]] = {
             "provenance": ("source, packages and fingerprints", ""),
         },
         {"life": ("states, decisions and capacity: pure", "errors spec")},
-        {"machine": ("what this machine has, and the signals that reach a process on it", "life errors")},
+        {"machine": ("what this machine has, and the signals that reach a process on it", "life errors spec")},
         {"folder": ("a sweep on disk: lease, events, storage, commits", "errors spec life")},
         {
             "view": ("a running sweep, shown here and told to trackers", "errors spec life folder"),

@@ -111,7 +111,11 @@ class SimulatedCluster:
                 gang.placed_at = self.clock.now
                 self.free[gang.node] -= 1
                 self.busy.append((self.clock.now, 1))
-                self.after(PLACE_S, states.Placed(key=gang.key, group=gang.group, node=gang.node, node_id=gang.node))
+                (kind,) = {node.accelerator for node in self.all_nodes if node.node_id == gang.node}
+                placed = states.Placed(
+                    key=gang.key, group=gang.group, node=gang.node, node_id=gang.node, accelerator=kind
+                )
+                self.after(PLACE_S, placed)
 
     def start(self, command: Start, job: Job) -> None:
         """Write the whole attempt into the calendar; stages that it, or a donor, has finished take no time."""

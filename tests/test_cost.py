@@ -15,13 +15,13 @@ from results.tables import seed_table
 from runner.errors import Failure, Kind
 from runner.folder.directory import SweepDirectory
 from runner.folder.storage import LocalStorage
+from runner.folder.takeover import take_over_run
 from runner.life import states
 from runner.life.capacity import Node
 from runner.life.states import Run, State, apply_event
 from runner.plan import make_plan
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import take_over_run
 from runner.view.status import look
 from tests.fake_runs import commit_fake
 from tests.sweep_tools import make_spec

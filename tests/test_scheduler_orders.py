@@ -14,6 +14,7 @@ from model.report import STAGES
 from runner.errors import Failure, Kind
 from runner.folder.directory import SweepDirectory
 from runner.folder.storage import LocalStorage
+from runner.folder.takeover import take_over_run
 from runner.life import states
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
@@ -22,7 +23,6 @@ from runner.life.states import Run, State
 from runner.scheduler import NODES_EVERY_S, Scheduler
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
-from runner.sweep import take_over_run
 from tests.simulate import Clock, NoView, make_nodes, simulated_job, simulated_sharing
 from tests.sweep_tools import make_spec
 

@@ -71,6 +71,9 @@ def print_plan(plan: Plan) -> None:
     for name, value in plan.hashes.items():
         print(f"{name}: {value}")
     print(f"gang: {spec.gang.describe()}; restart: {spec.limits.restart}; {spec.limits.attempts} attempts")
+    if spec.priority or spec.preemptible:
+        makes_way = "; its gangs make way for a higher one" if spec.preemptible else ""
+        print(f"priority: {spec.priority} among the sweeps of the cluster{makes_way}")
     for line in slots_per_node(plan):
         print(f"node {line}")
     for line in slots_lines(plan):

@@ -34,6 +34,7 @@ def execute(args: argparse.Namespace) -> int:
             "is_driven": picture.is_driven,
             "eta_s": picture.eta_s,
             **({"price_per_gpu_hour": picture.price} if picture.price is not None else {}),
+            **({"devices": picture.devices} if picture.devices else {}),
         }
         print(json.dumps({**head, "counts": picture.counts, "runs": runs}, indent=1))
         return 0
@@ -73,3 +74,5 @@ def print_text(out: str, picture: Picture) -> None:
     totals = [f"{words[name][0]} in all {value}" for name, value in zip(names, show(sums))]
     eta = [f"all done in about {duration(picture.eta_s)}"] if picture.eta_s else []
     print("; ".join([counts, *eta, *totals]))
+    if picture.devices:
+        print(f"note: {picture.devices}")

@@ -7,11 +7,12 @@ from typing import NamedTuple
 from results.compare.comparison import ALPHA, POWER, pooled_std_of
 from results.compare.power import pairs_needed, seeds_needed
 from results.compare.sides import text_of_rows
+from results.render import MIXED, mixed_devices
 from results.schema import BASE, FINISHED
 from results.stats import Difference, holm, paired, welch
 from results.store.announced import announced_variants, order_variants
 from results.store.reader import Rows, latest_attempts
-from results.tables import TABLE_COLUMNS, SeedTable, read_spent, seed_means, table_of_rows
+from results.tables import TABLE_COLUMNS, SeedTable, devices_of, read_spent, seed_means, table_of_rows
 from results.validation_text import Text, why_not_comparable
 
 TEXT_COLUMNS = ("val_bytes", "pre_ttt_bytes", "post_ttt_bytes")
@@ -102,11 +103,19 @@ def ablation_of_rows(rows: Rows, announced: list[str], *, shown: str) -> Ablatio
     texts = {name: text_of_rows(frame[frame["state"] == FINISHED]) for name, frame in groups.items()}
     effects = [compare_variant(name, tables, baseline, texts) for name in names if name != baseline]
     how = "the first of the sweep" if baseline in announced else "by its name" if baseline == BASE else "first by name"
-    notes = [*rows.notes, *(f"{name}: {note}" for name, table in tables.items() for note in table.notes)]
+    notes = [*rows.notes, *_said_of_tables(tables)]
     missing = [name for name in announced if name not in names]
     if missing:
         notes.append(f"no run has ended yet of {', '.join(missing)}")
     return Ablation(baseline, how, tables, correct_effects(effects, baseline, tables), rows, notes)
+
+
+def _said_of_tables(tables: dict[str, SeedTable]) -> list[str]:
+    """Return the notes of all variants, and on what each run was computed, where that differs, once for all of them."""
+    each = (devices_of(table.seeds, f"variant={name}-") for name, table in tables.items())
+    devices = mixed_devices({run: device for found in each for run, device in found.items()})
+    named = [(name, note) for name, table in tables.items() for note in table.notes if not note.startswith(MIXED)]
+    return [*[devices] * bool(devices), *(f"{name}: {note}" for name, note in named)]
 
 
 def scores_of(table: SeedTable) -> dict[int, float]:

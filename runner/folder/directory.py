@@ -33,8 +33,9 @@ from runner.spec.sweep import RunKey
 
 FORMAT = 1
 # fields of a run that state.json spells otherwise, or leaves out
-UNSAVED = ("key", "facts", "idle", "lost", "leaves", "avoid")
-LATER = ("waits_for", "peers", "held_s")  # fields that earlier versions did not write
+UNSAVED = ("key", "facts", "idle", "lost", "leaves", "held_back", "asked_at", "prefer", "avoid", "yields")
+# fields that earlier versions did not write
+LATER = ("waits_for", "peers", "held_s", "asides", "accelerator", "device")
 
 
 class CancelRequest(NamedTuple):

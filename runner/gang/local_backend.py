@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from runner.life import states
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
 from runner.life.job import Job, Outcome
+from runner.machine.gpus import VISIBLE, query_gpus
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey
 
@@ -39,6 +41,14 @@ class LocalRank(Rank):
         super().report(phase, step, total, metrics)
         if self.should_stop() and phase != "train":
             raise Interrupted(f"stopped at {phase} step {step}")
+
+
+def device_of(job: Job) -> str:
+    """Return what a run of this process computes on: the model of the first GPU that it sees, "" where nobody knows."""
+    if not job.uses_gpus:
+        return states.CPU
+    visible = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    return next((gpu.model for gpu in query_gpus(visible[:1])), "")
 
 
 class LocalRun:
@@ -130,7 +140,8 @@ class LocalBackend:
     def start(self, command: Start, job: Job) -> None:
         """Begin the work."""
         self.running = LocalRun(command, job)
-        self.news.append(states.Started(key=command.key, group=command.group, facts={"host": self.node.name}))
+        facts = {"host": self.node.name, "device": device_of(job)}
+        self.news.append(states.Started(key=command.key, group=command.group, facts=facts))
 
     def stop(self, command: Stop) -> None:
         """Ask the run to stop."""

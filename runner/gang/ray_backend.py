@@ -81,7 +81,12 @@ def living_nodes() -> tuple[Node, ...]:
     found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     draining = draining_nodes()
     return tuple(
-        Node(node_id=node["NodeID"], name=node["NodeManagerAddress"], resources=dict(node["Resources"]))
+        Node(
+            node_id=node["NodeID"],
+            name=node["NodeManagerAddress"],
+            resources=dict(node["Resources"]),
+            labels=dict(node.get("Labels") or {}),
+        )
         for node in found
         if node["Alive"] and node["NodeID"] not in draining
     )
@@ -101,7 +106,9 @@ class RayBackend:
 
     def submit(self, command: Submit) -> None:
         """Create the placement group."""
-        gang = RayGang(command.key, command.group, self.shape, prefer=command.prefer, avoid=command.avoid)
+        gang = RayGang(
+            command.key, command.group, self.shape, prefer=command.prefer, avoid=command.avoid, require=command.require
+        )
         self.gangs[command.key, command.group] = gang
 
     def find(self, command: Start | Stop | Release) -> RayGang:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -23,12 +23,13 @@ from runner.errors import Failure, Kind
 from runner.gang.inquest import End, learn_ends, write_stacks
 from runner.gang.rank import Rank
 from runner.gang.ray_ask import Answer, Lookout, ask_nodes
-from runner.gang.ray_facts import find_node, is_node_lost, is_running, rank_environment, ray_words
+from runner.gang.ray_facts import find_node, is_node_lost, is_running, rank_environment, ray_words, select_nodes
 from runner.gang.ray_rank import RankActor
 from runner.life import states
 from runner.life.causes import MUTE_S, Seen, last_words, most_idle, root_cause
 from runner.life.job import Beat, Job, Outcome
 from runner.spec.gang import Gang
+from runner.spec.labels import ACCELERATOR_LABEL
 from runner.spec.sweep import RunKey
 
 BEAT_EVERY_S = 1.0
@@ -38,7 +39,6 @@ WAKE_S = 2.0  # for those to come in
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 LOOK_EVERY_S = 1.0  # for the place of a group that has waited for long
-NODE_ID_LABEL = "ray.io/node-id"
 
 
 class Phase(StrEnum):
@@ -59,9 +59,12 @@ class Phase(StrEnum):
 class RayGang:
     """The placement group and the actors of one attempt."""
 
-    def __init__(self, key: RunKey, serial: int, shape: Gang, *, prefer: str = "", avoid: Sequence[str] = ()) -> None:
+    def __init__(
+        self, key: RunKey, serial: int, shape: Gang, *, prefer: str = "", avoid: Sequence[str] = (),
+        require: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:  # fmt: skip
         self.key, self.serial, self.shape = key, serial, shape
-        selector = [{NODE_ID_LABEL: f"!in({','.join(avoid)})"}] * shape.hosts if avoid else None
+        selector = [select_nodes(require or {}, avoid)] * shape.hosts if require or avoid else None
         self.group = placement_group(
             [shape.share] * shape.hosts, strategy="STRICT_PACK" if shape.hosts == 1 else "STRICT_SPREAD",
             name=f"{key.name}-group={serial}", _soft_target_node_id=prefer or None, bundle_label_selector=selector,
@@ -122,12 +125,13 @@ class RayGang:
             return []
         bundles = {int(index): str(node_id) for index, node_id in table["bundles_to_node_id"].items()}
         self.node_ids = tuple(bundles[index] for index in sorted(bundles))
-        self.addresses = tuple(find_node(node_id).get("NodeManagerAddress", "") for node_id in self.node_ids)
+        nodes = [find_node(node_id) for node_id in self.node_ids]
+        self.addresses = tuple(node.get("NodeManagerAddress", "") for node in nodes)
         self.turn(Phase.PLACED)
         return [
             states.Placed(
                 key=self.key, group=self.serial, node=", ".join(self.addresses), node_id=self.node_ids[0],
-                peers=self.node_ids[1:],
+                peers=self.node_ids[1:], accelerator=(nodes[0].get("Labels") or {}).get(ACCELERATOR_LABEL, ""),
             )
         ]  # fmt: skip
 
@@ -197,7 +201,8 @@ class RayGang:
         self.pending = {ref: rank for rank, ref in enumerate(refs)}
         self.seen = {rank: Beat() for rank in range(len(refs))}
         self.turn(Phase.WORKING)
-        return [states.Started(key=self.key, group=self.serial, facts={"ranks": self.facts})]
+        facts = {"ranks": self.facts, "device": self.facts[0]["gpu_model"] if self.shape.gpus else states.CPU}
+        return [states.Started(key=self.key, group=self.serial, facts=facts)]
 
     def poll_work(self) -> list[states.Event]:
         """Collect outcomes and heartbeats of a working gang."""

@@ -15,6 +15,7 @@ from runner.folder.fence import watch_drivers
 from runner.gang.inquest import call_off, listen_for_stacks, start_watch
 from runner.gang.rank import Rank, redirect_output
 from runner.life.job import Job, Outcome
+from runner.machine.gpus import query_gpus
 from runner.machine.kept import Keeper
 from runner.machine.route import is_loopback
 
@@ -58,14 +59,15 @@ class RankActor(Rank):
         return outcome
 
     def hello(self) -> dict[str, Any]:
-        """Return who and where this process is, and its GPU ids."""
+        """Return who and where this process is, and its GPUs: their ids, and the model where their driver tells."""
         context = ray.get_runtime_context()
         gpus = context.get_accelerator_ids().get("GPU", [])
         stacks_fd = self.stacks[0] if self.stacks is not None else None
         keeper = self.keeper.pid if self.keeper is not None else None
+        models = [gpu.model for gpu in query_gpus([str(gpu) for gpu in gpus])] if gpus else []
         return {
             **super().hello(), "keeper": keeper, "gpus": [str(gpu) for gpu in gpus], "node_id": context.get_node_id(),
-            "stacks_fd": stacks_fd,
+            "stacks_fd": stacks_fd, "gpu_model": models[0] if models else "",
         }  # fmt: skip
 
     def end_superseded(self) -> None:

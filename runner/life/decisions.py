@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from runner.errors import Failure, Kind
-from runner.life.capacity import Node, gangs_on
+from runner.life.capacity import Node, count_slots, gangs_on
+from runner.life.placing import best_node
 from runner.life.sharing import Sharing
-from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, node_id_of, with_files
+from runner.life.states import ALIVE, FINAL, Idle, Run, State, drained, enter, made_way, node_id_of, with_files
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey
 
@@ -34,6 +35,8 @@ class Situation:
     infeasible: str = ""  # no node can hold a gang, and the time to wait for one is over
     cancelled: frozenset[RunKey] = field(default_factory=frozenset)  # runs that a person wants to end
     sharing: Sharing = field(default_factory=Sharing)
+    reserved: Mapping[str, str] = field(default_factory=dict)  # node id -> the sweep that goes first there, in words
+    leavers: Mapping[RunKey, str] = field(default_factory=dict)  # runs that make way -> for which sweep, in words
     has_news: bool = True  # what runs wait for may have changed since the last decisions
 
 
@@ -51,6 +54,7 @@ class Submit(Command):
 
     prefer: str = ""  # node id
     avoid: tuple[str, ...] = ()  # node ids
+    require: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> values, one of which its nodes have
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +66,10 @@ class Start(Command):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stop(Command):
-    """Ask the ranks to stop at the next step and to leave a checkpoint; is_move: to go on elsewhere."""
+    """Ask the ranks to stop at the next step and to leave a checkpoint; is_move: to go on elsewhere, or later."""
 
     is_move: bool = False
+    yields: str = ""  # for whom
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +98,7 @@ class Wait(Command):
     """Change what a run that holds nothing is said to wait for, "" for a place."""
 
     words: str
+    held_back: bool = False  # by a sweep of higher priority
 
 
 def decide(runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
@@ -120,10 +126,13 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
     sharing = situation.sharing
     room = most_groups(situation.slots, situation.limits) - sum(run.has_group for run in runs.values())
     if not sharing:
-        return [place(run, runs.values(), situation) for run in waiting[: max(0, room)]]
+        room = max(0, room)
+        unheld = [Wait(key=run.key, group=run.group, words="") for run in waiting[room:] if run.held_back]
+        return [*unheld, *ask(waiting[:room], runs, situation)]
     if room <= 0 and not situation.has_news:
         return []
     commands: list[Command] = []
+    chosen: list[Run] = []
     claims = sharing.claims(runs.values())
     for run in sharing.in_order(waiting):
         blocker = sharing.blocker(run.key, claims)
@@ -131,9 +140,24 @@ def decide_places(waiting: list[Run], runs: Mapping[RunKey, Run], situation: Sit
         if blocker is None and room > 0:
             room -= 1
             sharing.claim(run.key, claims)
-            commands.append(place(run, runs.values(), situation))
+            chosen.append(run)
         elif words != run.waits_for:
             commands.append(Wait(key=run.key, group=run.group, words=words))
+    return commands + ask(chosen, runs, situation)
+
+
+def ask(chosen: Sequence[Run], runs: Mapping[RunKey, Run], situation: Situation) -> list[Command]:
+    """Return a request for a place for each of chosen, or what holds it back."""
+    words = held_back(situation) if chosen else ""
+    if words:
+        waits = (Wait(key=run.key, group=run.group, words=words, held_back=True) for run in chosen)
+        return [wait for wait, run in zip(waits, chosen) if run.waits_for != words]
+    busy = Counter(run.node_id or run.prefer for run in runs.values() if run.has_group) if chosen else Counter()
+    commands: list[Command] = []
+    for run in chosen:
+        command = place(run, runs.values(), situation, busy)
+        busy[command.prefer] += 1
+        commands.append(command)
     return commands
 
 
@@ -148,6 +172,17 @@ def most_groups(slots: int, limits: Limits) -> int:
     return limits.max_gangs if limits.wait_s else min(limits.max_gangs, slots + 1)
 
 
+def held_back(situation: Situation) -> str:
+    """Return why no gang may ask for a place though nodes could hold it: a sweep goes first on all of them."""
+    if not situation.reserved or not situation.slots:
+        return ""
+    able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
+    if count_slots([node for node in able if node.node_id not in situation.reserved], situation.gang):
+        return ""
+    first = next(situation.reserved[node.node_id] for node in able if node.node_id in situation.reserved)
+    return f"waits: {first} waits for a place"
+
+
 def decide_one(run: Run, situation: Situation) -> Command | None:
     """Return the command for one run that needs no look at the others."""
     is_cancelled = run.is_cancelled or run.key in situation.cancelled
@@ -158,10 +193,13 @@ def decide_one(run: Run, situation: Situation) -> Command | None:
     if run.state in (State.COMMITTING, State.TEARDOWN):
         return Release(key=run.key, group=run.group, failure=run.failure)
     if run.state is State.QUEUED:  # its group waits for room; no limit runs before it has some
-        is_withdrawn = is_cancelled or situation.infeasible or is_kept_out(run, situation)
+        is_late = is_kept_out(run, situation) or is_outdated(run, situation)
+        is_withdrawn = is_cancelled or situation.infeasible or is_late
         return Release(key=run.key, group=run.group) if is_withdrawn else None
     if is_cancelled and run.state in ALIVE:
         return decide_stop(run, situation)
+    if run.yields or run.key in situation.leavers:
+        return decide_yield(run, run.yields or situation.leavers[run.key], situation)
     if run.state is State.PLACED:
         return Start(key=run.key, group=run.group, attempt=run.attempt)
     failure = overdue(run, situation)
@@ -176,6 +214,12 @@ def is_kept_out(run: Run, situation: Situation) -> bool:
         return False
     left = {node.node_id for node in situation.nodes if gangs_on(node, situation.gang)} - {*run.avoid}
     return len(left) < situation.gang.hosts and {*nodes_to_avoid(run, situation)} < {*run.avoid}
+
+
+def is_outdated(run: Run, situation: Situation) -> bool:
+    """Return whether a waiting group avoids other nodes than it should by now, and is to be asked for anew."""
+    reserved = {*situation.reserved}
+    return not reserved <= {*run.avoid} <= {*reserved, *run.bad_nodes}
 
 
 def decide_without_group(run: Run, is_cancelled: bool, situation: Situation) -> Command | None:
@@ -207,6 +251,16 @@ def decide_move(run: Run, situation: Situation) -> Command | None:
     if not run.is_stopping:
         return Stop(key=run.key, group=run.group, is_move=True)
     return Release(key=run.key, group=run.group, failure=drained(run)) if situation.now >= run.stop_by else None
+
+
+def decide_yield(run: Run, words: str, situation: Situation) -> Command | None:
+    """Return the command for a gang that makes way for another sweep: training may leave a checkpoint first."""
+    failure = made_way(words)
+    if run.state is not State.TRAIN:  # finished stages are kept; the one at work has nothing to leave
+        return Release(key=run.key, group=run.group, failure=failure)
+    if not run.is_stopping:
+        return Stop(key=run.key, group=run.group, is_move=True, yields=words)
+    return Release(key=run.key, group=run.group, failure=failure) if situation.now >= run.stop_by else None
 
 
 def overdue(run: Run, situation: Situation) -> Failure | None:
@@ -258,31 +312,27 @@ def wants_group(run: Run, situation: Situation) -> bool:
     return run.state is State.QUEUED and not (run.has_group or run.is_cancelled or situation.infeasible)
 
 
-def place(run: Run, runs: Iterable[Run], situation: Situation) -> Submit:
-    """Return the request for a place: away from nodes that failed it, and from its seed's other repeats."""
-    able = [node for node in situation.nodes if gangs_on(node, situation.gang)]
-    avoid = nodes_to_avoid(run, situation)
-    prefer = ""
-    if situation.has_repeats and situation.gang.hosts == 1:
-        same = (run.key.variant, run.key.seed)
-        siblings = {
-            other.node_id for other in runs if (other.key.variant, other.key.seed) == same and other.key != run.key
-        }
-        prefer = quietest([node for node in able if node.node_id not in siblings and node.node_id not in avoid], runs)
-    return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid)
+def place(run: Run, runs: Iterable[Run], situation: Situation, busy: Mapping[str, int] | None = None) -> Submit:
+    """Return the request for a place: away from nodes that failed it, and from its seed's other repeats; alike GPUs.
+
+    busy: node id -> gangs of this sweep that are there, or would best be.
+    """
+    gang, avoid = situation.gang, nodes_to_avoid(run, situation)
+    good = [node for node in situation.nodes if gangs_on(node, gang) and node.node_id not in avoid]
+    best = best_node(run, list(runs), good, gang, busy=busy or {}, has_repeats=situation.has_repeats)
+    prefer = best if gang.hosts == 1 else ""  # Ray takes a wish for gangs on one node alone
+    return Submit(key=run.key, group=run.group + 1, prefer=prefer, avoid=avoid, require=gang.require)
 
 
 def nodes_to_avoid(run: Run, situation: Situation) -> tuple[str, ...]:
-    """Return the ids of the nodes that have failed a run; none where too few are left: any is better than none."""
-    able = [node.node_id for node in situation.nodes if gangs_on(node, situation.gang)]
-    avoid = tuple(node_id for node_id in able if node_id in run.bad_nodes)
-    return avoid if len(able) - len(avoid) >= situation.gang.hosts else ()
+    """Return the ids of the nodes that have failed a run, and of those where other sweeps go first.
 
-
-def quietest(nodes: Sequence[Node], runs: Iterable[Run]) -> str:
-    """Return the id of the node with the fewest live gangs, or nothing."""
-    busy = Counter(run.node_id for run in runs if run.has_group)
-    return min(nodes, key=lambda node: busy[node.node_id]).node_id if nodes else ""
+    Where too few nodes are left, those that failed it are taken again: any is better than none.
+    """
+    gang, reserved = situation.gang, situation.reserved
+    able = [node.node_id for node in situation.nodes if gangs_on(node, gang) and node.node_id not in reserved]
+    failed = tuple(node_id for node_id in able if node_id in run.bad_nodes)
+    return (*(failed if len(able) - len(failed) >= gang.hosts else ()), *reserved)
 
 
 def apply_command(run: Run, command: Command, situation: Situation) -> Run:
@@ -292,13 +342,16 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
         case Submit():
             return replace(
                 run, has_group=True, group=command.group, is_releasing=False, node="", node_id="", waits_for="",
-                avoid=command.avoid,
+                held_back=False, asked_at=now, prefer=command.prefer, avoid=command.avoid,
             )  # fmt: skip
         case Start():
             return enter(run, State.STARTING, now)
         case Stop():
             grace_s = max(situation.grace_s, MOVE_S) if command.is_move else situation.grace_s
-            return replace(run, is_stopping=True, is_cancelled=not command.is_move, stop_by=now + grace_s)
+            is_cancelled = not command.is_move
+            return replace(
+                run, is_stopping=True, is_cancelled=is_cancelled, stop_by=now + grace_s, yields=command.yields
+            )
         case Release():
             is_cancelled = run.is_cancelled or run.key in situation.cancelled
             run = replace(run, is_releasing=True, is_cancelled=is_cancelled)
@@ -309,7 +362,7 @@ def apply_command(run: Run, command: Command, situation: Situation) -> Run:
         case Commit():
             return replace(run, is_committing=True)
         case Give():
-            return replace(enter(run, command.state, now), not_before=0.0, waits_for="")
+            return replace(enter(run, command.state, now), not_before=0.0, waits_for="", held_back=False)
         case Wait():
-            return replace(run, waits_for=command.words)
+            return replace(run, waits_for=command.words, held_back=command.held_back)
     return run

@@ -59,6 +59,7 @@ PHASES = {
 # Failures that may be the node's fault; the next attempt goes elsewhere where there is an elsewhere.
 NODE_FAULTS = frozenset({Kind.NODE_LOST, Kind.PREFLIGHT, Kind.START, Kind.STALLED, Kind.DIED, Kind.DISK})
 
+CPU = "CPU"  # the device of a gang without GPUs
 BACKOFF_DOUBLINGS = 16  # enough for any backoff_max_s; keeps 2**n small
 
 
@@ -80,14 +81,19 @@ class Run:
     since: float = 0.0  # when it entered this state
     attempt: int = 0  # number of the latest attempt; counts every gang that got a place
     failures: int = 0  # attempts that failed for reasons of their own
-    preemptions: int = 0  # attempts lost with their node
+    preemptions: int = 0  # attempts lost with their node, or because they made way
+    asides: int = 0  # of them, those that made way for a sweep of higher priority
     group: int = 0  # serial of the placement group; 0: never had one
     has_group: bool = False
     is_releasing: bool = False  # its group is being removed
     is_committing: bool = False  # its results are being written
     is_stopping: bool = False  # its ranks were asked to stop
     is_cancelled: bool = False  # a person wants it to end
-    waits_for: str = ""  # the stage of another run that it needs, while it is QUEUED
+    waits_for: str = ""  # what keeps it QUEUED, besides room: a stage of another run, a sweep of higher priority
+    held_back: bool = False  # it would ask for a place, but a sweep of higher priority goes first
+    asked_at: float = 0.0  # when its group was asked for
+    prefer: str = ""  # the id of the node where its group would best be
+    yields: str = ""  # for whom its gang is to make way
     not_before: float = 0.0  # earliest time of the next attempt
     stop_by: float = 0.0  # when ranks that were asked to stop are killed
     placed_at: float = 0.0
@@ -108,6 +114,8 @@ class Run:
     bad_nodes: tuple[str, ...] = ()  # node ids where it was lost or failed
     avoid: tuple[str, ...] = ()  # ids of the nodes where its group may not be
     facts: Mapping[str, Any] = field(default_factory=dict)  # what the ranks said about their node
+    accelerator: str = ""  # what Ray calls the GPUs of the node of its newest gang; "" where it does not say
+    device: str = ""  # what its newest gang computes on: the model of its GPUs, or CPU; "" where nobody knows
     failure: Failure | None = None  # of the latest attempt
     previous: Failure | None = None  # of the attempt before
 
@@ -141,6 +149,7 @@ class Placed(Event):
     node: str = ""
     node_id: str = ""
     peers: tuple[str, ...] = ()
+    accelerator: str = ""  # as Ray calls the GPUs there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,11 +224,12 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
         case Placed() if run.state is State.QUEUED and not run.is_releasing:
             return replace(
                 enter(run, State.PLACED, now), attempt=run.attempt + 1, node=event.node, node_id=event.node_id,
-                peers=event.peers, placed_at=now, progress_at=now, silent_s=0.0, silent_rank=None, idle=None, lost="",
-                leaves="", phase="", step=0, total=None, metrics={}, facts={}, previous=run.failure, failure=None,
+                peers=event.peers, accelerator=event.accelerator, placed_at=now, progress_at=now, silent_s=0.0,
+                silent_rank=None, idle=None, lost="", leaves="", yields="", phase="", step=0, total=None, metrics={},
+                facts={}, previous=run.failure, failure=None,
             )  # fmt: skip
         case Started() if run.state is State.STARTING:
-            return replace(run, facts=event.facts, progress_at=now, idle=None)
+            return replace(run, facts=event.facts, progress_at=now, idle=None, device=event.facts.get("device", ""))
         case Progress() if run.state in WORKING or run.state is State.STARTING:
             return apply_progress(run, event, now)
         case Finished() if run.state in WORKING or run.state is State.STARTING:
@@ -228,6 +238,8 @@ def apply_event(run: Run, event: Event, now: float, limits: Limits) -> Run:
             return replace(run, leaves=event.node_id)
         case Interrupted() if run.state in ALIVE and run.leaves and not run.is_cancelled:
             return replace(enter(run, State.TEARDOWN, now), failure=drained(run))
+        case Interrupted() if run.state in ALIVE and run.yields and not run.is_cancelled:
+            return replace(enter(run, State.TEARDOWN, now), failure=made_way(run.yields))
         case Interrupted() if run.state in ALIVE:
             return replace(enter(run, State.TEARDOWN, now), is_cancelled=True)
         case Failed() if run.state in ALIVE or run.state is State.COMMITTING:
@@ -261,11 +273,16 @@ def drained(run: Run) -> Failure:
     return Failure(kind=Kind.NODE_LOST, node=run.node, node_id=run.leaves, message="a node is being drained")
 
 
+def made_way(words: str) -> Failure:
+    """Return why a gang ends before its work does, though nothing is wrong with it."""
+    return Failure(kind=Kind.PREEMPTED, message=f"made way for {words}")
+
+
 def with_files(run: Run, failure: Failure) -> Failure:
     """Return failure with the files that tell more: the log of the rank in question, the stacks if it stalled."""
     if (
         failure.files
-        or failure.kind in (Kind.COMMIT, Kind.START, Kind.PREFLIGHT)
+        or failure.kind in (Kind.COMMIT, Kind.START, Kind.PREFLIGHT, Kind.PREEMPTED)
         or (not run.facts and failure.rank is None)
     ):
         return failure
@@ -291,18 +308,20 @@ def judge_attempt(run: Run, now: float, limits: Limits) -> Run:
     """Return run after a failed attempt: RETRY_WAIT with its earliest time, or FAILED."""
     failure = run.failure
     assert failure is not None, run.key
-    is_preemption = failure.kind is Kind.NODE_LOST
+    is_aside = failure.kind is Kind.PREEMPTED
+    is_preemption = failure.kind is Kind.NODE_LOST or is_aside
     run = replace(
         run,
         failures=run.failures + (not is_preemption),
         preemptions=run.preemptions + is_preemption,
+        asides=run.asides + is_aside,
     )
     if failure.kind in NODE_FAULTS:
         run = replace(run, bad_nodes=tuple(dict.fromkeys((*run.bad_nodes, *nodes_at_fault(run, failure)))))
     if why_give_up(run, limits):
         return enter(run, State.FAILED, now)
-    tries = max(1, run.preemptions if is_preemption else run.failures)
-    wait_s = min(limits.backoff_max_s, limits.backoff_s * 2 ** min(tries - 1, BACKOFF_DOUBLINGS))
+    tries = max(1, run.preemptions - run.asides if is_preemption else run.failures)
+    wait_s = 0.0 if is_aside else min(limits.backoff_max_s, limits.backoff_s * 2 ** min(tries - 1, BACKOFF_DOUBLINGS))
     return replace(enter(run, State.RETRY_WAIT, now), not_before=now + wait_s)
 
 
@@ -321,12 +340,13 @@ def node_id_of(run: Run, rank: int | None) -> str:
 def why_give_up(run: Run, limits: Limits) -> str:
     """Return why a failed run gets no further attempt, or nothing if it does."""
     failure = run.failure
-    if failure is None:
+    if failure is None or failure.kind is Kind.PREEMPTED:
         return ""
     if failure.kind is Kind.USER:
         return "the same input would fail again"
     if failure.kind is Kind.NODE_LOST:
-        return f"{run.preemptions} nodes were lost" if run.preemptions > limits.preemptions else ""
+        lost = run.preemptions - run.asides
+        return f"{lost} nodes were lost" if lost > limits.preemptions else ""
     if failure.error_type == NO_ROOM:
         return "the disk is full, and room was waited for"
     if failure.is_same_error(run.previous):

@@ -8,7 +8,8 @@ import psutil
 
 from model.data.cpus import usable_cpus
 from runner.life.capacity import HERE, Node
-from runner.machine.gpus import count_gpus
+from runner.machine.gpus import count_gpus, query_gpus
+from runner.spec.labels import ACCELERATOR_LABEL, accelerator_type
 
 
 def this_machine() -> Node:
@@ -18,4 +19,6 @@ def this_machine() -> Node:
         "GPU": float(count_gpus()),
         "memory": float(psutil.virtual_memory().total),
     }
-    return Node(node_id=HERE, name=os.uname().nodename, resources=resources)
+    models = [gpu.model for gpu in query_gpus([])] if resources["GPU"] else []
+    labels = {ACCELERATOR_LABEL: accelerator_type(models[0])} if models else {}
+    return Node(node_id=HERE, name=os.uname().nodename, resources=resources, labels=labels)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from model.fields import check_keys, updated
+from runner.spec.labels import ACCELERATOR_LABEL, parse_require, words
 
 MAX_RANKS = 8  # on one host
 
@@ -19,10 +24,14 @@ class Gang:
     cpus: int = 1  # of each rank; also its number of threads
     ranks: int | None = None  # CPU gangs only; 1 where left out
     hosts: int = 1
+    require: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # label -> values, one of which a node has
+    same_gpu: bool = False  # all gangs of the sweep on one model of GPU, waiting for it where need be
 
     def __post_init__(self) -> None:
         if self.hosts < 1:
             raise ValueError(f"gang.hosts={self.hosts} must be at least 1")
+        if self.same_gpu and not self.gpus:
+            raise ValueError("gang.same_gpu=true is for gangs with gang.gpus; leave it out on CPUs")
         most = MAX_RANKS * self.hosts
         more = f" ({MAX_RANKS} on each of gang.hosts={self.hosts}; more hosts hold more)"
         if not 0 <= self.gpus <= most:
@@ -59,11 +68,27 @@ class Gang:
         """What the gang asks of each of its nodes."""
         return {name: amount * self.ranks_per_host for name, amount in self.bundle.items()}
 
+    def matches(self, labels: Mapping[str, str]) -> bool:
+        """Return whether a node with these labels is one that the gang may go to."""
+        return all(labels.get(label) in values for label, values in self.require.items())
+
+    def on_gpus(self, accelerator: str) -> Gang:
+        """Return the gang as one that takes only nodes with this value of Ray's label for GPUs."""
+        return replace(self, require={**self.require, ACCELERATOR_LABEL: (accelerator,)})
+
     def describe(self) -> str:
         """Return the gang in words, as errors and the plan print it."""
         each = ", ".join(f"{amount:g} {name}" for name, amount in sorted(self.bundle.items(), reverse=True))
         where = "on one node" if self.hosts == 1 else f"on {self.hosts} nodes, {self.ranks_per_host} on each"
-        return f"{self.world_size} rank(s) {where}, {each} each"
+        labels = f", with {words(self.require)}" if self.require else ""
+        return f"{self.world_size} rank(s) {where}{labels}, {each} each"
+
+
+def parse_gang(given: object) -> Gang:
+    """Return the checked gang that a spec, or sweep.json, holds. Raises ValueError naming the key that does not fit."""
+    values = dict(check_keys("gang", given, [item.name for item in dataclasses.fields(Gang)]))
+    require = parse_require(values.pop("require", None) or {})
+    return replace(updated(Gang(), values, "gang"), require=require)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,7 @@ import yaml
 from model.config import DataConfig, RunConfig
 from model.fields import check_keys, checked, describe, nearest, updated
 from model.presets import PRESETS
-from runner.spec.gang import Gang, Limits
+from runner.spec.gang import Limits, parse_gang
 from runner.spec.places import absolute_path, is_object_store, is_uri
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program
@@ -26,11 +26,12 @@ from runner.spec.sweep import SweepSpec, check_name, check_seeds
 from runner.spec.variants import parse_variants
 
 SPEC_LIMIT_BYTES = 1 << 20
+MAX_PRIORITY = 1_000_000
 TRACKERS = ("mlflow", "tensorboard", "wandb")
 OVERRIDE_SECTIONS = ("model", "train", "quant", "evaluation", "ttt", "runtime")
 KNOWN_KEYS = (
     "name", "preset", "overrides", "variants", "grid", "data", "seeds", "repeats", "gang", "limits", "restart",
-    "wait_s", "max_gangs", "out", "program", "track", "price_per_gpu_hour",
+    "wait_s", "max_gangs", "out", "program", "track", "price_per_gpu_hour", "priority", "preemptible",
 )  # fmt: skip
 OF_RECIPES = ("preset", "overrides", "variants", "grid", "data")  # what a program has no use for
 
@@ -134,11 +135,13 @@ def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
     place = absolute_path(out if out is not None else checked(given.get("out", ""), str, "out"))
     if not place:
         raise ValueError("out is missing; name a folder (or pass --out DIR)")
-    gang = updated(Gang(), given.get("gang") or {}, "gang")
+    gang = parse_gang(given.get("gang") or {})
     track = parse_track(given["track"] if given.get("track") is not None else {})
     return {
         "seeds": check_seeds(given["seeds"]), "repeats": repeats, "gang": gang, "out": place, "track": track,
         "price_per_gpu_hour": parse_price(given.get("price_per_gpu_hour")),
+        "priority": parse_priority(given.get("priority", 0)),
+        "preemptible": checked(given.get("preemptible", False), bool, "preemptible"),
     }  # fmt: skip
 
 
@@ -181,6 +184,14 @@ def parse_track(given: object) -> dict[str, str]:
                 f"track.{name} holds a password; give it in the environment, as the tracker's client reads it"
             )
     return {name: absolute_path(place) if name == "tensorboard" else place for name, place in track.items()}
+
+
+def parse_priority(given: object) -> int:
+    """Return the priority of a sweep among those of its cluster."""
+    priority: int = checked(given, int, "priority")
+    if abs(priority) > MAX_PRIORITY:
+        raise ValueError(f"priority={priority} must be between -{MAX_PRIORITY} and {MAX_PRIORITY}; 0 is the default")
+    return priority
 
 
 def parse_price(given: object) -> float | None:

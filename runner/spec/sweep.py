@@ -10,7 +10,7 @@ from typing import Any
 
 from model.config import RunConfig, config_hash
 from model.fields import check_keys, checked, describe, plain_settings, updated
-from runner.spec.gang import Gang, Limits
+from runner.spec.gang import Gang, Limits, parse_gang
 from runner.spec.program import Program, parse_program
 
 BASE = "base"  # the one variant of a sweep that names none
@@ -67,6 +67,8 @@ class SweepSpec:
     fetch: Mapping[str, Any] | None = None  # data.fetch: how a node gets missing shards
     track: Mapping[str, str] = field(default_factory=dict)  # name of a tracker -> its URI, folder or project
     price_per_gpu_hour: float | None = None  # in whatever currency; None: no money is shown
+    priority: int = 0  # among the sweeps of one cluster; a higher one gets the next free place
+    preemptible: bool = False  # gangs at work make way for a sweep of higher priority
     out: str = ""
     program: Program | None = None  # somebody else's, in place of our pipeline; preset is "" then
 
@@ -122,6 +124,10 @@ class SweepSpec:
             del plain["program"]  # earlier versions read the spec of a recipe
         else:
             plain |= {"program": self.program.to_json(), "config": {}}
+        for holder, name in ((plain, "priority"), (plain, "preemptible"), (plain["gang"], "require"),
+                             (plain["gang"], "same_gpu")):  # fmt: skip
+            if not holder[name]:
+                del holder[name]  # earlier versions read the spec of a sweep that uses none of it
         plain["seeds"] = list(self.seeds)
         plain["ablation"] = [{"name": item.name, "config": plain_settings(item.config)} for item in self.ablation]
         return plain
@@ -140,12 +146,14 @@ class SweepSpec:
             ablation=tuple(
                 Variant(name=str(item["name"]), config=updated(RunConfig(), item["config"], "")) for item in ablation
             ),
-            gang=updated(Gang(), plain["gang"], "gang"),
+            gang=parse_gang(plain["gang"]),
             limits=updated(Limits(), plain["limits"], "limits"),
             fetch=plain["fetch"],
             track=dict(plain.get("track") or {}),  # like the price, not in what earlier versions wrote
             price_per_gpu_hour=plain.get("price_per_gpu_hour"),
             out=str(plain["out"]),
+            priority=plain.get("priority", 0),
+            preemptible=plain.get("preemptible", False),
             program=parse_program(plain["program"]) if plain.get("program") else None,
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from model.fields import nearest
+from results.render import mixed_devices
 from runner.folder.directory import SweepDirectory, run_from_json, run_to_json, utc
 from runner.folder.lease import BEAT_EVERY_S, LEASE_TTL_S, Owner
 from runner.folder.storage import open_storage
@@ -17,6 +18,7 @@ from runner.life.states import FINAL, WORKING, Run, State
 from runner.spec.sweep import BASE, RunKey
 from runner.view.progress import Paces, Row, duration, row_of
 
+GIVEN_UP = FINAL - {State.DONE}
 FOLLOW_EVERY_S = 0.5
 LOOK_S = 2 * BEAT_EVERY_S + 1.0  # for a heartbeat to move
 
@@ -41,6 +43,7 @@ class Picture:
     eta_s: float | None  # of the whole sweep
     gpu_hours: tuple[float, ...] = ()  # of each run, all its attempts; () in a sweep without GPUs
     price: float | None = None  # of a GPU for an hour
+    devices: str = ""  # which runs are on what, where they are on different models of GPU, or on GPUs and CPUs
 
     @property
     def counts(self) -> dict[str, int]:
@@ -84,6 +87,7 @@ def look(out: str) -> Picture:
         eta_s=sweep_eta_s(runs, int(state.get("slots", 1)), now) if is_driven else None,
         gpu_hours=tuple(run.gang_s(now) * gpus / 3600 for run in runs) if gpus else (),
         price=spec.get("price_per_gpu_hour"),
+        devices=mixed_devices({run.key.words: run.device for run in runs if run.state not in GIVEN_UP}),
     )
 
 
