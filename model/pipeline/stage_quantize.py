@@ -79,7 +79,7 @@ def _round_and_save(
 
     metrics = save_rounded(
         run.workdir / ARTIFACT, weights, hessians, run.config,
-        probe=probe, meta=artifact_meta(run), code_bytes=program.num_bytes, span=span,
+        probe=probe, meta=artifact_meta(run), code_bytes=program.num_bytes, span=span, reader=run.artifacts,
     )  # fmt: skip
     return {**metrics, "code_bytes_readable": program.readable_bytes, "code_bytes_convention": CONVENTION}
 
