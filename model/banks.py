@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -213,19 +214,28 @@ def _mlp_gates(weights: Mapping[str, Tensor]) -> Tensor | None:
 
 
 @torch.no_grad()
-def draw_weights(weights: Mapping[str, Tensor], config: ModelConfig, seed: int) -> None:
-    """Draw embedding and banks in place, each matrix from a generator of its own, rounded to bf16 once."""
+def draw_weights(weights: Mapping[str, Tensor], config: ModelConfig, seed: int, *, num_workers: int = 1) -> None:
+    """Draw embedding and banks in place, each matrix from a generator of its own, rounded to bf16 once.
+
+    So many matrices are drawn at a time, each by one thread: the bits do not depend on it.
+    """
     num_layers, embedding = config.num_layers, torch.empty(weights[EMBEDDING_PARAMETER].shape)
     embedding.normal_(0, config.embedding_init_std, generator=_generator(seed, EMBEDDING_PARAMETER))
     weights[EMBEDDING_PARAMETER].copy_(embedding.bfloat16())
     # Output projections stay zero: at the start every layer passes its stream on as it is.
     weights["qo_bank"].zero_()
     weights["mlp_down_bank"].zero_()
-    for name, rows in (("qo_bank", num_layers), ("kv_bank", 2 * num_layers), ("mlp_up_bank", num_layers)):
-        bank = weights[name]
-        for index in range(rows):
-            matrix = nn.init.orthogonal_(torch.empty(bank.shape[1:]), generator=_generator(seed, f"{name}/{index}"))
-            bank[index].copy_(matrix.bfloat16())
+    rows = {"qo_bank": num_layers, "kv_bank": 2 * num_layers, "mlp_up_bank": num_layers}
+    places = [(name, index) for name, count in rows.items() for index in range(count)]
+
+    def draw(place: tuple[str, int]) -> Tensor:
+        name, index = place
+        matrix = torch.empty(weights[name].shape[1:])
+        return nn.init.orthogonal_(matrix, generator=_generator(seed, f"{name}/{index}")).bfloat16()
+
+    with ThreadPoolExecutor(num_workers, "draw") as pool:
+        for (name, index), matrix in zip(places, pool.map(draw, places), strict=True):
+            weights[name][index].copy_(matrix)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

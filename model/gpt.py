@@ -118,12 +118,12 @@ class GPT(nn.Module):
         """Draw the initial weights: each tensor from its own generator, rounded to bf16 once.
 
         Embedding normal; queries, keys, values and MLP inputs orthogonal; output and MLP down projections zero.
-        Drawn on the CPU, by one thread: the same seed gives the same bits for every device and number of threads.
+        Drawn on the CPU, each by one thread: the same seed gives the same bits for every device and number of threads.
         """
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # the last bits of a QR decomposition depend on it; more than a few also slow it down
         try:
-            draw_weights(dict(self.named_parameters()), self.config, seed)
+            draw_weights(dict(self.named_parameters()), self.config, seed, num_workers=num_threads)
         finally:
             torch.set_num_threads(num_threads)
 

@@ -25,7 +25,7 @@ from model.data.validation import ValidationSet, load_validation
 from model.distributed import Dist
 from model.gpt import GPT, build_model
 from model.pipeline.warm_up import choose_attention, synthetic_row, warm_up
-from model.quant.artifact import load_artifact, read_artifact_info
+from model.quant.artifact import ArtifactReader, load_artifact, read_artifact_info
 from model.quant.calibrate import collect_hessians
 from model.quant.quantized import dequantize
 from model.quant.rounded import save_rounded
@@ -112,7 +112,7 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
         scores = evaluate_plain(model, validation, tokenizer.byte_table, config.evaluation, dist, report)
         metrics |= scores.metrics(prefix)
     hessians = collect_hessians(model, loader, config.quant, dist, report, seed=config.seed)
-    path = (args.out or Path("runs") / f"seed={args.seed}") / "model.ssq"
+    path, artifacts = (args.out or Path("runs") / f"seed={args.seed}") / "model.ssq", ArtifactReader()
     if dist.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         meta = {
@@ -120,10 +120,12 @@ def run_training(config: RunConfig, args: argparse.Namespace, dist: Dist, code_b
             "torch": torch.__version__, "recipe_hash": recipe_hash(config, world_size=dist.world_size),
         }  # fmt: skip
         probe = LossProbe(model, loader, config.quant, seed=config.seed)
-        metrics |= save_rounded(path, trained.ema, hessians, config, probe=probe, meta=meta, code_bytes=code_bytes)
+        metrics |= save_rounded(
+            path, trained.ema, hessians, config, probe=probe, meta=meta, code_bytes=code_bytes, reader=artifacts
+        )
     dist.barrier()
     metrics |= describe_validation(tokenizer, validation, dist)
-    model.load_state_dict(dequantize(load_artifact(path)[1]))
+    model.load_state_dict(dequantize(artifacts.load(path)[1]))
     warm_up_scoring(model, tokenizer.byte_table, config, dist)
     return metrics | score_model(model, validation, tokenizer.byte_table, config, dist, report)
 

@@ -22,6 +22,7 @@ from model.quant.artifact import (
     DIGEST_BYTES,
     MAGIC,
     PREFIX,
+    ArtifactReader,
     load_artifact,
     pack_artifact,
     read_artifact_info,
@@ -30,6 +31,7 @@ from model.quant.artifact import (
 from model.quant.artifact_header import tensor_entries
 from model.quant.low_rank import LowRank
 from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
+from model.quant.rounded import check_reload
 from tests.fuzz.mutations import changed, fuzz_artifact_once, header_of, places, seal, with_header
 from tests.memory import peak_bytes
 
@@ -192,6 +194,60 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     assert "no seedsweep artifact" in refusal(b"", tmp_path)
     with pytest.raises(FileNotFoundError):
         load_artifact(tmp_path / "absent.ssq")
+
+
+def test_a_reader_unpacks_the_same_bytes_once_and_others_anew(tmp_path: Path, small_artifact: bytes) -> None:
+    path, reader = tmp_path / "model.ssq", ArtifactReader()
+    path.write_bytes(small_artifact)
+    first = reader.load(path)
+    (tmp_path / "copy.ssq").write_bytes(small_artifact)
+    assert reader.load(path) is first
+    assert reader.load(tmp_path / "copy.ssq") is first
+    other = random_quantized(SMALL, 1)
+    save_artifact(path, other, SMALL, META)
+    found = reader.load(path)[1]
+    assert all(torch.equal(found.matrices[name].codes, weight.codes) for name, weight in other.matrices.items())
+    assert not all(torch.equal(found.matrices[name].codes, first[1].matrices[name].codes) for name in other.matrices)
+
+
+def test_a_reader_refuses_bytes_that_were_damaged_since(tmp_path: Path, small_artifact: bytes) -> None:
+    path, reader = tmp_path / "model.ssq", ArtifactReader()
+    path.write_bytes(small_artifact)
+    reader.load(path)
+    middle = len(small_artifact) // 2
+    path.write_bytes(small_artifact[:middle] + bytes([small_artifact[middle] ^ 1]) + small_artifact[middle + 1 :])
+    with pytest.raises(ValueError, match="checksum does not match"):
+        reader.load(path)
+
+
+def test_every_number_of_a_state_must_reload(tmp_path: Path) -> None:
+    path, state = tmp_path / "model.ssq", corrected(random_quantized(SMALL, 1, keep=("k",)), 1)
+    save_artifact(path, state, SMALL, META)
+    check_reload(path, state, ArtifactReader())
+    weight, factors = state.matrices["layers.0.q"], state.matrices[EMBEDDING].correction
+    assert factors is not None
+    altered = {
+        "layers.0.q": [
+            weight._replace(codes=weight.codes.clone().index_fill_(0, torch.tensor([0]), 0)),
+            weight._replace(scales=weight.scales * 2),
+            weight._replace(correction=factors),
+        ],
+        EMBEDDING: [
+            state.matrices[EMBEDDING]._replace(correction=other)
+            for other in (
+                None,
+                factors._replace(a_codes=-1 - factors.a_codes),
+                factors._replace(a_scale=weight.scales[:1]),
+            )
+        ],
+    }
+    for name, others in altered.items():
+        for other in others:
+            with pytest.raises(ValueError, match=f"does not reload: {name} differs"):
+                check_reload(path, replace(state, matrices={**state.matrices, name: other}), ArtifactReader())
+    for name, tensor in state.floats.items():
+        with pytest.raises(ValueError, match=f"does not reload: {name} differs"):
+            check_reload(path, replace(state, floats={**state.floats, name: tensor + 1}), ArtifactReader())
 
 
 @pytest.mark.parametrize("codec", ["rans", "brotli"])

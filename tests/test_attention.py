@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from model.attention import probe
 from model.attention.backends import VARLEN_KERNELS, attention, is_available, resolve_backend
 from model.attention.bounds import Bounds
 from model.attention.probe import probe_backends
+from model.pipeline import warm_up
 
 LENGTHS = st.lists(st.sampled_from([1, 1, 2, 3, 5, 8, 9, 17, 33, 40]), min_size=1, max_size=12)
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2), (3, 3)])
@@ -127,13 +130,77 @@ def test_our_own_kernel_wants_cuda() -> None:
         attention(q, k, v, pack([4]), backend="triton")
 
 
-def test_a_cpu_probe_has_one_answer() -> None:
+def test_a_backend_that_is_alone_is_checked_and_not_timed() -> None:
     q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
     choice = probe_backends(q, k, v, pack([5, 3]))
     assert choice.name == "sdpa"
-    assert list(choice.timings_ms) == ["sdpa"]
+    assert choice.timings_ms == {}
     assert choice.errors["sdpa"] < 1e-5
     assert choice.rejected == {}
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Return a table of made-up backends, filled by a test: name -> milliseconds, below 0 for a wrong one."""
+    table: dict[str, float] = {}
+    right = probe.attention
+
+    def attend(q: Any, k: Any, v: Any, packing: Any, *, backend: str) -> torch.Tensor:
+        if backend in table:
+            return right(q, k, v, packing, backend="sdpa") * (1.0 if table[backend] > 0 else 1.5)
+        return right(q, k, v, packing, backend=backend)
+
+    monkeypatch.setattr(probe, "attention", attend)
+    monkeypatch.setattr(probe, "_time_ms", lambda call, _device: table[call.args[3]])
+    return table
+
+
+@pytest.mark.parametrize(
+    ("table", "candidates", "fallback", "name", "timed", "rejected"),
+    [
+        ({"fa2": 2.0, "triton": 1.0, "varlen": 0.5}, ["fa2", "triton"], "varlen", "triton", ["fa2", "triton"], []),
+        ({"fa2": 1.0, "triton": 2.0, "varlen": 0.5}, ["fa2", "triton"], "varlen", "fa2", ["fa2", "triton"], []),
+        ({"triton": 2.0, "varlen": 0.5}, ["triton"], "varlen", "triton", [], []),
+        ({"fa2": -1.0, "triton": 2.0, "varlen": 0.5}, ["fa2", "triton"], "varlen", "triton", [], ["fa2"]),
+        ({"triton": -2.0, "varlen": 0.5}, ["triton"], "varlen", "varlen", [], ["triton"]),
+        ({"fa2": -2.0, "triton": -2.0, "varlen": 0.5}, ["fa2", "triton"], "varlen", "varlen", [], ["fa2", "triton"]),
+    ],
+)
+def test_only_several_right_backends_are_timed_and_the_fallback_waits_for_none(
+    kernels: dict[str, float], table: dict[str, float], candidates: list[str], fallback: str, name: str,
+    timed: list[str], rejected: list[str],
+) -> None:  # fmt: skip
+    kernels.update(table)
+    q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
+    choice = probe_backends(q, k, v, pack([5, 3]), candidates=candidates, fallback=fallback)
+    assert choice.name == name
+    assert list(choice.timings_ms) == timed
+    assert list(choice.rejected) == rejected
+    assert ("varlen" in choice.errors) == (name == "varlen")  # else not even imported
+    assert set(choice.errors) >= {*candidates}
+
+
+def test_a_wrong_fallback_is_refused_like_any_other(kernels: dict[str, float]) -> None:
+    kernels.update({"triton": -1.0, "varlen": -1.0})
+    q, k, v, _ = draw(1, 8, (4, 2), seed=0, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"no attention backend passed .*triton: relative error .*; varlen: relative"):
+        probe_backends(q, k, v, pack([5, 3]), candidates=["triton"], fallback="varlen")
+
+
+@pytest.mark.parametrize(
+    ("available", "candidates", "fallback"),
+    [
+        ({"varlen"}, ["varlen"], None),
+        ({"varlen", "fa2"}, ["varlen", "fa2"], None),
+        ({"varlen", "triton"}, ["triton"], "varlen"),
+        ({"varlen", "fa4", "triton"}, ["fa4", "triton"], "varlen"),
+    ],
+)
+def test_pytorchs_own_kernel_is_a_candidate_only_where_ours_does_not_run(
+    monkeypatch: pytest.MonkeyPatch, available: set[str], candidates: list[str], fallback: str | None
+) -> None:
+    monkeypatch.setattr(warm_up, "is_available", lambda name: name in available)
+    assert warm_up.list_candidates() == (candidates, fallback)
 
 
 def test_a_probe_says_why_a_backend_was_rejected() -> None:

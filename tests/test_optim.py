@@ -1,7 +1,10 @@
 """model/train/optim.py: the mathematics of Muon and clipping; agreement with the record's figures is in test_parity."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from model.distributed import Dist
 from model.gpt import GPT
 from model.presets import published
 from model.train.gradients import clip_, collect_gradients
-from model.train.optim import Muon, Optimizers, muon_scale, muon_update, newton_schulz, split_parameters
+from model.train.optim import AdamW, Muon, Optimizers, muon_scale, muon_update, newton_schulz, split_parameters
 from tests.gang_work import run_gang
 from tests.micro_model import FRONTIER_PARTS, micro_model, micro_train, random_model
 
@@ -145,6 +148,51 @@ def test_a_first_adamw_step_moves_by_the_learning_rate_and_decays() -> None:
         assert torch.allclose(model.get_parameter(name).detach(), expected, atol=1e-6), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_is_torchs_to_the_bit(dtype: torch.dtype) -> None:
+    sizes = ((64, 33), (7,), ())
+    ours, theirs = ([nn.Parameter(randn(*size).to(dtype)) for size in sizes] for _ in range(2))
+    rates = [{"lr": 0.03, "weight_decay": 0.095}, {"lr": 0.02, "weight_decay": 0.0}]
+
+    def groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": parameters[:1], **rates[0]}, {"params": parameters[1:], **rates[1]}]
+
+    mine = AdamW(groups(ours), betas=(0.9, 0.95), eps=1e-8)
+    torchs = torch.optim.AdamW(groups(theirs), betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for step in range(3):
+        for optimizer, parameters in ((mine, ours), (torchs, theirs)):
+            for index, parameter in enumerate(parameters):
+                parameter.grad = randn(*parameter.shape, seed=10 * step + index).to(dtype)
+            if step == 1:
+                parameters[1].grad = None  # stays as it is, and does not count a step
+            optimizer.param_groups[0]["lr"] = 0.03 * (3 - step)
+            optimizer.step()
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one, two)
+        assert mine.state[one].keys() == torchs.state[two].keys()
+        assert all(torch.equal(mine.state[one][key], value) for key, value in torchs.state[two].items())
+        assert all(mine.state[one][key].dtype == value.dtype for key, value in torchs.state[two].items())
+
+
+def test_a_step_needs_nothing_of_pytorchs_compiler() -> None:
+    code = """
+import sys
+import torch
+from model.distributed import Dist
+from model.train.optim import Optimizers
+from tests.micro_model import micro_train, random_model
+model = random_model()
+for parameter in model.parameters():
+    parameter.grad = torch.ones_like(parameter)
+optimizers = Optimizers(model, micro_train(), Dist.single())
+optimizers.step(lr_factor=1.0, momentum=0.9)
+optimizers.state_dict()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr
+
+
 def test_a_restored_optimizer_goes_on_as_the_saved_one() -> None:
     def steps(optimizers: Optimizers, model: GPT, first: int) -> None:
         for step in range(first, first + 2):
@@ -165,6 +213,18 @@ def test_a_restored_optimizer_goes_on_as_the_saved_one() -> None:
     steps(second, models[1], 2)
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters()):
         assert torch.equal(one, two), name
+
+
+def test_an_optimizer_can_be_saved_and_restored_before_its_first_step() -> None:
+    saved = Optimizers(random_model(), micro_train(), Dist.single()).state_dict()
+    assert not [name for name in saved if name.startswith("adamw/")]
+    model = random_model()
+    restored = Optimizers(model, micro_train(), Dist.single())
+    restored.load_state_dict(saved)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    restored.step(lr_factor=1.0, momentum=0.9)
+    assert restored.state_dict()["adamw/0/step"] == 1
 
 
 def test_moments_have_the_types_of_the_record() -> None:

@@ -19,11 +19,12 @@ from model.corpus.vocabulary import train_vocabulary
 from model.data.tokenizer import load_tokenizer
 from model.distributed import Dist
 from model.files.tensors import load_tensors
+from model.pipeline import inputs, stage_quantize
 from model.pipeline import seed as pipeline
-from model.pipeline import stage_quantize
 from model.pipeline.records import read_records
 from model.pipeline.seed import RunMismatch, SeedResult, run_seed
-from model.quant.artifact import load_artifact, read_artifact_info
+from model.quant import artifact
+from model.quant.artifact import load_artifact, read_artifact_info, save_artifact
 from model.quant.quantized import dequantize
 from model.quant.rounded import META_ROOM_BYTES
 from model.report import STAGES, Interrupted
@@ -162,6 +163,43 @@ def test_the_artifact_reloads_to_the_weights_that_were_scored(corpus: Corpus, fi
     for name, value in loaded.items():
         error = (value - trained[f"ema/{name}"]).norm() / trained[f"ema/{name}"].norm()
         assert float(error) < 0.25, name  # six bits at 12.85 sigmas: 0.12 by plain rounding
+
+
+def test_the_artifact_is_unpacked_once_and_of_the_weights_only_what_a_stage_needs_is_read(
+    corpus: Corpus, finished: SeedResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpacked: list[str] = []
+    unpack, load = artifact._unpack_state, inputs.load_tensors
+    monkeypatch.setattr(artifact, "_unpack_state", lambda *given: unpacked.append("") or unpack(*given))
+    prefixes: list[str] = []
+    monkeypatch.setattr(
+        inputs, "load_tensors", lambda path, *, prefix: prefixes.append(prefix) or load(path, prefix=prefix)
+    )
+    result = run(corpus.config, tmp_path)
+    assert repeatable(result) == repeatable(finished)
+    assert len(unpacked) == 1
+    assert prefixes == ["ema/", "live/", "ema/"]
+    (tmp_path / "stages/ttt.json").unlink()
+    assert repeatable(run(corpus.config, tmp_path)) == repeatable(finished)
+    assert len(unpacked) == 2  # a stage that goes on alone unpacks for itself
+
+
+def test_what_is_scored_is_what_the_file_holds_at_that_time(
+    corpus: Corpus, finished: SeedResult, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.ssq"
+
+    def report(phase: str, _step: int, total: int | None, _metrics: dict[str, Any]) -> None:
+        if phase == "evaluate" and total is None and not (tmp_path / "changed").exists():
+            config, state = load_artifact(path)
+            louder = {name: w._replace(scales=w.scales * 1.5) for name, w in state.matrices.items()}
+            save_artifact(path, replace(state, matrices=louder), config, {})
+            (tmp_path / "changed").touch()
+
+    changed = run(corpus.config, tmp_path, report=report)
+    for prefix in ("pre_ttt", "ttt_lr0", "post_ttt"):
+        assert changed.metrics[f"{prefix}_nats"] != finished.metrics[f"{prefix}_nats"]
+    assert changed.metrics["live_nats"] == finished.metrics["live_nats"]
 
 
 def test_no_checkpoint_and_no_half_written_file_stays(finished: SeedResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tests.memory import peak_bytes
 
 TYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
+    torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.complex64,
 )  # fmt: skip
 BANK = torch.arange(12.0).reshape(3, 4)
 TENSORS = {
@@ -26,6 +28,11 @@ TENSORS = {
 
 
 HALF = b'{"dtype":"F32","shape":[2],"data_offsets":[%b]}'
+
+
+def is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors are equal; some types cannot be compared by torch."""
+    return first.shape == second.shape and first.tolist() == second.tolist()
 
 
 def write(path: Path, header: object, data: bytes = b"\0" * 16) -> Path:
@@ -47,7 +54,28 @@ def test_tensors_come_back_and_the_library_reads_the_same(tmp_path: Path) -> Non
         assert set(found) == set(TENSORS)
         for name, tensor in TENSORS.items():
             assert found[name].dtype == tensor.dtype
-            assert torch.equal(found[name], tensor)
+            assert is_same(found[name], tensor)
+
+
+def test_the_bytes_and_their_hash_are_those_of_the_library(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    for tensors in ({}, TENSORS, {'\x01"\\/\x7f': torch.zeros(1), "é": torch.ones(3), "😀/B": torch.ones(2)}):
+        content = safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
+        assert save_tensors(path, tensors) == hashlib.sha256(content).hexdigest()
+        assert path.read_bytes() == content
+
+
+def test_of_a_file_with_a_prefix_only_that_much_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.safetensors"
+    many = {f"{kind}/{index}": torch.full((250_000,), float(index)) for kind in ("ema", "live") for index in range(8)}
+    save_tensors(path, {**many, **{f"ema/{name}": tensor for name, tensor in TENSORS.items()}})
+    monkeypatch.setattr("model.files.tensors.load", lambda _content: pytest.fail("read as a whole"))
+    found: dict[str, torch.Tensor] = {}
+    assert peak_bytes(lambda: found.update(load_tensors(path, prefix="ema/"))) < 1_000_000  # torch's not counted
+    assert set(found) == {name for name in many if name.startswith("ema/")} | {f"ema/{name}" for name in TENSORS}
+    assert all(is_same(found[f"ema/{name}"], tensor) for name, tensor in TENSORS.items())
+    assert all(torch.equal(found[name], many[name]) for name in many if name in found)
+    assert load_tensors(path, prefix="other/") == {}
 
 
 def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
@@ -55,7 +83,10 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     plain = {name: tensor.contiguous().clone() for name, tensor in TENSORS.items()}
     safetensors.torch.save_file(plain, path, metadata={"made": "elsewhere"})
     found = load_tensors(path)
-    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+    assert all(is_same(found[name], tensor) for name, tensor in plain.items())
+    assert load_tensors(path, prefix="torch.float32/").keys() == {
+        "torch.float32/x"
+    }  # by the library: only it knows of metadata
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
@@ -86,12 +117,15 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
         (b'{"a":%b,"a":%b}' % (HALF % b"0,8", HALF % b"8,16"), "invalid offset for tensor `a`"),
     ],
 )
-def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path: Path, header: object, message: str) -> None:
+@pytest.mark.parametrize("prefix", ["", "a"])
+def test_a_header_that_lies_is_refused_before_memory_is_taken(
+    tmp_path: Path, header: object, message: str, prefix: str
+) -> None:
     path = write(tmp_path / "a.safetensors", header)
 
     def load() -> None:
         with pytest.raises(ValueError, match=r"^tensor file .*a\.safetensors is damaged \(") as caught:
-            load_tensors(path)
+            load_tensors(path, prefix=prefix)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -102,8 +136,9 @@ def test_a_length_that_lies_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     for content in (b"", b"\1", (2**63).to_bytes(8, "little") + b"{}", (100).to_bytes(8, "little") + b"{}"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"is damaged .*header"):
-            load_tensors(path)
+        for prefix in ("", "a"):
+            with pytest.raises(ValueError, match=r"is damaged .*header"):
+                load_tensors(path, prefix=prefix)
 
 
 def test_a_type_that_has_no_name_is_not_written(tmp_path: Path) -> None:

@@ -27,8 +27,8 @@ NUM_TIMED = 10
 class Choice(NamedTuple):
     """The backend to use, and the record of how it was chosen.
 
-    timings_ms and errors per backend that passed or failed the check on its figures: median milliseconds of one forward
-    and backward, and the largest relative error against float32; rejected: why a backend cannot be used.
+    timings_ms and errors per backend that was timed or checked: median milliseconds of one forward and backward, and
+    the largest relative error against float32; rejected: why a backend cannot be used. One that is alone is not timed.
     """
 
     name: str
@@ -38,11 +38,19 @@ class Choice(NamedTuple):
 
 
 def probe_backends(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None, *, candidates: Sequence[str] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | None = None,
+    *,
+    candidates: Sequence[str] | None = None,
+    fallback: str | None = None,
 ) -> Choice:
     """Time attention's backends forward and backward on these tensors and return the fastest that is right.
 
-    Shapes as in attention. Without candidates: every importable backend on CUDA in 16 bits, "sdpa" elsewhere.
+    Shapes as in attention. Without candidates: every importable backend on CUDA in 16 bits, "sdpa" elsewhere. Every
+    candidate is checked; where only one is right, no stopwatch can change the choice. fallback is tried, and imported,
+    only where no candidate is right.
     Raises ValueError, with each backend's reason, if none passes.
     """
     if candidates is None:
@@ -55,23 +63,38 @@ def probe_backends(
     timings_ms: dict[str, float] = {}
     errors: dict[str, float] = {}
     rejected: dict[str, str] = {}
-    for name in candidates:
+
+    def check(name: str) -> None:
+        got = _forward_backward(inputs, grad, packing, name)
+        errors[name] = max(_relative_error(x, y) for x, y in zip(got, wanted, strict=True))
+        if not errors[name] <= MAX_ERROR:  # NaN fails as well
+            rejected[name] = f"relative error {errors[name]:.3g} above {MAX_ERROR}"
+
+    def measure(name: str) -> None:
+        timings_ms[name] = _time_ms(partial(_forward_backward, inputs, grad, packing, name), q.device)
+
+    passed = _keep_usable(candidates, check, rejected)
+    if len(passed) > 1:
+        passed = _keep_usable(passed, measure, rejected)
+    if not passed and fallback is not None:
+        passed = _keep_usable([fallback], check, rejected)
+    if not passed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise ValueError(f"no attention backend passed its check: {reasons}")
+    name = min(passed, key=lambda each: timings_ms.get(each, 0.0))
+    logger.info("attention_backend=%s timings_ms=%s errors=%s rejected=%s", name, timings_ms, errors, rejected)
+    return Choice(name, timings_ms, errors, rejected)
+
+
+def _keep_usable(names: Sequence[str], call: Callable[[str], None], rejected: dict[str, str]) -> list[str]:
+    """Return the backends that call neither rejects nor fails on; rejected gets the reasons of the others."""
+    for name in names:
         try:
-            got = _forward_backward(inputs, grad, packing, name)
-            errors[name] = max(_relative_error(x, y) for x, y in zip(got, wanted, strict=True))
-            if not errors[name] <= MAX_ERROR:  # NaN fails as well
-                rejected[name] = f"relative error {errors[name]:.3g} above {MAX_ERROR}"
-                continue
-            timings_ms[name] = _time_ms(partial(_forward_backward, inputs, grad, packing, name), q.device)
+            call(name)
         # whatever a package or a compiler raises at these shapes takes its kernel out of the choice, with the reason
         except (RuntimeError, ImportError, TypeError, ValueError, NotImplementedError, AssertionError) as error:
             rejected[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    if not timings_ms:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
-        raise ValueError(f"no attention backend passed its check: {reasons}")
-    name = min(timings_ms, key=lambda each: timings_ms[each])
-    logger.info("attention_backend=%s timings_ms=%s rejected=%s", name, timings_ms, rejected)
-    return Choice(name, timings_ms, errors, rejected)
+    return [name for name in names if name not in rejected]
 
 
 def _forward_backward(inputs: list[Tensor], grad: Tensor, packing: Packing | None, name: str) -> list[Tensor]:

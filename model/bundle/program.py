@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from model.config import RunConfig
 from model.fields import plain_settings
@@ -50,6 +50,11 @@ LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("{payload}"
 ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
 
 
+NUM_PROGRAMS, NUM_MODULES = 8, 512  # that a process keeps
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
 class Program(NamedTuple):
     """The code of a run as two files that do the same."""
 
@@ -67,16 +72,30 @@ class Program(NamedTuple):
         return len(self.readable.encode())
 
 
+programs: dict[tuple[str, Path], Program] = {}  # by settings and root; made here, or by another process for this one
+minified: dict[tuple[str, str], str] = {}  # by name and source
+
+
 def code_program(config: RunConfig, *, root: Path = ROOT) -> Program:
     """Return the program of config from the sources in root (the folder that holds the model package).
 
     Raises ValueError, naming the module, for sources that one file cannot hold.
     """
-    return _make_program(json.dumps(settings_of(config), sort_keys=True), root)
+    settings = json.dumps(settings_of(config), sort_keys=True)
+    if (settings, root) not in programs:
+        keep(programs, (settings, root), make_program(settings, root), NUM_PROGRAMS)
+    return programs[settings, root]
 
 
-@functools.lru_cache(maxsize=8)
-def _make_program(settings: str, root: Path) -> Program:
+def keep(table: dict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """Put a value into a table of at most so many, in place of the one that has been there for the longest."""
+    while len(table) >= most:
+        del table[next(iter(table))]
+    table[key] = value
+
+
+def make_program(settings: str, root: Path) -> Program:
+    """Return the program of settings, as JSON, from the sources in root."""
     modules = read_modules(root)
     loader = (root / f"{LOADER.replace('.', '/')}.py").read_text(encoding="utf-8")
     lines = json.dumps(json.loads(settings), indent=1, sort_keys=True)
@@ -222,8 +241,14 @@ def render(
     ])  # fmt: skip
 
 
-@functools.lru_cache(maxsize=512)
 def minify(source: str, *, name: str) -> str:
+    """Return minify_module of a source, once a process."""
+    if (name, source) not in minified:
+        keep(minified, (name, source), minify_module(source, name=name), NUM_MODULES)
+    return minified[name, source]
+
+
+def minify_module(source: str, *, name: str) -> str:
     """Return a module without docstrings, comments and most annotations, its local names shortened.
 
     Names that other modules may use stay: they cost little once compressed. Triton reads the source of a kernel with

@@ -40,8 +40,8 @@ class CheckpointStore:
         tensor_path, record_path = self._paths(step)
         for left in self.folder.glob(".step-*.tmp"):
             left.unlink(missing_ok=True)
-        save_tensors(tensor_path, tensors)
-        write_json(record_path, {"format": 1, "step": step, "sha256": file_sha256(tensor_path), "meta": meta})
+        sha256 = save_tensors(tensor_path, tensors)
+        write_json(record_path, {"format": 1, "step": step, "sha256": sha256, "meta": meta})
         for path in (tensor_path, record_path):
             if self.on_write is not None:
                 self.on_write(path)

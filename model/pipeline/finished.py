@@ -48,7 +48,8 @@ def write_record(run: Run, stage: str, seconds: float, metrics: Mapping[str, Any
 def describe_output(run: Run, name: str) -> Output:
     """Return what a record says of an output, having told of it."""
     path = run.workdir / name
-    output = Output(path.stat().st_size, file_sha256(path))
+    sha256 = run.written.pop(name, None) or file_sha256(path)
+    output = Output(path.stat().st_size, sha256)
     run.on_write(path)
     return output
 

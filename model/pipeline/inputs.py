@@ -18,7 +18,6 @@ from model.files.ledger import Ledger
 from model.files.tensors import load_tensors
 from model.gpt import GPT, build_model
 from model.pipeline.run import Run
-from model.quant.artifact import load_artifact
 from model.quant.quantized import dequantize
 from model.score.bpb import DocumentScores
 
@@ -69,9 +68,9 @@ def attention_backend_name(run: Run, model: GPT) -> str:
 def load_weights(run: Run, ledger: Ledger, kind: str) -> dict[str, Tensor]:
     """Return the "live" or "ema" weights that training left, on the rank's device."""
     ledger.opened(run.workdir / WEIGHTS)
-    tensors = load_tensors(run.workdir / WEIGHTS)
     prefix = f"{kind}/"
-    return {k.removeprefix(prefix): v.to(run.dist.device) for k, v in tensors.items() if k.startswith(prefix)}
+    tensors = load_tensors(run.workdir / WEIGHTS, prefix=prefix)
+    return {name.removeprefix(prefix): value.to(run.dist.device) for name, value in tensors.items()}
 
 
 def load_model(run: Run, weights: dict[str, Tensor]) -> GPT:
@@ -87,10 +86,13 @@ def load_model(run: Run, weights: dict[str, Tensor]) -> GPT:
 
 
 def load_quantized(run: Run, ledger: Ledger) -> dict[str, Tensor]:
-    """Return the weights that the artifact holds. Raises ValueError if it is another model's."""
+    """Return the weights that the artifact's bytes on the disk hold, unpacked by whichever stage needs them first.
+
+    Raises ValueError if it is another model's.
+    """
     path = run.workdir / ARTIFACT
     ledger.opened(path)
-    config, state = load_artifact(path)
+    config, state = run.artifacts.load(path)
     if config != run.config.model:
         raise ValueError(f"artifact {path} holds a model of another shape than the configuration's; quantize again")
     return dequantize(state)

@@ -15,6 +15,7 @@ from model.distributed import Dist
 from model.files.atomic import replace_file
 from model.kernels.pace import LONG_CALL_S, ticking
 from model.pipeline.records import StageRecord
+from model.quant.artifact import ArtifactReader
 from model.report import Report
 
 
@@ -75,6 +76,8 @@ class Run:
     is_listed: bool = False
     records: dict[str, StageRecord] = field(default_factory=dict)
     file_hashes: dict[str, str] = field(default_factory=dict)  # sha256 by absolute path, as far as known
+    written: dict[str, str] = field(default_factory=dict)  # sha256 of new outputs by name, where writing them told
+    artifacts: ArtifactReader = field(default_factory=ArtifactReader)
 
     @property
     def checkpoints(self) -> Path:

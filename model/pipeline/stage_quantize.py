@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.bundle.ahead import making_program
 from model.bundle.program import CONVENTION, PACKED_NAME, READABLE_NAME, Program, code_program
 from model.config import recipe_hash
 from model.files.atomic import replace_file
@@ -37,15 +38,18 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
             f"quant.num_calibration_batches={config.quant.num_calibration_batches} must be at least the number of "
             f"ranks, {dist.world_size}"
         )
-    with ledger.span("load"), run.long_call():
-        weights = load_weights(run, ledger, "ema")
-        model = load_model(run, weights)
-        loader = open_training(run, ledger)
-    with ledger.span("warm_up"), run.long_call():
-        compile_kernels(run, ledger, "quantize")
-    with ledger.span("hessians"):
-        hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
     metrics: dict[str, Any] = {}
+    with making_program(config) if dist.is_main else nullcontext(lambda: None) as wait_for_program:
+        with ledger.span("load"), run.long_call():
+            weights = load_weights(run, ledger, "ema")
+            model = load_model(run, weights)
+            loader = open_training(run, ledger)
+        with ledger.span("warm_up"), run.long_call():
+            compile_kernels(run, ledger, "quantize")
+        with ledger.span("hessians"):
+            hessians = collect_hessians(model, loader, config.quant, dist, run.report, seed=config.seed)
+        with ledger.span("program"), run.long_call():
+            wait_for_program()
     if dist.is_main:
         with run.long_call():
             probe = LossProbe(model, loader, config.quant, seed=config.seed)
@@ -79,7 +83,7 @@ def _round_and_save(
 
     metrics = save_rounded(
         run.workdir / ARTIFACT, weights, hessians, run.config,
-        probe=probe, meta=artifact_meta(run), code_bytes=program.num_bytes, span=span,
+        probe=probe, meta=artifact_meta(run), code_bytes=program.num_bytes, span=span, reader=run.artifacts,
     )  # fmt: skip
     return {**metrics, "code_bytes_readable": program.readable_bytes, "code_bytes_convention": CONVENTION}
 

@@ -60,7 +60,8 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
     if run.dist.is_main:
         live = {f"live/{name}": p.detach() for name, p in model.named_parameters()}
         with run.long_call():
-            save_tensors(run.workdir / WEIGHTS, live | {f"ema/{name}": value for name, value in result.ema.items()})
+            ema = {f"ema/{name}": value for name, value in result.ema.items()}
+            run.written[WEIGHTS] = save_tensors(run.workdir / WEIGHTS, live | ema)
             run.write(STEPS, result.steps)
     result.metrics["warmup_s"] = ledger.seconds("warm_up")
     result.metrics["num_params"] = sum(p.numel() for p in model.parameters())

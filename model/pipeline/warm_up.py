@@ -30,9 +30,9 @@ def synthetic_row(config: RunConfig) -> tuple[np.ndarray, Packing]:
 
 
 def choose_attention(config: RunConfig, dist: Dist) -> Choice | None:
-    """Time every importable backend on what training hands it; None on a CPU or where the configuration names one.
+    """Check every importable backend on what training hands it, and time those that are right where there are several.
 
-    Rank 0's choice holds for all ranks.
+    None on a CPU, or where the configuration names one. Rank 0's choice holds for all ranks.
     """
     if dist.device.type != "cuda" or config.runtime.attention != "auto":
         return None
@@ -42,10 +42,22 @@ def choose_attention(config: RunConfig, dist: Dist) -> Choice | None:
     generator = torch.Generator(dist.device).manual_seed(0)
     turned = torch.randn(shape, generator=generator, device=dist.device, dtype=torch.bfloat16)
     q, k, v = turned.chunk(3, dim=2)  # views of one tensor, a copy of its key head for each query head
-    candidates = [name for name in ATTENTION_BACKENDS if name not in ("auto", "sdpa") and is_available(name)]
-    choice = probe_backends(q, k, v, packing.to(dist.device), candidates=candidates)
+    candidates, fallback = list_candidates()
+    choice = probe_backends(q, k, v, packing.to(dist.device), candidates=candidates, fallback=fallback)
     agreed = dist.broadcast_floats([float(ATTENTION_BACKENDS.index(choice.name))])
     return choice._replace(name=ATTENTION_BACKENDS[int(agreed[0])])
+
+
+def list_candidates() -> tuple[list[str], str | None]:
+    """Return the backends that may be the fastest here, and one to fall back on.
+
+    PyTorch's own kernel is FlashAttention-2. Where ours runs it took 1.6 to 1.75 times as long in every probe on record
+    (docs/bench), and to import it brings PyTorch's whole compiler: so it is tried only where ours is not right.
+    """
+    found = [name for name in ATTENTION_BACKENDS if name not in ("auto", "sdpa") and is_available(name)]
+    if "triton" not in found:
+        return found, None
+    return [name for name in found if name != "varlen"], "varlen"
 
 
 def warm_up(model: GPT, config: RunConfig, report: Report) -> None:

@@ -148,13 +148,35 @@ def load_artifact(path: Path) -> tuple[ModelConfig, QuantizedState]:
     Memory is taken only after checksum, header and sizes were found right, and for no more than they announce.
     Raises ValueError, one line, for anything that save_artifact would not have written.
     """
-    with path.open("rb") as file:
-        header, sizes = _read_info(file, path)
-        file.seek(sizes.header_bytes - DIGEST_BYTES)
-        try:
-            return header.config, _unpack_state(file, header)
-        except ValueError as error:
-            raise ValueError(f"artifact {path}: {error}") from None
+    return ArtifactReader().load(path)
+
+
+class ArtifactReader:
+    """Reads artifacts as load_artifact does, but unpacks one that it has just unpacked only once.
+
+    Every call reads and hashes the whole file, and what it returns is what these bytes hold: the checksum, which is
+    found right first, says whether they are those of the call before. Keeps one state, a byte a number.
+    """
+
+    def __init__(self) -> None:
+        self._checksum = b""
+        self._newest: tuple[ModelConfig, QuantizedState] | None = None
+
+    def load(self, path: Path) -> tuple[ModelConfig, QuantizedState]:
+        """Return what load_artifact does; the state is shared by all callers, who must not change it."""
+        with path.open("rb") as file:
+            header, sizes = _read_info(file, path)
+            file.seek(-DIGEST_BYTES, os.SEEK_END)
+            checksum = file.read(DIGEST_BYTES)
+            if self._newest is None or checksum != self._checksum:
+                file.seek(sizes.header_bytes - DIGEST_BYTES)
+                self._newest = None  # one at a time in memory
+                try:
+                    self._newest = header.config, _unpack_state(file, header)
+                except ValueError as error:
+                    raise ValueError(f"artifact {path}: {error}") from None
+                self._checksum = checksum
+            return self._newest
 
 
 def _read_info(file: BinaryIO, path: Path) -> ArtifactInfo:

@@ -131,11 +131,11 @@ def _encode_words(symbols: list[Symbols], tables: Table) -> tuple[Table, Words]:
         for offset in range((symbol.size - 1) // lanes * lanes, -1, -lanes):
             step = symbol[offset : offset + lanes]
             x, frequency = states[: step.size], table.take(step)
-            is_full = (x >> (np.uint32(32) - SHARE)) >= frequency  # the new state would not fit 32 bits
-            out = x[is_full]
+            full = np.flatnonzero((x >> (np.uint32(32) - SHARE)) >= frequency)  # the new state would not fit 32 bits
+            out = x.take(full)  # by place: a mask would be gone through at every use
             position -= out.size
             words[position : position + out.size] = out & np.uint32(0xFFFF)
-            x[is_full] = out >> WORD
+            x[full] = out >> WORD
             quotient = x // frequency
             x += quotient * (np.uint32(TOTAL) - frequency) + start.take(step)  # quotient * TOTAL + remainder + start
     return states, words[position:]

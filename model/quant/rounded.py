@@ -12,9 +12,9 @@ from torch import Tensor
 
 from model.banks import EMBEDDING
 from model.config import RunConfig, canonical_json
-from model.quant.artifact import load_artifact, save_artifact
+from model.quant.artifact import ArtifactReader, save_artifact
 from model.quant.fit import fit_to_limit
-from model.quant.quantized import QuantizedState, dequantize
+from model.quant.quantized import QuantizedState
 from model.quant.sensitivity import LossProbe
 from model.quant.state import StateQuantizer, configured_clips, looped_layers
 
@@ -33,12 +33,14 @@ def save_rounded(
     meta: Mapping[str, Any],
     code_bytes: int,
     span: Callable[[str], AbstractContextManager[object]] = lambda _name: nullcontext(),
+    reader: ArtifactReader | None = None,
 ) -> dict[str, Any]:
     """Round weights by GPTQ, write the artifact to path, read it back, and return the metrics of size and rounding.
 
     probe: holds a model with these weights; asked only where quant.on_oversize is "fit". meta: what the artifact holds
     besides its model; where it is made to fit, the clip_sigmas that were chosen are added. code_bytes count towards
     quant.size_limit_bytes. span(name) encloses "round", inside it each "compress" and "sensitivity", and "reload".
+    reader: what the file holds stays there for those who score it.
     Raises ValueError if the artifact does not reload, or is over the limit where quant.on_oversize is "fail".
     """
 
@@ -58,7 +60,7 @@ def save_rounded(
             state, metrics = quantizer.quantize(clips), clip_metrics(clips)
             write(state)
     with span("reload"):
-        check_reload(path, state)
+        check_reload(path, state, reader or ArtifactReader())
     return {**weigh(config, model_bytes=path.stat().st_size, code_bytes=code_bytes), **metrics}
 
 
@@ -113,9 +115,18 @@ def weigh(config: RunConfig, *, model_bytes: int, code_bytes: int) -> dict[str, 
     }
 
 
-def check_reload(path: Path, state: QuantizedState) -> None:
-    """Raise ValueError unless the file holds exactly this state."""
-    loaded = dequantize(load_artifact(path)[1])
-    for name, value in dequantize(state).items():
-        if not torch.equal(loaded[name].cpu(), value.cpu()):
+def check_reload(path: Path, state: QuantizedState, reader: ArtifactReader) -> None:
+    """Raise ValueError unless the file holds exactly this state, which decides every weight."""
+    loaded = _parts(reader.load(path)[1])
+    for name, parts in _parts(state).items():
+        found = loaded.get(name, [])
+        if len(found) != len(parts) or not all(map(torch.equal, found, [part.cpu() for part in parts])):
             raise ValueError(f"artifact {path} does not reload: {name} differs")
+
+
+def _parts(state: QuantizedState) -> dict[str, list[Tensor]]:
+    """Return the arrays of every tensor of a state: integers and scales, a correction's included, or float16."""
+    matrices = {
+        name: [weight.codes, weight.scales, *(weight.correction or ())] for name, weight in state.matrices.items()
+    }
+    return matrices | {name: [tensor] for name, tensor in state.floats.items()}

@@ -8,9 +8,12 @@ Source: Muon (Jordan et al., 2024) with row normalisation; parameter-golf PR #15
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from model.banks import BANKS, EMBEDDING_PARAMETER
 from model.config import TrainConfig
@@ -161,6 +164,45 @@ def split_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], nn.Para
     return banks, embedding, named
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class AdamW:
+    """torch.optim.AdamW in its fused form, to the bit, by the function that it calls.
+
+    To make or to step one of torch's own optimizers imports PyTorch's compiler, two seconds before training can start.
+    param_groups: "params", "lr" and "weight_decay" of each. state: by parameter, as torch keeps it; "step" () float32,
+    "exp_avg" and "exp_avg_sq" like the parameter, all on its device.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+        self.param_groups, self.betas, self.eps = groups, betas, eps
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)  # empty before a first step
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            grads = [parameter.grad for parameter in params]
+            states = [self._state_of(parameter) for parameter in params]
+            means, squares, steps = ([state[name] for state in states] for name in MOMENTS)
+            adamw(
+                params, grads, means, squares, [], steps,
+                lr=group["lr"], weight_decay=group["weight_decay"], beta1=self.betas[0], beta2=self.betas[1],
+                eps=self.eps, fused=True, amsgrad=False, maximize=False,
+            )  # fmt: skip
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        if not self.state[parameter]:
+            self.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return self.state[parameter]
+
+
 class Optimizers:
     """The three optimizers of a run, stepped together with one learning-rate factor."""
 
@@ -174,7 +216,7 @@ class Optimizers:
             {"params": [self.embedding], "lr": config.embedding_lr, "weight_decay": config.embedding_weight_decay},
             {"params": self.vectors, "lr": config.vector_lr, "weight_decay": config.vector_weight_decay},
         ]
-        self.adamw = torch.optim.AdamW(groups, betas=betas, eps=config.adam_eps, fused=True)
+        self.adamw = AdamW(groups, betas=betas, eps=config.adam_eps)
         # the schedule multiplies these: to multiply a group's own rate would build up from step to step
         self.base_lrs = [config.embedding_lr, config.vector_lr]
 
@@ -196,7 +238,7 @@ class Optimizers:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every optimizer tensor under a flat name (all ranks must call)."""
-        # AdamW's state by place, not by name: torch keeps it by parameter
+        # AdamW's state by place, not by name: it is kept by parameter
         state = {f"muon/{name}": buffer for name, buffer in self.muon.state_dict().items()}
         for index, parameter in enumerate((self.embedding, *self.vectors)):
             for key, value in self.adamw.state[parameter].items():
