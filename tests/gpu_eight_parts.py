@@ -322,9 +322,10 @@ def run_plan(session: Session, until: float) -> bool:
         slots = next((line for line in lines if line.startswith("slots:")), "no slots named")
         nodes = [line for line in lines if line.startswith("node ")]
         estimate = next((line for line in lines if line.startswith("estimate:")), "")
+        problems = [line for line in lines if "error: " in line]
         session.add(
-            "plan", "plan", gang=gang, slots=slots, nodes=nodes, estimate=estimate, exit_code=process.returncode,
-            seconds=session.now() - begun,
+            "plan", "plan", gang=gang, slots=slots, nodes=nodes, estimate=estimate, problems=problems,
+            exit_code=process.returncode, seconds=session.now() - begun,
         )  # fmt: skip
         codes.append(process.returncode)
     return codes != [] and not any(codes)

@@ -124,7 +124,8 @@ def rate_lines(train: Row) -> list[list[str]]:
             lines.append([f"train tokens/s, {VISITS[loop]}, {train['attention']}", *cells])
     clocks, power = train["gpu_clock_mhz"], train["gpu_power_w"]
     lines.append([f"steps within {train['train_s']:.1f} s", f"{train['steps']:,}", "-"])
-    lines.append(["warm-up before the training clock, compilation in it", f"{train['warmup_s']:.1f} s", "-"])
+    warm = f"{train['warmup_s']:.1f} s, {train['compile_s']:.1f} s"
+    lines.append(["warm-up before the training clock, compilation in it", warm, "-"])
     if clocks:
         watts = f"{power['median'] / train['gpus']:.0f} W a GPU"
         lines.append(["slowest SM clock, power, medians", f"{clocks['median']:.0f} MHz, {watts}", "-"])
@@ -224,7 +225,8 @@ def summarize_plan(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if row["part"] == "plan" and row["row"] == "plan":
-            lines.append([f"`seedsweep plan`, gangs of {row['gang']}", f"{row['slots']}; exit code {row['exit_code']}"])
+            said = "; ".join([row["slots"], f"exit code {row['exit_code']}", *row["problems"]])
+            lines.append([f"`seedsweep plan`, gangs of {row['gang']}", said])
     start = find(rows, part="published", row="start")
     if start and start["all_reduce_bytes_per_s"]:
         lines.append(["preflight's all-reduce of the whole gang", f"{start['all_reduce_bytes_per_s'] / 1e9:.1f} GB/s"])

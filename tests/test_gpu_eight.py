@@ -51,8 +51,8 @@ def made_rows(gpus: int = 8) -> list[dict[str, Any]]:
          "ray": "2.60.0", "git_commit": "abc1234"},
         {"part": "published", "row": "start", "seconds": 21.5, "all_reduce_bytes_per_s": 201.5e9},
         {**stage, "row": "train", "stage_s": 260.0, "rates": rates, "attention": "triton", "steps": 2190,
-         "train_s": 228.1, "warmup_s": 17.4, "batch_tokens": 786_432, "gpu_clock_mhz": samples(1710.0),
-         "gpu_power_w": samples(5200.0)},
+         "train_s": 228.1, "warmup_s": 17.4, "compile_s": 9.1, "batch_tokens": 786_432,
+         "gpu_clock_mhz": samples(1710.0), "gpu_power_w": samples(5200.0)},
         {**stage, "row": "quantize", "stage_s": 8.2, "artifact_bytes": 15_892_274, "within_limit": True},
         {**stage, "row": "evaluate", "stage_s": 2.5, "passes_s": {"live": 0.51}},
         {**stage, "row": "ttt", "stage_s": 14.1, "passes_s": {"ttt_lr0": 1.2, "post_ttt": 12.3},
@@ -65,7 +65,8 @@ def made_rows(gpus: int = 8) -> list[dict[str, Any]]:
          "both_slower_percent": None, "together_slower_percent": 0.2},
         {"part": "gangs", "row": "fates", "gpus_each": 4, "killed": {"rank": 3, "seed": 42, "step": 47},
          "fates": {"42": {"state": "DONE", "attempts": 2}, "0": {"state": "DONE", "attempts": 1}}},
-        {"part": "plan", "row": "plan", "gang": 4, "slots": "slots: 2 gang(s) at once", "exit_code": 0},
+        {"part": "plan", "row": "plan", "gang": 4, "slots": "slots: 2 gang(s) at once", "exit_code": 0,
+         "problems": []},
     ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def test_the_tables_of_a_whole_call_say_what_was_measured_and_what_was_not() -> 
         "| train tokens/s, 11 layers, triton | 9.780 M (x1.20), 500 steps | 8.15 M |",
         "| train tokens/s, 17 visits, triton | 6.600 M (x1.20), 1500 steps | 5.50 M |",
         "| steps within 228.1 s | 2,190 | - |",
-        "| warm-up before the training clock, compilation in it | 17.4 s | - |",
+        "| warm-up before the training clock, compilation in it | 17.4 s, 9.1 s | - |",
         "| slowest SM clock, power, medians | 1710 MHz, 650 W a GPU | - |",
         "| stages, s | train 260.0, quantize 8.2, evaluate 2.5, ttt 14.1 | - |",
         "| passes, s | live 0.51, ttt_lr0 1.20, post_ttt 12.30 | - |",
@@ -264,7 +265,7 @@ def test_a_part_that_fails_or_finds_no_time_leaves_a_row_and_the_next_goes_on(
         raise OSError("no room")
 
     def plan(session: gpu_eight.Session, _until: float) -> bool:
-        session.add("plan", "plan", gang=1, slots="slots: 2", exit_code=0)
+        session.add("plan", "plan", gang=1, slots="slots: 2", exit_code=2, problems=["no shard"])
         return True
 
     args = arguments(tmp_path, "--device", "cpu", "--limit_s", "40")
@@ -279,6 +280,7 @@ def test_a_part_that_fails_or_finds_no_time_leaves_a_row_and_the_next_goes_on(
     assert sorted(path.name for path in args.out.iterdir()) == ["records.tar.xz", "rows.jsonl", "summary.md"]
     said = capsys.readouterr().out
     assert "Left out: scale, 40 s were left." in said
+    assert "slots: 2; exit code 2; no shard" in said
     assert "Failed: published, OSError: no room." in said
 
 
@@ -327,7 +329,8 @@ def test_a_rehearsal_on_two_cpu_ranks_leaves_every_row_and_the_tables(
     monkeypatch.setattr(gpu_eight_parts, "bench_command", fake_bench)
     code = gpu_eight.main([
         str(corpus), str(out), "--work", str(work), "--device", "cpu", "--gpus", "2", "--cpus", "1", "--preset", "tiny",
-        "--budget_s", "3", "--gang_s", "6", "--documents", "4", "--limit_s", "280", "--overrides", json.dumps(settings),
+        "--budget_s", "1.5", "--gang_s", "6", "--documents", "4", "--limit_s", "280",
+        "--overrides", json.dumps(settings),
     ])  # fmt: skip
     rows = read_rows(out / "rows.jsonl")
     assert code == 0, rows
