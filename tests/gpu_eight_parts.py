@@ -58,7 +58,7 @@ def published_spec(args: Namespace) -> dict[str, Any]:
     return make_spec(
         args, "published", args.gpus, seeds=[SEED], data=data_section(args.corpus, val_documents=args.documents),
         overrides={"train": {"budget_s": args.budget_s}},
-        limits={"attempts": 1, "start_s": 120, "stall_s": 120, "stop_grace_s": 4},
+        limits={"attempts": 1, "start_s": 200, "stall_s": 200, "stop_grace_s": 4},
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def gangs_spec(args: Namespace) -> dict[str, Any]:
     return make_spec(
         args, "gangs", args.gpus // 2, seeds=[SEED, OTHER_SEED], data=data_section(args.corpus, val_documents=16),
         overrides={"train": train, "runtime": {"report_every_s": 0.25}, "quant": {"num_calibration_batches": 8}},
-        limits={"attempts": 2, "backoff_s": 0.5, "start_s": 120, "stall_s": 120, "stop_grace_s": 4},
+        limits={"attempts": 2, "backoff_s": 0.5, "start_s": 200, "stall_s": 200, "stop_grace_s": 4},
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,33 @@ def test_a_gang_waits_with_its_death_until_the_other_has_come_as_far(tmp_path: P
     assert not gpu_eight_gangs.has_come(tmp_path, order)
     (tmp_path / "notes-0.jsonl").write_text("\n".join([*lines, ""]))
     assert gpu_eight_gangs.has_come(tmp_path, order)
+
+
+@pytest.mark.parametrize(
+    ("seed", "rank", "attempt", "wanted"),
+    [(42, 1, 1, [12]), (42, 0, 1, []), (42, 1, 2, []), (0, 1, 1, [])],  # the step at which a rank dies
+)
+def test_only_the_rank_that_was_named_dies_and_only_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, rank: int, attempt: int, wanted: list[int]
+) -> None:
+    def train(rank: Any) -> None:
+        rank.report("start", 0, None, {})
+        for step in range(1, 15):
+            if step == 12:  # from here on the other gang has come as far
+                (tmp_path / "notes-0.jsonl").write_text(json.dumps([1000.0, 1, "train", 10, 5.0]) + "\n")
+            rank.report("train", step, None, {"elapsed_s": 0.5 * step})
+
+    died: list[int] = []
+    order = gpu_eight_gangs.Order(seed=42, rank=1, other=0, at_s=5.0)
+    (tmp_path / "kill.json").write_text(json.dumps(order._asdict()))
+    monkeypatch.setattr("runner.gang.worker.run_pipeline", train)
+    monkeypatch.setattr(
+        gpu_eight_gangs.os, "kill", lambda *_: died.append(gpu_eight_gangs.read_killed(tmp_path)["step"])
+    )
+    job = SimpleNamespace(out=str(tmp_path), key=SimpleNamespace(seed=seed), attempt=attempt)
+    gpu_eight_gangs.work(SimpleNamespace(job=job, rank=rank, report=lambda *_: None))  # type: ignore[arg-type]
+    assert died[:1] == wanted
+    assert (tmp_path / f"notes-{seed}.jsonl").exists() == (rank == 0 or seed == 0)
 
 
 def test_both_specs_are_those_that_were_asked_for(tmp_path: Path) -> None:
