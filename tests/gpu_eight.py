@@ -179,13 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out what was started is ended
+    session, needs = Session(args, begun), make_needs(args)
     try:
-        session, needs = Session(args, begun), make_needs(args)
         note_machine(session)
         well = [run_part(session, need.part, needs) for need in needs]
     finally:
+        session.keep()
         signal.signal(signal.SIGTERM, before)
-    session.keep()
     print(summarize(session.rows), flush=True)
     return 0 if all(well) else 1
 
