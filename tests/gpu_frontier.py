@@ -13,12 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,11 +26,10 @@ import yaml
 
 from runner.spec.read import parse_spec
 from runner.spec.sweep import Variant
+from tests.gpu_kit import ROOT, data_section, end_processes, start_process, write_archive
 
-ROOT = Path(__file__).parent.parent
 WHOLE = ("base", "all")  # trained at full length, for every seed
 TABLES = ("documents", "steps", "stages", "runs")  # runs last, as in a commit
-STOP_S = 6.0  # from asking the jobs to end to killing them
 POLL_S = 0.25
 
 
@@ -144,18 +140,12 @@ def spec_of(job: Job, plain: dict[str, Any], args: argparse.Namespace) -> dict[s
         overrides["runtime"] = {"device": "cuda", "attention": "triton", "checkpoint_every_s": 0.0}
     if args.steps and not is_screening:
         overrides.setdefault("train", {})["max_steps"] = args.steps
-    (tokenizer,) = args.data.glob("*.model")
     return {
         "name": f"{plain['name']}_{job.sweep}",
         "preset": args.preset or plain["preset"],
         "overrides": overrides,
         "variants": {name: plain["variants"][name] for name in job.variants},
-        "data": {
-            "train": f"{args.data}/*_train_*.bin",
-            "val": f"{args.data}/*_val_*.bin",
-            "tokenizer": str(tokenizer),
-            "val_documents": args.screen_documents if is_screening else args.documents,
-        },
+        "data": data_section(args.data, val_documents=args.screen_documents if is_screening else args.documents),
         "seeds": [job.seed],
         "gang": {"gpus": 1, "cpus": args.cpus} if args.gpus else {"gpus": 0, "cpus": 1},
         "limits": {"attempts": 2, "backoff_s": 2.0},
@@ -169,12 +159,10 @@ def begin(job: Job, slot: int, plain: dict[str, Any], args: argparse.Namespace) 
     if job.needs:
         shutil.copytree(args.work / job.needs, args.work / job.name)
     file.write_text(yaml.safe_dump(spec_of(job, plain, args), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "seedsweep", "run", str(file), "--local", "--progress", "plain"]
+    command = ["-m", "seedsweep", "run", str(file), "--local", "--progress", "plain"]
     if args.git_commit:
         command += ["--git-commit", args.git_commit, "--git-dirty", "no"]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(slot) if args.gpus else ""}
-    with log.open("wb") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+    return start_process(command, log, CUDA_VISIBLE_DEVICES=str(slot) if args.gpus else "")
 
 
 def collect(sweep: str, work: Path, order: Sequence[str], target: Path) -> None:
@@ -210,28 +198,8 @@ def keep(args: argparse.Namespace, order: Sequence[str], campaign: Campaign) -> 
         collect(sweep, args.work, order, rows / sweep)
     summary = {"ended": campaign.ended, "took_s": campaign.took, "not_begun": [job.name for job in campaign.jobs]}
     (args.work / "summary.json").write_text(json.dumps(summary, indent=1))
-    partial = args.work / "rows.tar.xz"
-    with tarfile.open(partial, "w:xz", preset=1) as archive:
-        for path in [rows, *args.work.glob("*.yaml"), *args.work.glob("*.log"), args.work / "summary.json"]:
-            if path.exists():
-                archive.add(path, arcname=path.name)
-    args.out.mkdir(parents=True, exist_ok=True)
-    temporary = args.out / "rows.tar.xz.part"
-    temporary.write_bytes(partial.read_bytes())
-    os.replace(temporary, args.out / "rows.tar.xz")
-
-
-def end_all(campaign: Campaign) -> None:
-    """Ask what still runs to end, and kill what does not."""
-    for running in campaign.running:
-        running.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + STOP_S
-    for running in campaign.running:
-        try:
-            running.process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            running.process.kill()
-            running.process.wait()
+    paths = [rows, *args.work.glob("*.yaml"), *args.work.glob("*.log"), args.work / "summary.json"]
+    write_archive(args.out / "rows.tar.xz", [(path, path.name) for path in paths], args.work)
 
 
 def show(args: argparse.Namespace) -> None:
@@ -266,7 +234,7 @@ def drive(campaign: Campaign, plain: dict[str, Any], args: argparse.Namespace) -
         if not campaign.running:
             break
         time.sleep(POLL_S)
-    end_all(campaign)
+    end_processes(running.process for running in campaign.running)
     keep(args, order, campaign)
 
 
@@ -303,6 +271,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.gpus = count_gpus()
     if args.work.exists():
         print(f"tests.gpu_frontier: error: --work {args.work} exists; name a new folder", file=sys.stderr)
+        return 2
+    try:
+        data_section(args.data)
+    except ValueError as error:
+        print(f"tests.gpu_frontier: error: {error}", file=sys.stderr)
         return 2
     args.work.mkdir(parents=True)
     plain, variants = read_ablation(args.spec)

@@ -17,31 +17,24 @@ from typing import Any
 
 import torch
 
-from jobs.cli import main as command_line
 from runner.spec.read import parse_spec
 from runner.spec.sweep import SweepSpec
 from runner.sweep import run_sweep
 from runner.work import Options
-
-VOCAB_SIZE = 1024  # of the corpus made of docstrings
+from tests.gpu_kit import BUILTIN_VOCAB_SIZE, data_section, make_builtin_corpus, read_fates
 
 
 def make_spec(args: argparse.Namespace, seed: int) -> SweepSpec:
     """Return the sweep of one gang."""
-    corpus = args.out / "corpus"
     return parse_spec(
         {
             "name": "gpu-gangs",
             "preset": args.preset,
             "seeds": [seed],
             "out": str(args.out / f"gang-{seed}"),
-            "data": {
-                "train": f"{corpus}/*_train_*.bin",
-                "val": f"{corpus}/*_val_*.bin",
-                "tokenizer": str(corpus / "builtin.model"),
-            },
+            "data": data_section(args.out / "corpus"),
             "overrides": {
-                "model": {"vocab_size": VOCAB_SIZE},
+                "model": {"vocab_size": BUILTIN_VOCAB_SIZE},
                 "train": {"max_steps": 1_000_000, "budget_s": float(args.seconds), "reserve_s": 0.0},
                 "evaluation": {"row_tokens": 8192},
                 "runtime": {"device": "cuda", "checkpoint_every_s": 15.0, "report_every_s": 30.0},
@@ -56,18 +49,11 @@ def run_gang(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Run one gang and return how it fared."""
     spec, begun = make_spec(args, seed), time.monotonic()
     code = run_sweep(spec, Options(progress="plain"))
-    out = Path(spec.out)
-    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    (run,) = json.loads((out / "state.json").read_text())["runs"]
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - begun, 1),
         "exit_code": code,
-        "state": run["state"],
-        "attempts": run["attempt"],
-        "stacks": sorted(path.name for path in out.rglob("*.stacks.txt")),
-        "deaths": sorted(path.name for path in out.rglob("*.end.json")),
-        "failures": [event["why"] for event in events if event.get("failure")],
+        **read_fates(Path(spec.out))[seed],
     }
 
 
@@ -92,7 +78,7 @@ def main() -> int:
         print(f"{args.gpus} GPUs are needed, {torch.cuda.device_count()} are here", file=sys.stderr)
         return 2
     begun = time.monotonic()
-    if command_line(["data", "builtin", "--out", str(args.out / "corpus"), "--reuse"]) != 0:
+    if not make_builtin_corpus(args.out / "corpus"):
         return 2
     gangs: list[dict[str, Any]] = []
     for seed in range(args.gangs):

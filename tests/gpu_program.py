@@ -23,8 +23,8 @@ from jobs.cli import main as command_line
 from runner.spec.read import parse_spec
 from runner.sweep import run_sweep
 from runner.work import Options
+from tests.gpu_kit import BUILTIN_VOCAB_SIZE, data_section, make_builtin_corpus
 
-VOCAB_SIZE = 1024  # of the corpus made of docstrings
 SEEDS = (42, 0)
 STAGES = ("live", "post_ema", "pre_ttt", "ttt_lr0", "post_ttt")
 FIGURES = [f"{stage}_{figure}" for stage in STAGES for figure in ("nats", "tokens", "bytes", "bpb")]
@@ -35,12 +35,9 @@ def run_pipeline(args: argparse.Namespace, corpus: Path, out: Path) -> int:
     runtime = {"device": "cuda", "attention": args.attention} if args.gpus else {"device": "cpu"}
     spec = {
         "name": "gpu-pipeline", "preset": args.preset, "seeds": list(SEEDS), "out": str(out),
-        "data": {
-            "train": f"{corpus}/*_train_*.bin", "val": f"{corpus}/*_val_*.bin",
-            "tokenizer": str(corpus / "builtin.model"), "val_documents": args.documents,
-        },
+        "data": data_section(corpus, val_documents=args.documents),
         "overrides": {
-            "model": {"vocab_size": VOCAB_SIZE}, "train": {"max_steps": args.steps, "budget_s": None},
+            "model": {"vocab_size": BUILTIN_VOCAB_SIZE}, "train": {"max_steps": args.steps, "budget_s": None},
             "evaluation": {"row_tokens": 8192}, "runtime": runtime,
         },
         "gang": {"gpus": args.gpus, "cpus": args.cpus},
@@ -50,8 +47,7 @@ def run_pipeline(args: argparse.Namespace, corpus: Path, out: Path) -> int:
 
 def run_program(args: argparse.Namespace, corpus: Path, folder: Path, out: Path) -> int:
     """Run the exported program over the same seeds."""
-    data = [f"{corpus}/*_train_*.bin", f"{corpus}/*_val_*.bin", str(corpus / "builtin.model")]
-    train, val, tokenizer = data
+    train, val, tokenizer = data = list(data_section(corpus).values())
     spec = {
         "name": "gpu-program", "seeds": list(SEEDS), "out": str(out), "gang": {"gpus": args.gpus, "cpus": args.cpus},
         "program": {
@@ -111,7 +107,7 @@ def main() -> int:
         return 2
     begun, out = time.monotonic(), args.out.absolute()
     corpus, pipeline, folder, program = (out / name for name in ("corpus", "pipeline", "bundle", "program"))
-    if command_line(["data", "builtin", "--out", str(corpus), "--reuse"]) != 0:
+    if not make_builtin_corpus(corpus):
         return 2
     codes = [run_pipeline(args, corpus, pipeline)]
     if not folder.exists():

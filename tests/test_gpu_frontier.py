@@ -87,7 +87,8 @@ def test_the_longest_of_a_kind_is_what_the_next_one_is_given() -> None:
 @pytest.mark.parametrize(("job_name", "steps"), [("final-all-42-adaptations", None), ("screening-polar-42", 160)])
 def test_a_jobs_spec_is_the_sweeps_for_one_seed(tmp_path: Path, job_name: str, steps: int | None) -> None:
     plain, variants = read_ablation(SPEC)
-    (tmp_path / "made.model").touch()
+    for name in ("made_train_0.bin", "made_val_0.bin", "made.model"):
+        (tmp_path / name).touch()
     args = gpu_frontier.parse_arguments([str(tmp_path), "out", "--gpus", "4", "--work", str(tmp_path)])
     (job,) = [job for job in make_jobs(variants, [42]) if job.name == job_name]
     spec = gpu_frontier.parse_spec(spec_of(job, plain, args))
@@ -127,7 +128,7 @@ def test_jobs_that_run_at_the_limit_are_ended_and_their_rows_kept(
     import subprocess
 
     def begin(job: Job, *_: Any) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
 
     monkeypatch.setattr(gpu_frontier, "begin", begin)
     args = argparse.Namespace(limit_s=1.0, out=tmp_path / "out", work=tmp_path)
