@@ -169,17 +169,26 @@ def write_corpus(folder: Path) -> None:
     (folder / TOKENIZER.name).write_bytes(TOKENIZER.read_bytes())
 
 
-def write_spec(cluster: Cluster, name: str, *, seeds: list[int], gang: dict[str, int], out: str) -> str:
+def write_spec(
+    cluster: Cluster,
+    name: str,
+    *,
+    seeds: list[int],
+    gang: dict[str, int],
+    out: str,
+    attempts: int = 1,
+    **runtime: float,
+) -> str:
     """Write the spec of a sweep through the whole pipeline and return its path."""
     data, path = cluster.folder / DATA, cluster.folder / f"{name}.yaml"
     spec = {
-        "name": name, "preset": "tiny", "seeds": seeds, "overrides": smallest(vocab_size=8192), "gang": gang,
+        "name": name, "preset": "tiny", "seeds": seeds, "overrides": smallest(vocab_size=8192, **runtime), "gang": gang,
         "data": {
             "train": f"{data}/fineweb_train_*.bin", "val": f"{data}/fineweb_val_*.bin",
             "tokenizer": f"{data}/{TOKENIZER.name}",
             "fetch": {"repo": REPO, "endpoint": f"http://{SWITCH}:{HUB_PORT}"},
         },
-        "out": out, "limits": {"backoff_s": 0.1, "attempts": 1},
+        "out": out, "limits": {"backoff_s": 0.1, "attempts": attempts},
     }  # fmt: skip
     path.write_text(json.dumps(spec))
     return str(path)
@@ -193,10 +202,26 @@ def run_pipeline(cluster: Cluster, name: str, **settings: Any) -> None:
     assert driver.wait(120) == 0, driver.text()
 
 
+CUT_SHORT = """
+import sys
+from runner.spec.read import load_spec
+from runner.sweep import run_sweep
+from runner.work import Options
+options = Options(address={address!r}, target="tests.stub_work:cut_short_pipeline", progress="plain")
+sys.exit(run_sweep(load_spec({path!r}), options))
+"""
 READ = """
 from results.store.reader import read_runs
 frame = read_runs({out!r}).frame
 print(frame[["seed", "state", "post_ttt_bpb", "pre_ttt_bpb", "node_label"]].to_json(orient="records"))
+"""
+LEFT = """
+import json
+from runner.folder.storage import open_storage
+storage = open_storage({out!r})
+folder = "seeds/seed=1-repeat=0"
+record = json.loads(storage.read(folder + "/stages/train.json"))
+print(json.dumps(dict(record=record, logs=storage.names(folder + "/logs"))))
 """
 
 
@@ -231,6 +256,24 @@ def test_a_gang_over_two_hosts_scores_the_same_bits(cluster: Cluster, stored: li
     logs = sorted((out / "seeds" / "seed=1-repeat=0" / "logs").glob("*.log"))
     assert ["interface to 10.77.0." in log.read_text() for log in logs] == [True, True]
     assert all(": eth0" in log.read_text() for log in logs)
+
+
+def test_a_gang_over_two_hosts_that_share_no_folder_goes_on_from_the_store(
+    cluster: Cluster, stored: list[dict[str, Any]]
+) -> None:
+    out = f"s3://sweeps/two?endpoint_override={SWITCH}:{S3_PORT}&scheme=http&region=us-east-1"
+    path = write_spec(cluster, "both", seeds=[1], gang={"ranks": 2, "hosts": 2}, out=out, attempts=2,
+                      checkpoint_every_s=0.001)  # fmt: skip
+    driver = cluster.drive("-c", CUT_SHORT.format(address=cluster.address, path=path), log="both")
+    assert driver.wait(120) == 0, driver.text()
+    attempts = json.loads(ask(cluster.hosts["desk"], READ.format(out=out)))
+    (row,) = (row for row in attempts if row["state"] == "DONE")
+    (other,) = (row for row in stored if row["seed"] == 1)
+    for name in ("post_ttt_bpb", "pre_ttt_bpb"):
+        assert row[name] == other[name]
+    left = json.loads(ask(cluster.hosts["desk"], LEFT.format(out=out)))
+    assert left["record"]["metrics"]["num_resumes"] == 1
+    assert {f"attempt={attempt}-rank={rank}.log" for attempt in (1, 2) for rank in (0, 1)} <= set(left["logs"])
 
 
 def test_out_that_a_node_does_not_see_is_refused_with_the_nodes_address(cluster: Cluster) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from model.controls.self_test import make_corpus, micro_config
 from model.distributed import Dist
+from model.pipeline import seed
 from runner.errors import Failure, Kind, PreflightError
 from runner.gang import ray_facts, ray_gang, worker
 from runner.gang.rank import this_host
@@ -28,6 +30,7 @@ from runner.plan import make_plan, slots_per_node
 from runner.spec.gang import Gang, Limits
 from runner.spec.read import parse_spec
 from runner.spec.sweep import RunKey
+from tests.micro_model import ignore
 from tests.sweep_tools import make_spec
 from tests.test_runner_worker import make_rank
 
@@ -56,12 +59,10 @@ def test_hosts_that_cannot_share_the_ranks_are_refused(gang: dict[str, Any], wor
         make_spec(tmp_path).from_json({**make_spec(tmp_path).to_json(), "gang": gang})
 
 
-def test_several_hosts_need_a_folder_that_they_share(tmp_path: Path) -> None:
+def test_hosts_work_in_a_folder_that_they_share_or_behind_a_uri(tmp_path: Path) -> None:
     plain = {"name": "a", "preset": "tiny", "seeds": [1], "gang": {"ranks": 2, "hosts": 2},
              "data": {"train": "t*.bin", "val": "v*.bin", "tokenizer": "m"}}  # fmt: skip
-    with pytest.raises(ValueError, match=r"gang.hosts=2 needs out in a folder that all nodes share, not s3://b/c"):
-        parse_spec({**plain, "out": "s3://b/c"})
-    for out in (f"file://{tmp_path}", str(tmp_path)):
+    for out in ("s3://b/c", f"file://{tmp_path}", str(tmp_path)):
         assert parse_spec({**plain, "out": out}).gang.ranks_per_host == 1
     one, two = (parse_spec({**plain, "out": "x", "gang": {"ranks": 2, "hosts": hosts}}) for hosts in (1, 2))
     assert one.config_hash == two.config_hash
@@ -194,6 +195,46 @@ class Peers(Dist):
     def gather_text(self, text: str) -> list[str]:
         """Return both words."""
         return [text, "{}", self.word, "{}"]
+
+
+class Later(Dist):
+    """A rank behind rank 0, which has said its words one after the other; problems says that of a further rank."""
+
+    words: tuple[str, ...] = ()
+    problem = "fine"
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return rank 0's next word, this rank's, and that of a further one."""
+        word, *self.words = self.words
+        return [word, text, self.problem]
+
+
+def test_the_first_rank_of_each_further_host_fetches_what_rank_0_names(tmp_path: Path) -> None:
+    fetched: list[tuple[str, str]] = []
+    gone: set[str] = set()
+    config = micro_config(make_corpus(tmp_path / "corpus"))
+
+    def fetch(name: str, sha256: str) -> None:
+        if name in gone:
+            raise FileNotFoundError(2, "no such object", name)
+        fetched.append((name, sha256))
+
+    def bring(rank: int, local_rank: int, problem: str = "fine", **orders: Any) -> None:
+        dist = Later(rank=rank, world_size=4, local_rank=local_rank)
+        dist.words, dist.problem = (json.dumps({"model.ssq": "a" * 64, "b.npz": "b" * 64}), "fine"), problem
+        orders = {"fetch": fetch, **orders}
+        seed.Run(config, dist, tmp_path, ignore, orders=seed.Orders(**orders)).bring({"x": "not rank 0's"})
+
+    bring(2, 0)
+    assert fetched == [("model.ssq", "a" * 64), ("b.npz", "b" * 64)]
+    bring(1, 1), bring(3, 1), bring(0, 0), bring(2, 0, fetch=None)
+    assert len(fetched) == 2  # rank 0 has them, others find them, and in one directory for all nothing is to do
+    gone.add("b.npz")
+    with pytest.raises(RuntimeError, match=r"rank 2 cannot have what rank 0 has written: b\.npz: .*no such object"):
+        bring(2, 0)
+    for rank, local_rank in ((0, 0), (1, 1)):  # nobody waits for the one that has failed
+        with pytest.raises(RuntimeError, match="a peer cannot go on: rank 2 cannot"):
+            bring(rank, local_rank, problem="rank 2 cannot")
 
 
 @pytest.mark.parametrize(("what", "value"), [("data", "e" * 64), ("CPU", "AVX2"), ("CPU", None)])
