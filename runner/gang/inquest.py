@@ -90,6 +90,7 @@ def listen_for_stacks() -> tuple[int, IO[bytes]] | None:
 def start_watch(path: Path) -> subprocess.Popen[bytes]:
     """Start the process that notes in path how this one ends; a line to its input calls it off."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of an attempt of the same number, in a sweep whose folder was emptied
     script = Path(__file__).with_name("watch.py")
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(path)],

@@ -38,11 +38,11 @@ from runner.gang.program_place import (
     make_command,
     make_environment_of,
     make_folders,
-    new_token,
     placeholders,
 )
 from runner.gang.rank import Rank
 from runner.life.causes import last_words
+from runner.life.job import Job
 from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
 from runner.machine.kept import Keeper, Output
@@ -57,7 +57,6 @@ IDLE_WAIT_S = 30.0
 MAX_NAME = 80  # of a command in a message
 ROOT_CAUSE = re.compile(r"Root Cause.*?^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
 FROM_TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)
-READY, DONE = "ready.json", "done"  # rank 0 has prepared; a rank's process has ended well
 
 T = TypeVar("T")
 
@@ -69,15 +68,15 @@ def run_program(rank: Rank) -> None:
     rank.report("start", 0, None, {})
     folder = attempt_folder(job)
     if rank.rank:
-        await_file(rank, folder / READY)
-        place = Place.read(folder / READY)
+        await_file(rank, folder / ready_name(job))
+        place = Place.read(folder / ready_name(job))
         if program.launcher == "none" and not is_finished(rank):
             run_process(rank, program, place)
         return
     if rank.mirror is not None:  # what counts is what the store has, whatever lies on this node
         in_background(rank, rank.mirror.fetch_all)
     if is_finished(rank):  # an earlier driver's gang ended, and was not committed any more
-        announce(rank, Place(work=folder, out=folder, python="", port=0, token=""))
+        announce(rank, Place(work=folder, out=folder, python="", port=0))
         return
     holder, port = hold_port()
     with holder:
@@ -87,7 +86,7 @@ def run_program(rank: Rank) -> None:
         with watched_gpus(rank):
             run_process(rank, program, place)
             for other in range(1, job.world_size if program.launcher == "none" else 1):
-                await_file(rank, folder / f"{DONE}-{other}")
+                await_file(rank, folder / done_name(job, other))
         seconds = time.monotonic() - begun
     values = placeholders(job, place)
     end = in_background(rank, lambda: read_end(job, program, place.work, place.out, files, values))
@@ -138,7 +137,7 @@ def prepare(rank: Rank, program: Program, port: int) -> Prepared:
     note_attempt(job, facts)
     if rank.mirror is not None:
         rank.mirror.put(Path(job.workdir) / "attempt.json")
-    place = Place(work=work, out=work.with_name("out"), python=python, port=port, token=new_token())
+    place = Place(work=work, out=work.with_name("out"), python=python, port=port)
     return Prepared(place, hashes, combine_inputs(inputs) if inputs else None)
 
 
@@ -184,9 +183,19 @@ def watched_gpus(rank: Rank) -> Iterator[None]:
             rank.mirror.put(path)
 
 
+def ready_name(job: Job) -> str:
+    """Return the name of the file that says that rank 0 has prepared for this gang."""
+    return f"ready-{job.token}.json"
+
+
+def done_name(job: Job, rank: int) -> str:
+    """Return the name of the file that says that the process of a rank of this gang has ended well."""
+    return f"done-{job.token}-{rank}"
+
+
 def announce(rank: Rank, place: Place) -> None:
     """Let the other ranks begin."""
-    place.write(LocalStorage(attempt_folder(rank.job)), READY)
+    place.write(LocalStorage(attempt_folder(rank.job)), ready_name(rank.job))
 
 
 def await_file(rank: Rank, path: Path) -> None:
@@ -219,7 +228,7 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
         judge(rank, command, keeper)
     finally:
         keeper.close()
-    LocalStorage(attempt_folder(job)).write(f"{DONE}-{rank.rank}", b"")
+    LocalStorage(attempt_folder(job)).write(done_name(job, rank.rank), b"")
 
 
 def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Output) -> None:

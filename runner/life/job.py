@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from model.config import RunConfig
@@ -42,6 +43,9 @@ class Job:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the program, in no record
     grace_s: float = PROGRAM_GRACE_S
     hosts: int = 1  # over which the ranks share out evenly, in their order
+    # Names this gang. Attempts are counted anew in a sweep whose folder was emptied, and nodes still have what those of
+    # the same number left.
+    token: str = field(default_factory=lambda: token_hex(16))
 
     @property
     def ranks_per_host(self) -> int:
