@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from model.files.plain import read_json
 from model.report import Interrupted
-from runner.errors import Kind, PreflightError, ProgramError
+from runner.errors import Kind, NoRoomError, PreflightError, ProgramError
 from runner.folder.program_end import read_end
 from runner.folder.program_inputs import combine_inputs
 from runner.folder.storage import LocalStorage
-from runner.gang.attempt import GPU_SAMPLES, note_attempt, save_samples, wait_for_room
+from runner.gang.attempt import GPU_SAMPLES, Room, name_shortage, note_attempt, save_samples, wait_for_room
 from runner.gang.inquest import CRASHES, End, signal_name
 from runner.gang.program_place import (
     TORCHRUN,
@@ -45,12 +45,13 @@ from runner.life.causes import last_words
 from runner.life.job import Job
 from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
-from runner.machine.kept import Keeper, Output
+from runner.machine.kept import Keeper, Output, size_of
 from runner.provenance import PACKAGES, different_versions, machine, package_versions, settings
 from runner.spec.program import Program, fill_pattern
 
 LOOK_S = 0.2
 READ_EVERY_S = 1.0
+FULL_GRACE_S = 1.0  # from SIGTERM to SIGKILL, of a program that fills its disk
 START_S = 60.0  # for a process to be started
 MAX_USED_BYTES = 2 << 30  # of a GPU that counts as idle: an earlier gang's memory may take a moment to be given back
 IDLE_WAIT_S = 30.0
@@ -226,22 +227,45 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
         watch(rank, program, place, keeper, output)
         follow(rank, program, place, output)  # its last words
         judge(rank, command, keeper)
+        check_length(job, output)
     finally:
         keeper.close()
     LocalStorage(attempt_folder(job)).write(done_name(job, rank.rank), b"")
 
 
 def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Output) -> None:
-    """Follow a process until it and all that it started are gone. Raises Interrupted if it was asked to stop."""
-    read_at = 0.0
+    """Follow a process until it and all that it started are gone.
+
+    Raises Interrupted if it was asked to stop; ProgramError if it prints too much and NoRoomError if its disk has too
+    little room for too long, having ended it.
+    """
+    read_at, room = 0.0, Room(rank)
     while not keeper.is_over.wait(LOOK_S):
         if rank.should_stop():
             keeper.stop(rank.job.grace_s)
             keeper.is_over.wait()
             raise Interrupted("the program was stopped")
-        if time.monotonic() - read_at >= READ_EVERY_S and not keeper.has_ended.is_set():
-            read_at = time.monotonic()
-            follow(rank, program, place, output)
+        if keeper.has_ended.is_set():
+            continue
+        try:
+            check_length(rank.job, output)
+            if time.monotonic() - read_at >= READ_EVERY_S:
+                read_at = time.monotonic()
+                follow(rank, program, place, output)
+                room.is_short()
+        except (ProgramError, NoRoomError):
+            keeper.stop(FULL_GRACE_S)
+            keeper.is_over.wait()
+            raise
+
+
+def check_length(job: Job, output: Output) -> None:
+    """Raise ProgramError, which no further attempt mends, if what is printed or logged is longer than it may be."""
+    path = output.longer_than(job.log_bytes)
+    if path is not None:
+        name, size = os.path.relpath(path, job.workdir), size_of(path)
+        words = f"{name} has {size} bytes, more than limits.log_bytes={job.log_bytes}"
+        raise ProgramError(f"{words}; let the program print less, or raise limits.log_bytes", kind=Kind.USER)
 
 
 def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
@@ -285,7 +309,7 @@ def judge(rank: Rank, command: Sequence[str], keeper: Keeper) -> None:
     is_signal = status is None or os.WIFSIGNALED(status)
     raise ProgramError(
         describe_end(command, status, rank.log_tail()), at=keeper.answer("at"),
-        kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status),
+        kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status) or name_shortage(rank),
     )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ class Job:
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
     disk_s: float = 0.0  # how long to wait for room on the disk
+    log_bytes: int = 2 << 30  # that one log of a program may have
     donors: Mapping[str, str] = field(default_factory=dict)  # stage -> the run that has finished it for this one
     epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
     program: Program | None = None  # what to run in place of the pipeline; record has its folder's hash as code_hash

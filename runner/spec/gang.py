@@ -79,7 +79,8 @@ class Limits:
     heartbeat_s: float = 60.0  # without an answer from a rank's process
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang
-    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
+    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt and while a program runs
+    log_bytes: int = 2 << 30  # of what one rank of a program prints, and of each file of program.log
     stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
     restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
 
@@ -88,7 +89,7 @@ class Limits:
             raise ValueError(f"limits.attempts={self.attempts} must be at least 1")
         if self.preemptions < 0:
             raise ValueError(f"limits.preemptions={self.preemptions} must not be negative")
-        for name in ("start_s", "stall_s", "heartbeat_s", "seed_s"):
+        for name in ("start_s", "stall_s", "heartbeat_s", "seed_s", "log_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"limits.{name}={value} must be positive")
