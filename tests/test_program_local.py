@@ -6,6 +6,8 @@ import itertools
 import json
 import re
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ from jobs.cli import main
 from results import load
 from runner.folder.storage import open_storage
 from runner.gang import attempt
+from runner.gang.program import end_process
+from runner.machine.kept import Keeper, Output
+from tests.ray_tools import wait_until
 from tests.sweep_tools import state_of
+from tests.test_faults_local import make_job
 from tests.test_program_ray import failures_of, mischiefs, nothing_is_left, write_spec
 from tests.test_runner_storage import server, uri
 
@@ -34,6 +40,15 @@ FINDINGS = {
     14: ["the program changed or removed files of its own folder: helper.py"],
     15: ["output of rank 0 names seed 7, but seed 15 was asked for"],
 }
+
+
+DEAF = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while True:
+    print("on and on " * 100)
+    time.sleep(0.001)
+"""
 
 
 def run(spec: Path) -> int:
@@ -89,6 +104,18 @@ def test_a_program_that_prints_without_end_is_ended_and_its_file_named(tmp_path:
 def written_bytes(failure: dict[str, Any]) -> int:
     """Return the size that a failure names."""
     return int(failure["message"].partition(" has ")[2].split()[0])
+
+
+def test_a_program_that_goes_on_printing_when_it_is_stopped_is_left_no_more_time(tmp_path: Path) -> None:
+    job = make_job(tmp_path, log_bytes=200_000)
+    keeper, log = Keeper(), tmp_path / "log"
+    keeper.start([sys.executable, "-uc", DEAF], {}, tmp_path, log)
+    wait_until(lambda: log.exists() and log.stat().st_size > 0, 20, "it says nothing")
+    begun = time.monotonic()
+    end_process(job, keeper, Output(log), grace_s=600.0)
+    keeper.close()
+    assert time.monotonic() - begun < 60
+    assert log.stat().st_size > 200_000
 
 
 def test_a_program_whose_disk_fills_up_is_ended_with_what_is_needed(

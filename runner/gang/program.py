@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
@@ -242,8 +242,7 @@ def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Ou
     read_at, room = 0.0, Room(rank)
     while not keeper.is_over.wait(LOOK_S):
         if rank.should_stop():
-            keeper.stop(rank.job.grace_s)
-            keeper.is_over.wait()
+            end_process(rank.job, keeper, output, rank.job.grace_s)
             raise Interrupted("the program was stopped")
         if keeper.has_ended.is_set():
             continue
@@ -252,11 +251,19 @@ def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Ou
             if time.monotonic() - read_at >= READ_EVERY_S:
                 read_at = time.monotonic()
                 follow(rank, program, place, output)
-                room.is_short()
+                with suppress(OSError):  # a filesystem that does not answer now is none that is full
+                    room.is_short()
         except (ProgramError, NoRoomError):
-            keeper.stop(FULL_GRACE_S)
-            keeper.is_over.wait()
+            end_process(rank.job, keeper, output, FULL_GRACE_S)
             raise
+
+
+def end_process(job: Job, keeper: Keeper, output: Output, grace_s: float) -> None:
+    """End a process and all that it started; one that prints too much meanwhile is left no more time."""
+    keeper.stop(grace_s)
+    while not keeper.is_over.wait(LOOK_S):
+        if output.longer_than(job.log_bytes) is not None:
+            keeper.close()
 
 
 def check_length(job: Job, output: Output) -> None:
