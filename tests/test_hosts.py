@@ -7,19 +7,22 @@ import json
 import os
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayError
 
 from model.controls.self_test import make_corpus, micro_config
 from model.distributed import Dist
 from model.pipeline import seed
 from runner.errors import Failure, Kind, PreflightError
-from runner.gang import ray_facts, ray_gang, worker
+from runner.gang import inquest, ray_facts, ray_gang, worker
 from runner.gang.rank import this_host
+from runner.gang.ray_ask import Answer
 from runner.gang.ray_gang import Phase, RayGang
 from runner.life import states
 from runner.life.capacity import HERE, Node, count_slots, why_infeasible
@@ -185,6 +188,38 @@ def test_a_rank_that_is_silent_because_its_node_is_gone_is_reported_with_the_nod
     assert gang.lookout.lost == "b"
     gang.lookout.look(is_silent=False)  # it answers again
     assert gang.lookout.lost == ""
+
+
+@pytest.mark.parametrize(("out", "asked"), [("s3://b/x", [0, 1]), ("/shared/x", [1])])
+def test_every_host_is_asked_for_its_logs_where_no_other_sees_them(
+    out: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    def ask_nodes(_question: object, _job: object, ranks: list[dict[str, Any]]) -> Answer:
+        found.extend(ranks)
+        return Answer(lambda: False, list)
+
+    monkeypatch.setattr(ray_gang, "placement_group", lambda *_bundles, **_more: None)
+    monkeypatch.setattr(ray_gang, "is_node_lost", lambda _node_id: False)
+    monkeypatch.setattr(ray_gang, "ask_nodes", ask_nodes)
+    gang = RayGang(KEY, 1, Gang(ranks=2, hosts=2))
+    gang.job = replace(make_rank(tmp_path).job, world_size=2, hosts=2, out=out)
+    gang.actors, gang.node_ids, gang.dead = [None, None], ("a", "b"), {1: RayError("killed")}
+    gang.ended_at = time.monotonic()
+    assert gang.poll_failing() == []
+    assert [facts["rank"] for facts in found] == asked
+    assert [facts["rank"] for facts in found if facts["is_dead"]] == [1]
+
+
+def test_the_living_are_not_waited_for_to_end_and_their_logs_are_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[object] = []
+    monkeypatch.setattr(inquest, "put_logs", puts.append)
+    job = make_rank(tmp_path).job
+    assert inquest.learn_ends(job, [{"rank": 0, "is_dead": False}]) == {}
+    assert puts == [job]
 
 
 class Peers(Dist):

@@ -77,7 +77,7 @@ def run_pipeline(rank: Rank) -> None:
                 orders=Orders(
                     repeat=job.key.repeat, hashes={name: job.record.get(name) for name in HASHES},
                     donors=open_donors(job), attach=attach,
-                    fetch=rank.mirror.fetch_same if rank.mirror is not None and job.hosts > 1 else None,
+                    fetch=rank.mirror.fetch_same if rank.mirror is not None and job.is_apart else None,
                 ),
             )  # fmt: skip
         except OtherHashes as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure
+from runner.spec.places import is_uri
 from runner.spec.program import Program
 from runner.spec.sweep import RunKey
 
@@ -52,6 +53,11 @@ class Job:
     def ranks_per_host(self) -> int:
         """Number of ranks on each host."""
         return self.world_size // self.hosts
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the hosts of the gang work on disks of their own."""
+        return self.hosts > 1 and is_uri(self.out) and not self.out.startswith("file://")
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """Return on which host a rank is, and which of that host's ranks it is."""
