@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -247,9 +248,12 @@ class Later(Dist):
 def test_the_first_rank_of_each_further_host_fetches_what_rank_0_names(tmp_path: Path) -> None:
     fetched: list[tuple[str, str]] = []
     gone: set[str] = set()
+    full = ""
     config = micro_config(make_corpus(tmp_path / "corpus"))
 
     def fetch(name: str, sha256: str) -> None:
+        if name == full:
+            raise OSError(errno.ENOSPC, "No space left on device", name)
         if name in gone:
             raise FileNotFoundError(2, "no such object", name)
         fetched.append((name, sha256))
@@ -265,11 +269,14 @@ def test_the_first_rank_of_each_further_host_fetches_what_rank_0_names(tmp_path:
     bring(1, 1), bring(3, 1), bring(0, 0), bring(2, 0, fetch=None)
     assert len(fetched) == 2  # rank 0 has them, others find them, and in one directory for all nothing is to do
     gone.add("b.npz")
-    with pytest.raises(RuntimeError, match=r"rank 2 cannot have what rank 0 has written: b\.npz: .*no such object"):
+    with pytest.raises(RuntimeError, match=r"rank 2 cannot have what rank 0 has written: .*no such object: 'b\.npz'"):
         bring(2, 0)
     for rank, local_rank in ((0, 0), (1, 1)):  # nobody waits for the one that has failed
         with pytest.raises(RuntimeError, match="a peer cannot go on: rank 2 cannot"):
             bring(rank, local_rank, problem="rank 2 cannot")
+    full = "model.ssq"
+    with pytest.raises(OSError, match="No space left on device"):  # for which the next attempt waits
+        bring(2, 0)
 
 
 @pytest.mark.parametrize(("what", "value"), [("data", "e" * 64), ("CPU", "AVX2"), ("CPU", None)])

@@ -13,7 +13,7 @@ import numpy as np
 
 from model.config import RunConfig
 from model.distributed import Dist
-from model.files.atomic import replace_file
+from model.files.atomic import FULL, replace_file
 from model.kernels.pace import LONG_CALL_S, ticking
 from model.pipeline.records import StageRecord
 from model.report import Report
@@ -99,21 +99,28 @@ class Run:
         """Let every host have these files before its ranks read them; all ranks call it.
 
         files: sha256 by name in the run directory, of files that rank 0 has told of; only rank 0's are looked at.
-        Raises RuntimeError on every rank if one of them cannot have a file.
+        Raises RuntimeError on every rank if one of them cannot have a file; a disk that is full says so itself.
         """
-        fetch = self.orders.fetch
-        if fetch is None:
+        if self.orders.fetch is None:
             return
         wanted: dict[str, str] = json.loads(self.dist.gather_text(json.dumps(files))[0])
-        problem = ""
-        if self.is_fetching:
-            with self.long_call():
-                problem = next(filter(None, (fetch_one(fetch, name, wanted[name]) for name in wanted)), "")
-        if problem:
-            problem = f"rank {self.dist.rank} cannot have what rank 0 has written: {problem}"
-        problems = [text for text in self.dist.gather_text(problem or FINE) if text != FINE]
+        error = self._fetch_all(self.orders.fetch, wanted) if self.is_fetching else None
+        problem = f"rank {self.dist.rank} cannot have what rank 0 has written: {error_line(error)}" if error else FINE
+        problems = [text for text in self.dist.gather_text(problem) if text != FINE]
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise error
         if problems:
-            raise RuntimeError(problem or f"a peer cannot go on: {problems[0]}")
+            raise RuntimeError(problem if error else f"a peer cannot go on: {problems[0]}")
+
+    def _fetch_all(self, fetch: Callable[[str, str], None], wanted: Mapping[str, str]) -> Exception | None:
+        """Fetch files by their sha256; return what went wrong with the first that cannot be had."""
+        with self.long_call():
+            for name, sha256 in wanted.items():
+                try:
+                    fetch(name, sha256)
+                except (OSError, ValueError) as error:
+                    return error
+        return None
 
     def write(self, name: str, arrays: dict[str, np.ndarray]) -> None:
         """Write arrays as an npz file of the run directory."""
@@ -121,10 +128,6 @@ class Run:
             np.savez(file, allow_pickle=False, **arrays)
 
 
-def fetch_one(fetch: Callable[[str, str], None], name: str, sha256: str) -> str:
-    """Fetch one file; return what went wrong in one line, or nothing."""
-    try:
-        fetch(name, sha256)
-    except (OSError, ValueError) as error:
-        return f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-    return ""
+def error_line(error: Exception) -> str:
+    """Return an error in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -69,8 +69,10 @@ def name_shortage(rank: Rank) -> str:
     room = Room(rank)
     try:
         return room.words if room.is_short() else ""
-    except (NoRoomError, OSError):
+    except NoRoomError:
         return room.words
+    except OSError:
+        return ""
 
 
 def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:

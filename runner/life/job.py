@@ -10,7 +10,7 @@ from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure
-from runner.spec.places import is_uri
+from runner.spec.places import is_object_store
 from runner.spec.program import Program
 from runner.spec.sweep import RunKey
 
@@ -57,7 +57,7 @@ class Job:
     @property
     def is_apart(self) -> bool:
         """Whether the hosts of the gang work on disks of their own."""
-        return self.hosts > 1 and is_uri(self.out) and not self.out.startswith("file://")
+        return self.hosts > 1 and is_object_store(self.out)
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """Return on which host a rank is, and which of that host's ranks it is."""
