@@ -109,6 +109,7 @@ class SweepWork:
             else self.options.target,
             probe=self.probe,
             disk_s=self.spec.limits.disk_s,
+            log_bytes=self.spec.limits.log_bytes,
             epoch=self.directory.owner.epoch if self.directory.owner is not None else 0,
             program=self.spec.program,
             secrets=self.secrets,

@@ -23,6 +23,7 @@ def main() -> int:
     given = json.loads(sys.argv[1])
     lease.LEASE_TTL_S = given.get("lease_ttl_s", lease.LEASE_TTL_S)
     head_watch.KNOCKS = given.get("knocks", head_watch.KNOCKS)
+    head_watch.KNOCK_EVERY_S = head_watch.KNOCK_S = given.get("knock_s", head_watch.KNOCK_S)
     if given.get("on_loopback", True):
         os.environ[LOOPBACK_VARIABLE] = "0"
     sweep.data_hash = lambda _data, **_more: "d" * 64

@@ -27,6 +27,7 @@ NUM_STEPS = {"train": 12, "quantize": 2, "evaluate": 2, "ttt": 4}
 STEP_S = 0.02
 TARGET = "tests.stub_work:work"
 GANG_TARGET = "tests.stub_work:gang_work"
+CUT_SHORT_STEP = 5
 
 
 def work(rank: Rank) -> None:
@@ -224,3 +225,18 @@ def patient_gang_work(rank: Rank) -> None:
             leave_record(rank, stage, 1.0, [], storage)
     dist.barrier()
     dist.close()
+
+
+def cut_short_pipeline(rank: Rank) -> None:
+    """Run the real pipeline, but in the first attempt the last rank is killed in the middle of training."""
+    from runner.gang.worker import run_pipeline
+
+    heard = rank.report
+
+    def report(phase: str, step: int, total: int | None, metrics: Any) -> None:
+        heard(phase, step, total, metrics)
+        if (rank.job.attempt, rank.rank, phase) == (1, rank.job.world_size - 1, "train") and step >= CUT_SHORT_STEP:
+            commit_fault({"do": "kill"})
+
+    rank.report = report  # type: ignore[method-assign]
+    run_pipeline(rank)

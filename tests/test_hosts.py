@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayError
 
+from model.controls.self_test import make_corpus, micro_config
 from model.distributed import Dist
+from model.pipeline import seed
 from runner.errors import Failure, Kind, PreflightError
-from runner.gang import ray_facts, ray_gang, worker
+from runner.gang import inquest, ray_facts, ray_gang, worker
 from runner.gang.rank import this_host
+from runner.gang.ray_ask import Answer
 from runner.gang.ray_gang import Phase, RayGang
 from runner.life import states
 from runner.life.capacity import HERE, Node, count_slots, why_infeasible
@@ -28,6 +34,7 @@ from runner.plan import make_plan, slots_per_node
 from runner.spec.gang import Gang, Limits
 from runner.spec.read import parse_spec
 from runner.spec.sweep import RunKey
+from tests.micro_model import ignore
 from tests.sweep_tools import make_spec
 from tests.test_runner_worker import make_rank
 
@@ -56,12 +63,10 @@ def test_hosts_that_cannot_share_the_ranks_are_refused(gang: dict[str, Any], wor
         make_spec(tmp_path).from_json({**make_spec(tmp_path).to_json(), "gang": gang})
 
 
-def test_several_hosts_need_a_folder_that_they_share(tmp_path: Path) -> None:
+def test_hosts_work_in_a_folder_that_they_share_or_behind_a_uri(tmp_path: Path) -> None:
     plain = {"name": "a", "preset": "tiny", "seeds": [1], "gang": {"ranks": 2, "hosts": 2},
              "data": {"train": "t*.bin", "val": "v*.bin", "tokenizer": "m"}}  # fmt: skip
-    with pytest.raises(ValueError, match=r"gang.hosts=2 needs out in a folder that all nodes share, not s3://b/c"):
-        parse_spec({**plain, "out": "s3://b/c"})
-    for out in (f"file://{tmp_path}", str(tmp_path)):
+    for out in ("s3://b/c", f"file://{tmp_path}", str(tmp_path)):
         assert parse_spec({**plain, "out": out}).gang.ranks_per_host == 1
     one, two = (parse_spec({**plain, "out": "x", "gang": {"ranks": 2, "hosts": hosts}}) for hosts in (1, 2))
     assert one.config_hash == two.config_hash
@@ -186,6 +191,38 @@ def test_a_rank_that_is_silent_because_its_node_is_gone_is_reported_with_the_nod
     assert gang.lookout.lost == ""
 
 
+@pytest.mark.parametrize(("out", "asked"), [("s3://b/x", [0, 1]), ("/shared/x", [1])])
+def test_every_host_is_asked_for_its_logs_where_no_other_sees_them(
+    out: str, asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+
+    def ask_nodes(_question: object, _job: object, ranks: list[dict[str, Any]]) -> Answer:
+        found.extend(ranks)
+        return Answer(lambda: False, list)
+
+    monkeypatch.setattr(ray_gang, "placement_group", lambda *_bundles, **_more: None)
+    monkeypatch.setattr(ray_gang, "is_node_lost", lambda _node_id: False)
+    monkeypatch.setattr(ray_gang, "ask_nodes", ask_nodes)
+    gang = RayGang(KEY, 1, Gang(ranks=2, hosts=2))
+    gang.job = replace(make_rank(tmp_path).job, world_size=2, hosts=2, out=out)
+    gang.actors, gang.node_ids, gang.dead = [None, None], ("a", "b"), {1: RayError("killed")}
+    gang.ended_at = time.monotonic()
+    assert gang.poll_failing() == []
+    assert [facts["rank"] for facts in found] == asked
+    assert [facts["rank"] for facts in found if facts["is_dead"]] == [1]
+
+
+def test_the_living_are_not_waited_for_to_end_and_their_logs_are_put(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[object] = []
+    monkeypatch.setattr(inquest, "put_logs", puts.append)
+    job = make_rank(tmp_path).job
+    assert inquest.learn_ends(job, [{"rank": 0, "is_dead": False}]) == {}
+    assert puts == [job]
+
+
 class Peers(Dist):
     """A first rank whose only peer is the first rank of another host, which has said its word."""
 
@@ -194,6 +231,52 @@ class Peers(Dist):
     def gather_text(self, text: str) -> list[str]:
         """Return both words."""
         return [text, "{}", self.word, "{}"]
+
+
+class Later(Dist):
+    """A rank behind rank 0, which has said its words one after the other; problems says that of a further rank."""
+
+    words: tuple[str, ...] = ()
+    problem = "fine"
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return rank 0's next word, this rank's, and that of a further one."""
+        word, *self.words = self.words
+        return [word, text, self.problem]
+
+
+def test_the_first_rank_of_each_further_host_fetches_what_rank_0_names(tmp_path: Path) -> None:
+    fetched: list[tuple[str, str]] = []
+    gone: set[str] = set()
+    full = ""
+    config = micro_config(make_corpus(tmp_path / "corpus"))
+
+    def fetch(name: str, sha256: str) -> None:
+        if name == full:
+            raise OSError(errno.ENOSPC, "No space left on device", name)
+        if name in gone:
+            raise FileNotFoundError(2, "no such object", name)
+        fetched.append((name, sha256))
+
+    def bring(rank: int, local_rank: int, problem: str = "fine", **orders: Any) -> None:
+        dist = Later(rank=rank, world_size=4, local_rank=local_rank)
+        dist.words, dist.problem = (json.dumps({"model.ssq": "a" * 64, "b.npz": "b" * 64}), "fine"), problem
+        orders = {"fetch": fetch, **orders}
+        seed.Run(config, dist, tmp_path, ignore, orders=seed.Orders(**orders)).bring({"x": "not rank 0's"})
+
+    bring(2, 0)
+    assert fetched == [("model.ssq", "a" * 64), ("b.npz", "b" * 64)]
+    bring(1, 1), bring(3, 1), bring(0, 0), bring(2, 0, fetch=None)
+    assert len(fetched) == 2  # rank 0 has them, others find them, and in one directory for all nothing is to do
+    gone.add("b.npz")
+    with pytest.raises(RuntimeError, match=r"rank 2 cannot have what rank 0 has written: .*no such object: 'b\.npz'"):
+        bring(2, 0)
+    for rank, local_rank in ((0, 0), (1, 1)):  # nobody waits for the one that has failed
+        with pytest.raises(RuntimeError, match="a peer cannot go on: rank 2 cannot"):
+            bring(rank, local_rank, problem="rank 2 cannot")
+    full = "model.ssq"
+    with pytest.raises(OSError, match="No space left on device"):  # for which the next attempt waits
+        bring(2, 0)
 
 
 @pytest.mark.parametrize(("what", "value"), [("data", "e" * 64), ("CPU", "AVX2"), ("CPU", None)])

@@ -108,6 +108,8 @@ def test_calling_off_waits_for_no_slow_watch_and_is_heard_though_the_process_end
 
 
 def test_a_process_may_have_itself_watched(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "end.json").write_text("how another process ended")
     watch = start_watch(tmp_path / "logs" / "end.json")
     watch.communicate(b"over", timeout=20)
     assert watch.returncode == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from runner.folder.mirror import Mirror
 from runner.folder.program_end import is_named
 from runner.folder.program_files import find_files, folder_hash, hash_files, keep_folder
 from runner.folder.storage import LocalStorage
+from runner.gang.program_place import Place, make_folders
 from runner.life.job import Job
 from runner.life.states import Run, State
 from runner.machine.kept import Output
@@ -30,6 +33,7 @@ from runner.spec.sweep import RunKey, SweepSpec
 from runner.sweep import announced_spec
 from runner.view.trackers import Labels
 from runner.view.tracking import Tracking
+from tests.ray_tools import wait_until
 
 
 def program_spec(out: Path | str, folder: Path | str, **section: Any) -> SweepSpec:
@@ -48,12 +52,7 @@ def test_what_a_node_kept_of_an_emptied_store_is_not_taken_for_a_finished_run(
     def prepare(*_: Any) -> None:
         raise Prepared
 
-    spec = program_spec(tmp_path / "out", tmp_path / "p")
-    job = Job(
-        key=RunKey(seed=1), attempt=1, config=spec.config, world_size=1, threads=1, uses_gpus=False,
-        workdir=str(tmp_path / "scratch"), out=spec.out, program=spec.program, record={},
-    )  # fmt: skip
-    rank = gang_program.Rank(job, 0)
+    rank = gang_program.Rank(make_job(tmp_path), 0)
     (tmp_path / "scratch" / "stages").mkdir(parents=True)
     (tmp_path / "scratch" / "stages" / "program.json").write_text("{}")
     assert gang_program.is_finished(rank)
@@ -62,6 +61,49 @@ def test_what_a_node_kept_of_an_emptied_store_is_not_taken_for_a_finished_run(
     monkeypatch.setattr(gang_program, "prepare", prepare)
     with pytest.raises(Prepared):
         gang_program.run_program(rank)
+
+
+def make_job(tmp_path: Path, **changes: Any) -> Job:
+    """Return the job of two ranks for the first attempt of a program; each call is another gang's."""
+    spec = program_spec(tmp_path / "out", tmp_path / "p")
+    plain: dict[str, Any] = {
+        "key": RunKey(seed=1), "attempt": 1, "config": spec.config, "world_size": 2, "threads": 1, "uses_gpus": False,
+        "workdir": str(tmp_path / "scratch"), "out": spec.out, "program": spec.program, "record": {},
+    }  # fmt: skip
+    return Job(**{**plain, **changes})
+
+
+def test_a_rank_begins_when_its_own_gang_is_prepared_whatever_an_emptied_sweep_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, job = make_job(tmp_path), make_job(tmp_path)
+    old, new = (Place(work=tmp_path, out=tmp_path, python="p", port=port) for port in (1, 2))
+    gang_program.announce(gang_program.Rank(earlier, 0), old)
+    begun: list[Place] = []
+    monkeypatch.setattr(gang_program, "run_process", lambda _rank, _program, place: begun.append(place))
+    rank = gang_program.Rank(job, 1)
+    work = threading.Thread(target=gang_program.run_program, args=(rank,), daemon=True)
+    work.start()
+    wait_until(lambda: rank.waits or bool(begun), 20, "the rank neither waits nor works")
+    assert not begun  # of the same number, that attempt is of another sweep at the same place
+    gang_program.announce(gang_program.Rank(job, 0), new)
+    work.join(20)
+    assert begun == [new]
+
+
+def test_what_an_emptied_sweep_printed_is_not_read_as_this_ones(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "train_gpt.py").write_text("print(1)")
+    files = find_files(tmp_path / "p")
+    name = folder_hash(hash_files(files))
+    keep_folder(LocalStorage(tmp_path / "out"), files, name)
+    job = make_job(tmp_path, record={"code_hash": name})
+    assert job.program is not None
+    kept = [job.own_log_path(0), replace(job, attempt=2).log_path(0)]
+    for path in (*kept, job.log_path(0), job.log_path(1), job.log_path(7)):
+        LocalStorage(path.parent).write(path.name, b"val_bpb:0.5")
+    make_folders(job, job.program)
+    assert sorted(job.log_path(0).parent.iterdir()) == sorted(kept)
 
 
 def test_a_program_without_its_record_is_never_committed_as_done(tmp_path: Path) -> None:

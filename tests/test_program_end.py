@@ -75,6 +75,16 @@ def test_logs_that_came_with_the_folder_are_not_the_programs_own(tmp_path: Path)
     assert ended.read().record["metrics"]["post_ttt_bpb"] == 0.8
 
 
+def test_a_log_that_is_too_long_to_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("results.published.layout.MAX_LOG_BYTES", 100)
+    ended, words = Ended(tmp_path), "output of rank 1: 0 MB is too long for a log; left out"
+    ended.print(SCORE + "on and on\n" * 20, rank=1)
+    with pytest.raises(ProgramError, match=rf"ended with 0, but no score: .*; {words}"):
+        ended.read()
+    ended.print(SCORE)
+    assert any(note.startswith(words) for note in said_of(ended.read())[2])
+
+
 @pytest.mark.parametrize("place", ["logs/r.txt", "other/deep.log", "rank 1"])
 def test_a_score_is_found_wherever_the_program_left_it(tmp_path: Path, place: str) -> None:
     ended = Ended(tmp_path, log="logs/{run_id}.txt")

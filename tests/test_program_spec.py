@@ -36,7 +36,7 @@ def make_rank(spec: SweepSpec, *, rank: int = 0, world_size: int = 1, uses_gpus:
     )  # fmt: skip
 
 
-PLACE = Place(work=Path("/w"), out=Path("/o"), python="/env/bin/python", port=7, token="t")
+PLACE = Place(work=Path("/w"), out=Path("/o"), python="/env/bin/python", port=7)
 
 
 def test_defaults_are_the_challenges_and_a_program_always_starts_from_scratch() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from model.controls.self_test import make_corpus, micro_config
 from model.distributed import Dist
+from model.files.atomic import file_sha256
 from model.pipeline import seed as pipeline
 from model.pipeline.run import Orders
 from model.pipeline.seed import run_seed
@@ -59,6 +60,26 @@ def uri(server: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch
     """Return a fresh place on the server; scratch work goes to the test's folder."""
     monkeypatch.setattr(work_module, "scratch_root", lambda out: tmp_path / "scratch")
     return f"s3://sweeps/{request.node.name}?endpoint_override={server}&scheme=http&region=us-east-1"
+
+
+def test_another_host_has_the_bytes_that_rank_0_names_or_fails(uri: str, tmp_path: Path) -> None:
+    storage = open_storage(uri)
+    assert isinstance(storage, ObjectStorage)
+    first, other = (Mirror(storage, "seeds/x", tmp_path / name) for name in ("first", "other"))
+    for mirror, content in ((first, b"new"), (other, b"left by another attempt")):
+        mirror.keep("checkpoints/step-1.json", content)
+    first.put(first.workdir / "checkpoints" / "step-1.json")
+    sha256 = file_sha256(first.workdir / "checkpoints" / "step-1.json")
+    other.fetch_same("checkpoints/step-1.json", sha256)
+    assert (other.workdir / "checkpoints" / "step-1.json").read_bytes() == b"new"
+    storage.remove("seeds/x/checkpoints/step-1.json")
+    other.fetch_same("checkpoints/step-1.json", sha256)  # it is here
+    with pytest.raises(FileNotFoundError):
+        other.fetch_same("checkpoints/step-1.json", "0" * 64)
+    storage.write("seeds/x/checkpoints/step-1.json", b"of a gang that was given up")
+    with pytest.raises(ValueError, match="does not have the sha256 of its record"):
+        other.fetch_same("checkpoints/step-1.json", "0" * 64)
+    assert (other.workdir / "checkpoints" / "step-1.json").read_bytes() == b"new"
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ def test_a_rank_that_fails_does_not_wait_for_the_others(
     assert (outcome.kind, CLOSED) == (("finished", [0]) if error is None else ("failed", []))
 
 
-@pytest.mark.parametrize(("number", "target", "puts"), [(0, "", 1), (1, "", 0), (1, "no.such:target", 1)])
-def test_the_rank_that_fails_leaves_its_log_on_the_object_store(
+@pytest.mark.parametrize(("number", "target", "puts"), [(0, "", 1), (1, "", 0), (2, "", 1), (1, "no.such:target", 1)])
+def test_the_first_rank_of_a_host_and_one_that_fails_leave_logs_on_the_object_store(
     number: int, target: str, puts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FakeMirror:
@@ -123,7 +123,7 @@ def test_the_rank_that_fails_leaves_its_log_on_the_object_store(
     mirror = FakeMirror()
     monkeypatch.setattr(rank_module, "open_mirror", lambda *_arguments, **_options: mirror)
     monkeypatch.setattr(worker, "run_pipeline", lambda _rank: None)
-    job = make_rank(tmp_path, **({"target": target} if target else {})).job
+    job = make_rank(tmp_path, world_size=4, hosts=2, **({"target": target} if target else {})).job
     outcome = Rank(job, number).run()
     assert (outcome.kind, mirror.count) == ("failed" if target else "finished", puts)
 

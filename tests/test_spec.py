@@ -62,6 +62,8 @@ def plain(**changes: Any) -> dict[str, Any]:
         ({"limits": {"attempts": 0}}, "limits.attempts=0 must be at least 1"),
         ({"limits": {"stall": 3}}, "did you mean 'stall_s'"),
         ({"limits": {"stall_s": -1}}, "limits.stall_s=-1.0 must be positive"),
+        ({"limits": {"log_bytes": 0}}, "limits.log_bytes=0 must be positive"),
+        ({"limits": {"log_bytes": "2 GiB"}}, "limits.log_bytes must be a whole number"),
         ({"restart": "scrach"}, "did you mean 'scratch'"),
         ({"wait_s": 5, "limits": {"wait_s": 6}}, "wait_s is given twice"),
         ({"max_gangs": 2, "limits": {"max_gangs": 2}}, "max_gangs is given twice"),

@@ -54,6 +54,11 @@ class CheckpointStore:
         found = (path.stem.removeprefix("step-") for path in self.folder.glob("step-*.json"))
         return sorted(int(step) for step in found if step.isdigit())
 
+    def hash_files(self, step: int) -> dict[Path, str]:
+        """Return the sha256 of both files of a checkpoint."""
+        tensor_path, record_path = self._paths(step)
+        return {tensor_path: str(json.loads(record_path.read_text())["sha256"]), record_path: file_sha256(record_path)}
+
     def load_newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return (tensors, meta with "step") of the newest undamaged checkpoint, or None where there is none."""
         for step in reversed(self.steps()):

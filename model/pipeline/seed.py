@@ -29,7 +29,7 @@ from model.pipeline import inputs, stage_evaluate, stage_quantize, stage_train, 
 from model.pipeline.attempts import RUN_FILE, changes_since, latest_attempt, list_attempt, write_run
 from model.pipeline.compile_clock import COMPILE, noting_compilation
 from model.pipeline.differences import DATA_LIMITS, data_words, settings_words
-from model.pipeline.finished import find_finished, forget_finished, take_stage, write_record
+from model.pipeline.finished import find_finished, forget_finished, hash_inputs, take_stage, write_record
 from model.pipeline.memory import peak_memory_bytes, reset_peak_memory
 from model.pipeline.records import FORMAT, StageRecord
 from model.pipeline.run import NO_ORDERS, Orders, Run
@@ -214,6 +214,7 @@ def _run_stage(run: Run, stage: str) -> None:
     if run.dist.is_main:  # what comes after is stale from now on
         forget_finished(run, stage)
     run.report(stage, 0, None, {})
+    run.bring(hash_inputs(run, stage) if run.dist.is_main else {})
     ledger = Ledger(stage, run.dist.rank)
     counted = reset_peak_memory(run.dist.device)
     with ledger.listening(), noting_compilation(ledger, run.dist.device), ledger.span(stage):
@@ -227,8 +228,8 @@ def _run_stage(run: Run, stage: str) -> None:
         with run.long_call():  # it may go to an object store
             outputs += [f"ledger/{stage}.json", *run.orders.attach(stage)]
             write_record(run, stage, ledger.seconds(stage), metrics, outputs)
-        if stage == "train":
-            CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
+    if stage == "train" and (run.dist.is_main or run.is_fetching):
+        CheckpointStore(run.checkpoints).clear()  # not before the record: a kill in between would cost them
     run.dist.barrier()
 
 

@@ -54,6 +54,7 @@ def run_train(run: Run, ledger: Ledger) -> Outcome:
         reached=read_progress(run),
         should_stop=run.should_stop,
         long_call=run.long_call,
+        bring=lambda files: run.bring({path.relative_to(run.workdir).as_posix(): files[path] for path in files}),
     )
     with ledger.span("steps"):
         result = trainer.run()

@@ -5,6 +5,8 @@ A module of its own, for the generated program trains in memory and does without
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,8 @@ NOTHING_REACHED = Reached(0, 0)
 class ResumableTrainer(Trainer):
     """A trainer that writes checkpoints and begins with the newest; without a store it only notes what was lost.
 
-    ledger holds the spans of earlier attempts, which checkpoints carry on.
+    ledger holds the spans of earlier attempts, which checkpoints carry on. bring(files) is called on all ranks
+    with the sha256 of rank 0's files by their path: after it every host has them.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class ResumableTrainer(Trainer):
         checkpoints: CheckpointStore | None,
         ledger: Ledger | None = None,
         reached: Reached = NOTHING_REACHED,
+        bring: Callable[[Mapping[Path, str]], None] = lambda _files: None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         self.checkpoints, self.ledger, self.reached = checkpoints, ledger, reached
+        self.bring = bring
 
     def _is_checkpoint_due(self) -> bool:
         every_s = self.runtime.checkpoint_every_s
@@ -112,6 +117,7 @@ class ResumableTrainer(Trainer):
         step = int(self.dist.broadcast_floats([-1.0 if found is None else float(found[1]["step"])])[0])
         if step < 0:
             return None
+        self.bring(self.checkpoints.hash_files(step) if self.dist.is_main else {})
         problem = ""
         if not self.dist.is_main:
             try:

@@ -1,13 +1,17 @@
 """Keeping a node-local run directory and its copy on an object store the same.
 
 A rank works in a local folder. Where the sweep lies behind a URI, every finished file is put there as soon as it is
-whole, a stage's record after the stage's outputs; a new attempt begins by fetching what is there.
+whole, a stage's record after the stage's outputs; a new attempt begins by fetching what is there. Of a gang's further
+hosts each fetches what its ranks are about to read, when they are, by the sha256 that rank 0 names.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+from model.files.atomic import file_sha256
+from model.files.linked import check_sha256
 from runner.folder.fence import check_epoch
 from runner.folder.storage import LocalStorage, ObjectStorage, open_storage, remove_tree
 
@@ -72,7 +76,27 @@ class Mirror:
 
     def fetch(self, name: str) -> None:
         """Fetch one file."""
-        LocalStorage(self.workdir).write(name, self.storage.read(f"{self.prefix}/{name}"))
+        self.keep(name, self.read(name))
+
+    def fetch_same(self, name: str, sha256: str) -> None:
+        """Have the file of this name and sha256 here: it may be, left by an earlier attempt, else it is fetched.
+
+        Raises OSError if the store does not give it, ValueError if what it gives has another sha256.
+        """
+        path = self.workdir / name
+        if path.is_file() and file_sha256(path) == sha256:
+            return
+        content = self.read(name)
+        check_sha256(hashlib.sha256(content).hexdigest(), sha256, f"{self.storage.shown}: {self.prefix}/{name}")
+        self.keep(name, content)
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes as the store has them."""
+        return self.storage.read(f"{self.prefix}/{name}")
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file of the local folder."""
+        LocalStorage(self.workdir).write(name, content)
 
 
 def open_mirror(out: str, run_name: str, workdir: Path, *, epoch: int = 0) -> Mirror | None:

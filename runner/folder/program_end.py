@@ -52,11 +52,12 @@ def read_end(
     changed = changed_files(work, files)
     written = {**new_files(work, files), **{f"out/{name}": path for name, path in new_files(out, {}).items()}}
     results = next((written[name] for name in (f"out/{RESULTS_FILE}", RESULTS_FILE) if name in written), None)
+    logs, too_long = find_logs(job, program, written, values)
     try:
-        figures = read_figures(find_logs(job, program, written, values), results, seed=job.key.seed)
+        figures = read_figures(logs, results, seed=job.key.seed)
     except ValueError as error:
-        raise ProgramError(f"the program ended with 0, but {error}") from None
-    findings, notes, columns = list(figures.findings), list(figures.notes), dict(figures.columns)
+        raise ProgramError("; ".join([f"the program ended with 0, but {error}", *too_long])) from None
+    findings, notes, columns = list(figures.findings), [*too_long, *figures.notes], dict(figures.columns)
     artifact = find_artifact(program, written, columns.get("model_bytes"), values, notes)
     code = measure_code(program, work, files, notes)
     columns |= count_bytes(columns, artifact, code, findings)
@@ -83,8 +84,13 @@ def read_end(
     return End({"format": 1, "stage": PROGRAM_STAGE, "metrics": metrics, "outputs": outputs, **hashes}, figures.steps)
 
 
-def find_logs(job: Job, program: Program, written: Mapping[str, Path], values: Mapping[str, str]) -> dict[str, Path]:
-    """Return what counts as a log: the files that the spec names, what each rank printed, other logs that it wrote."""
+def find_logs(
+    job: Job, program: Program, written: Mapping[str, Path], values: Mapping[str, str]
+) -> tuple[dict[str, Path], list[str]]:
+    """Return what counts as a log: the files that the spec names, what each rank printed, other logs that it wrote.
+
+    Second, a line for each that is too long to be read.
+    """
     from results.published.layout import LOG_SUFFIXES, MAX_LOG_BYTES, NOT_LOGS
 
     patterns = [fill_pattern(pattern, values) for pattern in program.log]
@@ -96,7 +102,14 @@ def find_logs(job: Job, program: Program, written: Mapping[str, Path], values: M
         for name, path in written.items()
         if path.suffix.lower() in LOG_SUFFIXES and not NOT_LOGS.fullmatch(path.name)
     }
-    return {name: path for name, path in {**named, **printed, **others}.items() if path.stat().st_size <= MAX_LOG_BYTES}
+    found = {**named, **printed, **others}
+    sizes = {name: path.stat().st_size for name, path in found.items()}
+    too_long = [
+        f"{name}: {size / 1e6:.0f} MB is too long for a log; left out (write the figures into results.json)"
+        for name, size in sizes.items()
+        if size > MAX_LOG_BYTES
+    ]
+    return {name: path for name, path in found.items() if sizes[name] <= MAX_LOG_BYTES}, too_long
 
 
 def find_artifact(

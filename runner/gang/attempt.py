@@ -30,19 +30,49 @@ def wait_for_room(rank: Rank) -> int:
 
     Raises NoRoomError, naming path and need, if they are not within limits.disk_s.
     """
-    job, begun = rank.job, time.monotonic()
-    while (free := shutil.disk_usage(job.workdir).free) < MIN_FREE_BYTES:
-        what = (
-            f"node {rank.node} has {free / 1e9:.1f} GB free at {job.workdir}; {MIN_FREE_BYTES / 1e9:.1f} GB are needed"
-        )
-        waited_s = time.monotonic() - begun
-        if waited_s >= job.disk_s:
-            raise NoRoomError(f"{what} (waited {waited_s:.0f} s, limits.disk_s={job.disk_s:g})")
+    room = Room(rank)
+    while room.is_short():
         if rank.should_stop():
             raise Interrupted("stopped while waiting for room on the disk")
-        rank.report("start", 0, None, {"note": f"waits for room: {what}"})
-        time.sleep(min(ROOM_EVERY_S, job.disk_s))
-    return free
+        rank.report("start", 0, None, {"note": f"waits for room: {room.words}"})
+        time.sleep(min(ROOM_EVERY_S, rank.job.disk_s))
+    return room.free_bytes
+
+
+class Room:
+    """What a rank sees of its run directory's disk: how much is free, and for how long that was not enough."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.free_bytes, self.since = rank, 0, 0.0
+
+    def is_short(self) -> bool:
+        """Return whether there is not enough room. Raises NoRoomError once that was so for limits.disk_s."""
+        job, now = self.rank.job, time.monotonic()
+        self.free_bytes = shutil.disk_usage(job.workdir).free
+        if self.free_bytes >= MIN_FREE_BYTES:
+            self.since = 0.0
+            return False
+        self.since = self.since or now
+        if now - self.since >= job.disk_s:
+            raise NoRoomError(f"{self.words} (waited {now - self.since:.0f} s, limits.disk_s={job.disk_s:g})")
+        return True
+
+    @property
+    def words(self) -> str:
+        """What is free, where, and what is needed."""
+        free, needed = (f"{count / 1e9:.1f} GB" for count in (self.free_bytes, MIN_FREE_BYTES))
+        return f"node {self.rank.node} has {free} free at {self.rank.job.workdir}; {needed} are needed"
+
+
+def name_shortage(rank: Rank) -> str:
+    """Return what the disk lacks, as a hint at why something failed there, or nothing."""
+    room = Room(rank)
+    try:
+        return room.words if room.is_short() else ""
+    except NoRoomError:
+        return room.words
+    except OSError:
+        return ""
 
 
 def note_attempt(job: Job, facts: Mapping[str, Any]) -> None:

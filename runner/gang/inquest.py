@@ -90,6 +90,7 @@ def listen_for_stacks() -> tuple[int, IO[bytes]] | None:
 def start_watch(path: Path) -> subprocess.Popen[bytes]:
     """Start the process that notes in path how this one ends; a line to its input calls it off."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of an attempt of the same number, in a sweep whose folder was emptied
     script = Path(__file__).with_name("watch.py")
     return subprocess.Popen(
         [sys.executable, "-I", "-S", str(script), str(os.getpid()), str(path)],
@@ -195,9 +196,12 @@ def threads_of(pid: int) -> str:
 
 
 def learn_ends(job: Job, ranks: Sequence[Mapping[str, Any]]) -> dict[int, End]:
-    """Return by its number how each of these ranks ended; ranks as `hello` described them."""
+    """Return by its number how each of these ranks ended, and put their node's logs into the store.
+
+    ranks: as `hello` described them; one that is_dead says still lives is left out.
+    """
     ends = {}
-    for rank in (int(facts["rank"]) for facts in ranks):
+    for rank in (int(facts["rank"]) for facts in ranks if facts.get("is_dead", True)):
         path, begun = job.end_path(rank), time.monotonic()
         while not path.exists() and time.monotonic() - begun < NOTE_S:
             time.sleep(0.05)

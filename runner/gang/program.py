@@ -13,17 +13,17 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 from model.files.plain import read_json
 from model.report import Interrupted
-from runner.errors import Kind, PreflightError, ProgramError
+from runner.errors import Kind, NoRoomError, PreflightError, ProgramError
 from runner.folder.program_end import read_end
 from runner.folder.program_inputs import combine_inputs
 from runner.folder.storage import LocalStorage
-from runner.gang.attempt import GPU_SAMPLES, note_attempt, save_samples, wait_for_room
+from runner.gang.attempt import GPU_SAMPLES, Room, name_shortage, note_attempt, save_samples, wait_for_room
 from runner.gang.inquest import CRASHES, End, signal_name
 from runner.gang.program_place import (
     TORCHRUN,
@@ -38,26 +38,26 @@ from runner.gang.program_place import (
     make_command,
     make_environment_of,
     make_folders,
-    new_token,
     placeholders,
 )
 from runner.gang.rank import Rank
 from runner.life.causes import last_words
+from runner.life.job import Job
 from runner.machine.environments import versions_in
 from runner.machine.gpus import GpuWatch, query_gpus
-from runner.machine.kept import Keeper, Output
+from runner.machine.kept import Keeper, Output, size_of
 from runner.provenance import PACKAGES, different_versions, machine, package_versions, settings
 from runner.spec.program import Program, fill_pattern
 
 LOOK_S = 0.2
 READ_EVERY_S = 1.0
+FULL_GRACE_S = 1.0  # from SIGTERM to SIGKILL, of a program that fills its disk
 START_S = 60.0  # for a process to be started
 MAX_USED_BYTES = 2 << 30  # of a GPU that counts as idle: an earlier gang's memory may take a moment to be given back
 IDLE_WAIT_S = 30.0
 MAX_NAME = 80  # of a command in a message
 ROOT_CAUSE = re.compile(r"Root Cause.*?^\s*rank\s*:\s*(\d+).*?^\s*exitcode\s*:\s*(-?\d+)", re.DOTALL | re.MULTILINE)
 FROM_TORCHRUN = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)
-READY, DONE = "ready.json", "done"  # rank 0 has prepared; a rank's process has ended well
 
 T = TypeVar("T")
 
@@ -69,15 +69,15 @@ def run_program(rank: Rank) -> None:
     rank.report("start", 0, None, {})
     folder = attempt_folder(job)
     if rank.rank:
-        await_file(rank, folder / READY)
-        place = Place.read(folder / READY)
+        await_file(rank, folder / ready_name(job))
+        place = Place.read(folder / ready_name(job))
         if program.launcher == "none" and not is_finished(rank):
             run_process(rank, program, place)
         return
     if rank.mirror is not None:  # what counts is what the store has, whatever lies on this node
         in_background(rank, rank.mirror.fetch_all)
     if is_finished(rank):  # an earlier driver's gang ended, and was not committed any more
-        announce(rank, Place(work=folder, out=folder, python="", port=0, token=""))
+        announce(rank, Place(work=folder, out=folder, python="", port=0))
         return
     holder, port = hold_port()
     with holder:
@@ -87,7 +87,7 @@ def run_program(rank: Rank) -> None:
         with watched_gpus(rank):
             run_process(rank, program, place)
             for other in range(1, job.world_size if program.launcher == "none" else 1):
-                await_file(rank, folder / f"{DONE}-{other}")
+                await_file(rank, folder / done_name(job, other))
         seconds = time.monotonic() - begun
     values = placeholders(job, place)
     end = in_background(rank, lambda: read_end(job, program, place.work, place.out, files, values))
@@ -138,7 +138,7 @@ def prepare(rank: Rank, program: Program, port: int) -> Prepared:
     note_attempt(job, facts)
     if rank.mirror is not None:
         rank.mirror.put(Path(job.workdir) / "attempt.json")
-    place = Place(work=work, out=work.with_name("out"), python=python, port=port, token=new_token())
+    place = Place(work=work, out=work.with_name("out"), python=python, port=port)
     return Prepared(place, hashes, combine_inputs(inputs) if inputs else None)
 
 
@@ -184,9 +184,19 @@ def watched_gpus(rank: Rank) -> Iterator[None]:
             rank.mirror.put(path)
 
 
+def ready_name(job: Job) -> str:
+    """Return the name of the file that says that rank 0 has prepared for this gang."""
+    return f"ready-{job.token}.json"
+
+
+def done_name(job: Job, rank: int) -> str:
+    """Return the name of the file that says that the process of a rank of this gang has ended well."""
+    return f"done-{job.token}-{rank}"
+
+
 def announce(rank: Rank, place: Place) -> None:
     """Let the other ranks begin."""
-    place.write(LocalStorage(attempt_folder(rank.job)), READY)
+    place.write(LocalStorage(attempt_folder(rank.job)), ready_name(rank.job))
 
 
 def await_file(rank: Rank, path: Path) -> None:
@@ -217,22 +227,52 @@ def run_process(rank: Rank, program: Program, place: Place) -> None:
         watch(rank, program, place, keeper, output)
         follow(rank, program, place, output)  # its last words
         judge(rank, command, keeper)
+        check_length(job, output)
     finally:
         keeper.close()
-    LocalStorage(attempt_folder(job)).write(f"{DONE}-{rank.rank}", b"")
+    LocalStorage(attempt_folder(job)).write(done_name(job, rank.rank), b"")
 
 
 def watch(rank: Rank, program: Program, place: Place, keeper: Keeper, output: Output) -> None:
-    """Follow a process until it and all that it started are gone. Raises Interrupted if it was asked to stop."""
-    read_at = 0.0
+    """Follow a process until it and all that it started are gone.
+
+    Raises Interrupted if it was asked to stop; ProgramError if it prints too much and NoRoomError if its disk has too
+    little room for too long, having ended it.
+    """
+    read_at, room = 0.0, Room(rank)
     while not keeper.is_over.wait(LOOK_S):
         if rank.should_stop():
-            keeper.stop(rank.job.grace_s)
-            keeper.is_over.wait()
+            end_process(rank.job, keeper, output, rank.job.grace_s)
             raise Interrupted("the program was stopped")
-        if time.monotonic() - read_at >= READ_EVERY_S and not keeper.has_ended.is_set():
-            read_at = time.monotonic()
-            follow(rank, program, place, output)
+        if keeper.has_ended.is_set():
+            continue
+        try:
+            check_length(rank.job, output)
+            if time.monotonic() - read_at >= READ_EVERY_S:
+                read_at = time.monotonic()
+                follow(rank, program, place, output)
+                with suppress(OSError):  # a filesystem that does not answer now is none that is full
+                    room.is_short()
+        except (ProgramError, NoRoomError):
+            end_process(rank.job, keeper, output, FULL_GRACE_S)
+            raise
+
+
+def end_process(job: Job, keeper: Keeper, output: Output, grace_s: float) -> None:
+    """End a process and all that it started; one that prints too much meanwhile is left no more time."""
+    keeper.stop(grace_s)
+    while not keeper.is_over.wait(LOOK_S):
+        if output.longer_than(job.log_bytes) is not None:
+            keeper.close()
+
+
+def check_length(job: Job, output: Output) -> None:
+    """Raise ProgramError, which no further attempt mends, if what is printed or logged is longer than it may be."""
+    path = output.longer_than(job.log_bytes)
+    if path is not None:
+        name, size = os.path.relpath(path, job.workdir), size_of(path)
+        words = f"{name} has {size} bytes, more than limits.log_bytes={job.log_bytes}"
+        raise ProgramError(f"{words}; let the program print less, or raise limits.log_bytes", kind=Kind.USER)
 
 
 def follow(rank: Rank, program: Program, place: Place, output: Output) -> None:
@@ -276,7 +316,7 @@ def judge(rank: Rank, command: Sequence[str], keeper: Keeper) -> None:
     is_signal = status is None or os.WIFSIGNALED(status)
     raise ProgramError(
         describe_end(command, status, rank.log_tail()), at=keeper.answer("at"),
-        kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status),
+        kind=Kind.DIED if is_signal else Kind.RAISED, advice=advise(status) or name_shortage(rank),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import socket
 import sys
@@ -49,11 +48,10 @@ class Place:
     out: Path
     python: str  # the interpreter that `python` means
     port: int  # where the processes may meet; held for them
-    token: str  # names the attempt's processes
 
     def write(self, storage: LocalStorage, name: str) -> None:
         """Let the other ranks know."""
-        plain = {field: str(getattr(self, field)) for field in ("work", "out", "python", "port", "token")}
+        plain = {field: str(getattr(self, field)) for field in ("work", "out", "python", "port")}
         storage.write(name, json.dumps(plain).encode())
 
     @classmethod
@@ -62,7 +60,6 @@ class Place:
         plain = json.loads(path.read_text())
         return cls(
             work=Path(plain["work"]), out=Path(plain["out"]), python=plain["python"], port=int(plain["port"]),
-            token=plain["token"],
         )  # fmt: skip
 
 
@@ -86,10 +83,13 @@ def check_inputs(rank: Rank, program: Program) -> dict[str, str]:
 def make_folders(job: Job, program: Program) -> tuple[Path, dict[str, str]]:
     """Unpack the program for this attempt, link its inputs; return its working folder and its files' sha256.
 
-    What earlier attempts left is taken away: a program starts from scratch. Raises PreflightError if the sweep's copy
-    is damaged, or an input's link would lie over a file.
+    What earlier attempts left is taken away: a program starts from scratch, and what one of the same number printed is
+    not this one's. Raises PreflightError if the sweep's copy is damaged, or an input's link would lie over a file.
     """
     clear_folder(Path(job.workdir) / "program")
+    for printed in job.log_path(0).parent.glob(f"attempt={job.attempt}-rank=*.log"):
+        if printed.suffixes == [".log"]:  # the runner's own have begun
+            printed.unlink()
     place = attempt_folder(job)
     name = str(job.record["code_hash"])
     hashes = unpack(open_storage(job.out).read(archive_path(name)), place / "work")
@@ -150,7 +150,7 @@ def make_environment_of(rank: Rank, program: Program, place: Place) -> dict[str,
     if program.seed_env:
         env[program.seed_env] = str(job.key.seed)
     env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(rank))
-    env |= {"SEEDSWEEP_OUT": str(place.out), GANG_VARIABLE: place.token}
+    env |= {"SEEDSWEEP_OUT": str(place.out), GANG_VARIABLE: job.token}
     if program.launcher == "torchrun":
         return env
     return env | {
@@ -207,8 +207,3 @@ def find_command(words: list[str], env: Mapping[str, str], work: Path, node: str
     if found is None:
         raise PreflightError(f"node {node}: program.command starts with {words[0]!r}, which cannot be run there")
     return [found, *words[1:]]
-
-
-def new_token() -> str:
-    """Return a name for the processes of one attempt."""
-    return secrets.token_hex(16)

@@ -99,7 +99,7 @@ class Rank:
         where there are several.
         """
         self.port, self.visible_gpus, self.addresses = port, visible_gpus, addresses
-        puts_logs = self.rank == 0
+        puts_logs = self.job.place_of(self.rank)[1] == 0  # one for each host
         try:
             self.check_out()
             self.work()
@@ -110,7 +110,7 @@ class Rank:
                 logger.error("rank %d failed: %s: %s", self.rank, type(error).__name__, error)
             else:
                 logger.exception("rank %d failed", self.rank)
-            puts_logs = True  # rank 0 may be waiting for this one, and end without another word
+            puts_logs = True  # the one who does may be waiting for this one, and end without another word
             return Outcome(kind="failed", at=getattr(error, "at", None) or time.time(), failure=self.failure_of(error))
         finally:
             if self.mirror is not None and puts_logs:

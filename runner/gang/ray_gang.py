@@ -234,9 +234,12 @@ class RayGang:
         if self.pending and self.waited_s() < COLLECT_S:
             return []
         lost = self.lost_node()
-        if self.dead and not lost and self.waited_s() < INQUEST_S:
+        is_apart = self.job is not None and self.job.is_apart  # the log of a rank that waits for the failed one, too
+        if (self.dead or is_apart) and not lost and self.waited_s() < INQUEST_S:
             if self.inquest is None:
-                self.inquest = ask_nodes(learn_ends, self.job, [self.facts_of(rank) for rank in sorted(self.dead)])
+                asked = range(len(self.actors)) if is_apart else sorted(self.dead)
+                facts = [{**self.facts_of(rank), "is_dead": rank in self.dead} for rank in asked]
+                self.inquest = ask_nodes(learn_ends, self.job, facts)
             if not self.inquest.is_there():
                 return []
         self.describe_deaths()

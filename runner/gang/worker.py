@@ -59,7 +59,7 @@ def run_pipeline(rank: Rank) -> None:
         facts = preflight(rank)
         rank.report("check", 0, None, {})  # what comes now depends on the network, and not on limits.start_s
         with ticking(rank.tick):
-            if rank.mirror is not None:
+            if rank.mirror is not None and rank.rank == 0:  # other hosts are told what to fetch, and when
                 rank.mirror.fetch_all()
             check_node_data(rank)
     if job.hosts > 1:
@@ -77,6 +77,7 @@ def run_pipeline(rank: Rank) -> None:
                 orders=Orders(
                     repeat=job.key.repeat, hashes={name: job.record.get(name) for name in HASHES},
                     donors=open_donors(job), attach=attach,
+                    fetch=rank.mirror.fetch_same if rank.mirror is not None and job.is_apart else None,
                 ),
             )  # fmt: skip
         except OtherHashes as error:

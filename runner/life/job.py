@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 from model.config import RunConfig
 from runner.errors import Failure
+from runner.spec.places import is_object_store
 from runner.spec.program import Program
 from runner.spec.sweep import RunKey
 
@@ -36,17 +38,26 @@ class Job:
     target: str = PIPELINE
     probe: str = ""  # a file that the driver left in OUT/probes, to be seen from every node
     disk_s: float = 0.0  # how long to wait for room on the disk
+    log_bytes: int = 2 << 30  # that one log of a program may have
     donors: Mapping[str, str] = field(default_factory=dict)  # stage -> the run that has finished it for this one
     epoch: int = 0  # of the driver, its fencing number; 0: nobody else can come
     program: Program | None = None  # what to run in place of the pipeline; record has its folder's hash as code_hash
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables of the program, in no record
     grace_s: float = PROGRAM_GRACE_S
     hosts: int = 1  # over which the ranks share out evenly, in their order
+    # Names this gang. Attempts are counted anew in a sweep whose folder was emptied, and nodes still have what those of
+    # the same number left.
+    token: str = field(default_factory=lambda: token_hex(16))
 
     @property
     def ranks_per_host(self) -> int:
         """Number of ranks on each host."""
         return self.world_size // self.hosts
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the hosts of the gang work on disks of their own."""
+        return self.hosts > 1 and is_object_store(self.out)
 
     def place_of(self, rank: int) -> tuple[int, int]:
         """Return on which host a rank is, and which of that host's ranks it is."""

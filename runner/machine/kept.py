@@ -124,6 +124,10 @@ class Output:
         self.sizes = sizes
         return has_grown
 
+    def longer_than(self, limit: int) -> Path | None:
+        """Return what this rank has printed, or a further log as of the last call, if it has more bytes than limit."""
+        return next((path for path in (self.own, *self.further) if size_of(path) > limit), None)
+
     def new_lines(self) -> list[str]:
         """Return the newest whole lines of this rank and of the further logs since the last call, the logs' last.
 

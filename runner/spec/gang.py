@@ -105,7 +105,8 @@ class Limits:
     seed_s: float | None = None  # of one attempt; None: no limit
     wait_s: float = 0.0  # for a node that can hold a gang
     max_gangs: int | None = None  # placed or asked for at once; None: as many as the nodes hold, and one more
-    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt
+    disk_s: float = 60.0  # for room on a full disk, at the start of an attempt and while a program runs
+    log_bytes: int = 2 << 30  # of what one rank of a program prints, and of each file of program.log
     stop_grace_s: float | None = None  # from stop to kill; None: 2 under a Ray job, else 30
     restart: Literal["checkpoint", "scratch"] = "checkpoint"  # where a broken training starts again
 
@@ -118,7 +119,7 @@ class Limits:
             raise ValueError(
                 f"limits.max_gangs={self.max_gangs} must be at least 1; leave it out for as many as the nodes hold"
             )
-        for name in ("start_s", "stall_s", "heartbeat_s", "seed_s"):
+        for name in ("start_s", "stall_s", "heartbeat_s", "seed_s", "log_bytes"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"limits.{name}={value} must be positive")

@@ -19,7 +19,7 @@ from model.config import DataConfig, RunConfig
 from model.fields import check_keys, checked, describe, nearest, updated
 from model.presets import PRESETS
 from runner.spec.gang import Limits, parse_gang
-from runner.spec.places import absolute_path, is_object_store, is_uri
+from runner.spec.places import absolute_path, is_uri
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program
 from runner.spec.sweep import SweepSpec, check_name, check_seeds
@@ -146,12 +146,7 @@ def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
 
 
 def check_gang(spec: SweepSpec) -> None:
-    """Raise ValueError if the gang cannot share out a step of some variant, or its hosts cannot share its files."""
-    if spec.gang.hosts > 1 and is_object_store(spec.out):
-        raise ValueError(
-            f"gang.hosts={spec.gang.hosts} needs out in a folder that all nodes share, not {spec.out}: "
-            f"each host reads the checkpoints and weights that rank 0 writes"
-        )
+    """Raise ValueError if the gang cannot share out a step of some variant."""
     for variant in spec.variants:
         micro_batches = variant.config.train.micro_batches_per_step
         if micro_batches % spec.gang.world_size:

@@ -1,7 +1,8 @@
 """A made-up training program in the challenge's log format: two ranks over gloo at most, no data, a few seconds.
 
 What it should do wrong is said by MISCHIEF, for single seeds by MISCHIEFS: kill, hang, unscored, exit, daemon, flood,
-stderr, remove, vanish, alter, seed, deaf, mumble. A rank is killed or hangs once only where ONCE names a folder.
+endless, stderr, remove, vanish, alter, seed, deaf, mumble. A rank is killed or hangs once only where ONCE names a
+folder.
 """
 
 import hashlib
@@ -55,6 +56,8 @@ def misbehave():
         time.sleep(0.3)
     if is_due("flood"):
         sys.stdout.write("".join(f"line {number}\n" for number in range(1_000_000)))
+    while is_due("endless"):
+        print("on and on " * 1000, flush=True)
     for _ in range(80 if is_due("mumble") else 0):  # longer than it may be silent
         print("hm", flush=True)
         time.sleep(0.1)
