@@ -8,6 +8,7 @@ of freedom are averaged over, not replaced by their value at the true spreads, w
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -127,13 +128,9 @@ def pairs_needed(*, gain: float, std: float, alpha: float = 0.01, target: float 
 
 def fewest(is_enough: Callable[[int], bool]) -> int | None:
     """Return the smallest number of seeds, 2 or more, that is enough; None if MAX_SEEDS are not."""
-    if not is_enough(MAX_SEEDS):
-        return None
-    too_few, enough = 1, MAX_SEEDS
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if is_enough(middle) else (middle, enough)
-    return enough
+    counts = range(2, MAX_SEEDS + 1)
+    place = bisect.bisect_left(counts, True, key=is_enough) if is_enough(MAX_SEEDS) else len(counts)
+    return counts[place] if place < len(counts) else None
 
 
 def minimum_detectable_gain(

@@ -186,10 +186,10 @@ def _show_equal(std: float, margin: float, n_a: int, n_b: int) -> float:
 
 def predicted_range(side: Side) -> tuple[float, float] | None:
     """Return the mean of a side and how far from it one more seed of the same spread falls in 95 % of cases."""
-    from scipy import stats
+    from scipy import special
 
     entry = summarize(list(side.bpb.values()))
     if entry.mean is None or entry.std_ddof1 is None:
         return None
-    reach = float(stats.t.ppf(0.975, entry.n - 1)) * entry.std_ddof1 * math.sqrt(1 + 1 / entry.n)
+    reach = float(special.stdtrit(entry.n - 1, 0.975)) * entry.std_ddof1 * math.sqrt(1 + 1 / entry.n)
     return entry.mean, reach
