@@ -205,8 +205,8 @@ def test_power_is_what_simulation_finds(n_a: int, n_b: int, gain: float, std_b: 
 
 
 def test_the_smallest_gain_has_the_power_it_was_asked_for() -> None:
-    gain = minimum_detectable_gain(std=0.0007, n_a=3, n_b=5, margin=0.001)
-    assert power(gain=gain, std_a=0.0007, std_b=0.0007, n_a=3, n_b=5, margin=0.001) == pytest.approx(0.8, abs=1e-6)
+    gain = minimum_detectable_gain(std=0.0007, n_a=3, n_b=5)
+    assert power(gain=gain, std_a=0.0007, std_b=0.0007, n_a=3, n_b=5) == pytest.approx(0.8, abs=1e-6)
 
 
 def test_planning_without_hope_or_spread_says_so() -> None:

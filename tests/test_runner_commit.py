@@ -15,12 +15,11 @@ import pytest
 
 import results
 from model.presets import tiny
-from results.tables import seed_table
 from runner.folder.commit import commit_run, document_rows, read_json, step_rows
 from runner.life.states import Run, State
 from runner.machine import gpus, packages
 from runner.spec.sweep import RunKey, SweepSpec
-from tests.fake_runs import commit_attempt, fake_run
+from tests.fake_runs import commit_attempt, fake_run, seed_table
 
 
 def test_each_step_has_the_newest_sample_taken_by_then(tmp_path: Path) -> None:

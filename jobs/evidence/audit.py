@@ -37,7 +37,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads} must be at least 1")
-        from model.distributed import use_threads
+        from model.audit.audit import use_threads
 
         use_threads(args.threads)
     if args.self_test:
@@ -73,9 +73,10 @@ def execute(args: argparse.Namespace) -> int:
 def self_test(args: argparse.Namespace) -> int:
     """Run the negative controls and print which probe caught which."""
     from jobs.evidence.self_test_text import render_self_test
-    from model.controls.self_test import run_self_test
+    from model.controls.self_test import examine, micro_run
 
-    outcome = run_self_test(show_progress)
+    with micro_run() as audit:
+        outcome = examine(audit, show_progress)
     if args.format == "json":
         print(json.dumps(outcome.as_json(), indent=1))
     else:

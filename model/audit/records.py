@@ -19,7 +19,7 @@ from model.data.shards import BOS_ID, find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.files.atomic import file_sha256
 from model.files.ledger import covered_s
-from model.ttt.ledger_reading import broken_chains, times_scored
+from model.ttt.ledger_reading import broken_chains, choose_events, times_scored
 from model.ttt.score_ledger import SCORE, Events
 
 TIMED_GPUS = 8
@@ -80,7 +80,7 @@ def find_misordered(events: Events, config: TTTConfig) -> Iterator[tuple[int, st
 
 def find_unexplained_losses(events: Events, files: RunFiles) -> list[str]:
     """Return a line if some event's loss sum is not that of the stored losses of its targets."""
-    scores = events.of_kind(SCORE)
+    scores = choose_events(events, SCORE)
     starts = np.cumsum(np.concatenate(([0], files.adapted["tokens"])))[:-1]  # targets lie document after document
     begin = starts[scores.column("document")] + scores.column("first_prediction")
     stop = starts[scores.column("document")] + scores.column("end_prediction")

@@ -96,12 +96,6 @@ class SelfTest:
         }  # fmt: skip
 
 
-def run_self_test(report: Callable[[str, int, int | None, Mapping[str, Any]], None]) -> SelfTest:
-    """Make the micro run, audit it, break it in every way, and return what was found."""
-    with micro_run() as audit:
-        return examine(audit, report)
-
-
 def examine(audit: Audit, report: Callable[[str, int, int | None, Mapping[str, Any]], None]) -> SelfTest:
     """Run every probe on a healthy run, and every control."""
     started = time.monotonic()

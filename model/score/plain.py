@@ -74,8 +74,6 @@ def score_rows(
     report: Report,
     *,
     is_looped: bool = True,
-    bos_id: int = BOS_ID,
-    label: str = "evaluate",
     scorer: RowScorer | None = None,
 ) -> np.ndarray:
     """Return the nll (N,) float32 of every target, NaN where the tail is dropped; rows are shared over the ranks.
@@ -94,7 +92,7 @@ def score_rows(
         start, end = bounds[number]
         inputs, targets = inputs_and_targets(validation.tokens[start : end + 1])
         packing = pack_row(
-            inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
+            inputs, bos_id=BOS_ID, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
         )
         return Batch(inputs, targets, packing)
 
@@ -104,7 +102,7 @@ def score_rows(
         for number, row in zip(mine, rows, strict=True):
             nll[slice(*bounds[number])] = scorer.score(row, dist.device)
             pace.step()
-            report(label, number + 1, len(bounds), {})
+            report("evaluate", number + 1, len(bounds), {})
     dist.meet()
     scored = dist.all_reduce_(nll).cpu().numpy()
     # NaN, so that a target nobody scored cannot pass for one of loss 0
@@ -121,8 +119,6 @@ def evaluate_plain(
     dist: Dist,
     report: Report,
     *,
-    is_looped: bool = True,
-    label: str = "evaluate",
     scorer: RowScorer | None = None,
 ) -> DocumentScores:
     """Score the validation stream once and return the sums per document."""
@@ -136,6 +132,6 @@ def evaluate_plain(
     with ThreadPoolExecutor(max_workers=1) as pool:  # bytes are counted while the device scores
         counting = pool.submit(document_bytes, validation, table, num_scored=num_scored)
         started = time.monotonic()
-        nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
+        nll = score_rows(model, validation, config, dist, report, scorer=scorer)
         seconds = time.monotonic() - started
         return add_nats(counting.result(), validation, nll, num_scored=num_scored, seconds=seconds)

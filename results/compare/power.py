@@ -19,6 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+POWER = 0.8  # the usual one to plan for
 MAX_SEEDS = 1000  # beyond this the answer is "no affordable number of seeds"
 NODES = 48  # of the quadrature over each side's sample variance; 1e-4 in power against 20,000 simulated pairs
 
@@ -99,13 +100,11 @@ def _paired_reach(std: float, n: int, alpha: float) -> tuple[float, NDArray[np.f
     return error, special.stdtrit(n - 1, 1 - alpha) * np.sqrt(ratios) * error, weights
 
 
-def seeds_needed(
-    *, gain: float, std: float, margin: float = 0.0, alpha: float = 0.01, target: float = 0.8
-) -> int | None:
-    """Return the seeds per side for the target power; None if the gain is within margin or MAX_SEEDS are too few."""
+def seeds_needed(*, gain: float, std: float, margin: float = 0.0, alpha: float = 0.01) -> int | None:
+    """Return the seeds per side for the usual power; None if the gain is within margin or MAX_SEEDS are too few."""
 
     def is_enough(n: int) -> bool:
-        return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= target
+        return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= POWER
 
     return None if gain <= margin else fewest(is_enough)
 
@@ -121,9 +120,9 @@ def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> flo
     return float(np.sum(weights * special.ndtr((gain - reach) / error)))
 
 
-def pairs_needed(*, gain: float, std: float, alpha: float = 0.01, target: float = 0.8) -> int | None:
-    """Return the seeds that a paired test needs for the target power; None for no gain or over MAX_SEEDS."""
-    return None if gain <= 0 else fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= target)
+def pairs_needed(*, gain: float, std: float, alpha: float = 0.01) -> int | None:
+    """Return the seeds that a paired test needs for the usual power; None for no gain or over MAX_SEEDS."""
+    return None if gain <= 0 else fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= POWER)
 
 
 def fewest(is_enough: Callable[[int], bool]) -> int | None:
@@ -133,19 +132,17 @@ def fewest(is_enough: Callable[[int], bool]) -> int | None:
     return counts[place] if place < len(counts) else None
 
 
-def minimum_detectable_gain(
-    *, std: float, n_a: int, n_b: int, margin: float = 0.0, alpha: float = 0.01, target: float = 0.8
-) -> float:
-    """Return the smallest true gain that the test shows with the target power, margin included."""
+def minimum_detectable_gain(*, std: float, n_a: int, n_b: int, alpha: float = 0.01) -> float:
+    """Return the smallest true gain that the test, without a margin, shows with the usual power."""
     from scipy import optimize
 
     def shortfall(gain: float) -> float:
-        return power(gain=gain, std_a=std, std_b=std, n_a=n_a, n_b=n_b, margin=margin, alpha=alpha) - target
+        return power(gain=gain, std_a=std, std_b=std, n_a=n_a, n_b=n_b, alpha=alpha) - POWER
 
-    highest = margin + std
+    highest = std
     while shortfall(highest) < 0:
-        highest = margin + 2 * (highest - margin)
-    return float(optimize.brentq(shortfall, margin, highest, xtol=1e-9 * std))
+        highest *= 2
+    return float(optimize.brentq(shortfall, 0.0, highest, xtol=1e-9 * std))
 
 
 @cache

@@ -6,8 +6,8 @@ import json
 import math
 from typing import Any
 
-from results.compare.comparison import ALPHA, POWER, Comparison, pooled_std, smallest_gain
-from results.compare.power import pairs_needed, seeds_needed
+from results.compare.comparison import ALPHA, Comparison, pooled_std, smallest_gain
+from results.compare.power import POWER, pairs_needed, seeds_needed
 from results.compare.sides import Side
 from results.render import csv_table
 from results.stats import Difference, summarize
@@ -42,7 +42,7 @@ def _advice(result: Comparison, margin: float) -> str:
     std = pooled_std(result)
     if std is None or std == 0:
         return "there is no spread to plan with"
-    needed = seeds_needed(gain=gain, std=std, margin=margin * scale, alpha=ALPHA, target=POWER)
+    needed = seeds_needed(gain=gain, std=std, margin=margin * scale, alpha=ALPHA)
     if needed is None:
         return f"no affordable number of seeds would have power {POWER:g} at this gain and spread"
     fewest = min(len(result.a.bpb), len(result.b.bpb))
@@ -59,7 +59,7 @@ def _advice_for_pairs(result: Comparison, gain: float) -> str:
     if not error or freedom is None:
         return "there is no spread to plan with"
     pairs = int(freedom) + 1
-    needed = pairs_needed(gain=gain, std=error * math.sqrt(pairs), alpha=ALPHA, target=POWER)
+    needed = pairs_needed(gain=gain, std=error * math.sqrt(pairs), alpha=ALPHA)
     if needed is None:
         return f"no affordable number of seeds would have power {POWER:g} at this gain and spread"
     more = max(1, needed - pairs)

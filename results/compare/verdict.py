@@ -20,8 +20,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from results.compare.comparison import POWER, pooled_std_of
-from results.compare.power import equivalence_power, fewest, paired_equivalence_power, pairs_needed, power, seeds_needed
+from results.compare.comparison import pooled_std_of
+from results.compare.power import (
+    POWER,
+    equivalence_power,
+    fewest,
+    paired_equivalence_power,
+    pairs_needed,
+    power,
+    seeds_needed,
+)
 from results.compare.sides import Side
 from results.stats import Difference, paired, summarize, welch
 from results.validation_text import relate, why_not_comparable
@@ -158,14 +166,14 @@ def _plan(rerun: Side, claimed: Side, difference: Difference, margin: float, is_
 def _pairs(gap: float, std: float, margin: float) -> int | None:
     """Return the pairs that would decide."""
     if gap:
-        return pairs_needed(gain=gap - margin, std=std, alpha=ALPHA, target=POWER)
+        return pairs_needed(gain=gap - margin, std=std, alpha=ALPHA)
     return fewest(lambda n: paired_equivalence_power(gap=0, std=std, n=n, margin=margin, alpha=ALPHA) >= POWER)
 
 
 def _both(gap: float, std: float, margin: float) -> int | None:
     """Return the seeds on each side that would decide."""
     if gap:
-        return seeds_needed(gain=gap, std=std, margin=margin, alpha=ALPHA, target=POWER)
+        return seeds_needed(gain=gap, std=std, margin=margin, alpha=ALPHA)
     return fewest(lambda n: _show_equal(std, margin, n, n) >= POWER)
 
 

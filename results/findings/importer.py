@@ -78,11 +78,6 @@ def read_submission(folder: Path) -> Submission:
     return Submission(record, {log.run["log_file"]: log for log in logs}, list(dict.fromkeys(notes)))
 
 
-def findings_of(record: Record) -> list[Finding]:
-    """Return every disagreement inside an imported record."""
-    return find_disagreements(record)
-
-
 def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding]]:
     """Write a submission folder's figures into OUT/results and the record with its disagreements into OUT/record.json.
 
@@ -93,7 +88,7 @@ def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding
         if not (out / RECORD_FILE).is_file():
             raise ValueError(f"out={out} holds the results of runs; import into another folder")
         shutil.rmtree(out / "results")
-    findings = findings_of(submission.record)
+    findings = find_disagreements(submission.record)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "record": submission.record,

@@ -26,11 +26,6 @@ from results.schema import RUN_COLUMNS, SCORES
 from results.stats import bits_per_byte
 
 RESULTS_FILE = "results.json"
-# the keys that docs/running.md documents; STAGE is one of SCORES. Other figures of the runs table are taken, too.
-RESULT_KEYS = (
-    "STAGE_bpb", "STAGE_nats", "STAGE_tokens", "STAGE_bytes", "STAGE_s", "steps", "train_s", "model_bytes",
-    "code_bytes", "val_documents_hash",
-)  # fmt: skip
 MAX_RESULTS_BYTES = 1 << 20
 SCORE_FORM = "quantized val_loss:1.2 val_bpb:0.5"
 # what the runner knows better than any program

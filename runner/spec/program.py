@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from model.fields import check_keys, checked, describe, nearest
+from model.fields import checked, describe, nearest
+from runner.spec.keys import check_keys
 from runner.spec.places import absolute_path, is_uri
 from runner.spec.secrets import has_shape_of_secret, looks_like_secret
 

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from model.config import DataConfig, RunConfig
-from model.fields import check_keys, checked, describe, nearest, updated
+from model.fields import checked, describe, nearest
 from model.presets import PRESETS
 from runner.spec.gang import Gang, Limits
+from runner.spec.keys import check_keys, updated
 from runner.spec.places import absolute_path, is_object_store, is_uri
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import RunConfig, config_hash
-from model.fields import check_keys, checked, describe, plain_settings, updated
+from model.fields import checked, describe, plain_settings
 from runner.spec.gang import Gang, Limits
+from runner.spec.keys import check_keys, updated
 from runner.spec.program import Program, parse_program
 
 BASE = "base"  # the one variant of a sweep that names none

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from model.config import HASHED_SECTIONS, RunConfig
-from model.fields import check_keys, describe, nearest, updated
+from model.fields import describe, nearest
+from runner.spec.keys import check_keys, updated
 from runner.spec.sweep import Variant
 
 MAX_VARIANTS = 200
