@@ -16,6 +16,7 @@ from typing import Any
 
 from model.fields import plain_settings
 from model.pipeline.differences import code_words, data_words, settings_words
+from results.schema import BASE
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, run_from_json, utc
 from runner.folder.fence import yield_s
@@ -39,7 +40,7 @@ from runner.provenance import code_hash, data_files, data_hash, data_problems, g
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
 from runner.spec.gang import Gang
 from runner.spec.places import absolute_path
-from runner.spec.sweep import BASE, RunKey, SweepSpec
+from runner.spec.sweep import RunKey, SweepSpec
 from runner.view.progress import Views, open_view
 from runner.view.trackers import open_tracking
 from runner.work import Options, SweepWork, read_secrets

@@ -17,11 +17,11 @@ from model.audit.finished_run import RunName, name_run
 from model.audit.verdicts import Result, judge, not_run
 from model.config import canonical_json
 from model.files.plain import read_json
+from model.report import STAGES
 
 SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads", "attention")
 IN_ALL_VARIANTS = ("data_hash", "code_hash", "versions", "world_size", "device", "num_threads")
 SURROUNDINGS = ("device", "num_threads", "versions", "attention")
-STAGES = ("train", "quantize", "evaluate", "ttt")
 PROBE, RULE = "one_configuration", "R9"
 UNSCORED = ("FAILED", "CANCELLED", "INFEASIBLE")
 

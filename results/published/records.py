@@ -21,7 +21,6 @@ from results.published.submitted import submitted_figures
 from results.stats import Summary, bits_per_byte, population_std, summarize
 
 RECORD_FILE = "record.json"  # where an imported folder's record lies, beside its tables
-STAGES = ("post_ema", "post_quant", "sliding", "post_ttt")
 KEPT_FIELDS = (
     "pr", "folder", "merged_on_head", "date_folder", "track", "leaderboard", "submission_json", "readme_seed_tables",
     "pr_text", "source_file_bytes_in_folder", "std_convention", "runs",

@@ -10,11 +10,12 @@ from typing import Any
 
 from model.config import RunConfig, config_hash
 from model.fields import checked, describe, plain_settings
+from results.schema import BASE
+from results.store.names import run_name
 from runner.spec.gang import Gang, Limits
 from runner.spec.keys import check_keys, updated
 from runner.spec.program import Program, parse_program
 
-BASE = "base"  # the one variant of a sweep that names none
 MAX_SEED = 2**32 - 1  # numpy's generators take no more
 SHOWN_VARIANTS = 12  # in one line
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -31,8 +32,7 @@ class RunKey:
     @property
     def name(self) -> str:
         """The run's folder and the stem of its result files."""
-        prefix = f"variant={self.variant}-" if self.variant else ""
-        return f"{prefix}seed={self.seed}-repeat={self.repeat}"
+        return run_name(self.variant, self.seed, self.repeat)
 
     @property
     def variant_name(self) -> str:

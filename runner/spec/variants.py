@@ -9,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from model.config import HASHED_SECTIONS, RunConfig
 from model.fields import describe, nearest
+from results.store.names import VARIANT_PATTERN
 from runner.spec.keys import check_keys, updated
 from runner.spec.sweep import Variant
 
 MAX_VARIANTS = 200
-VARIANT_PATTERN = re.compile(r"[A-Za-z0-9_+=,][A-Za-z0-9._+=,-]{0,79}")
 SWEEP_WIDE = {  # what somebody may want to vary, and where it belongs
     "seed": "seeds are listed at the top of the spec, and every variant runs all of them",
     "data": "scores on other data cannot be compared; make it another sweep",

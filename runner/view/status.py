@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from model.fields import nearest
+from results.schema import BASE
 from runner.folder.directory import SweepDirectory, run_from_json, run_to_json, utc
 from runner.folder.lease import BEAT_EVERY_S, LEASE_TTL_S, Owner
 from runner.folder.storage import open_storage
 from runner.life.states import FINAL, WORKING, Run, State
-from runner.spec.sweep import BASE, RunKey
+from runner.spec.sweep import RunKey
 from runner.view.progress import Paces, Row, duration, row_of
 
 FOLLOW_EVERY_S = 0.5
