@@ -65,7 +65,7 @@ def fit_fields(config: Any, section: str) -> None:
     kind: type = type(config)
     for name, hint in _hints(kind).items():
         value = getattr(config, name)
-        fitted = checked(value, hint, f"{section}.{name}" if section else name)
+        fitted = check_value(value, hint, f"{section}.{name}" if section else name)
         if fitted is not value:
             object.__setattr__(config, name, fitted)
 
@@ -76,7 +76,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def checked(value: object, hint: Any, path: str) -> Any:
+def check_value(value: object, hint: Any, path: str) -> Any:
     """Return value as the annotation hint has it, else raise ValueError naming path.
 
     Whole numbers fit float, numpy's scalars fit as Python's do, a list fits a tuple; nothing else is converted: neither
@@ -91,7 +91,7 @@ def checked(value: object, hint: Any, path: str) -> Any:
         size = None if arguments[-1] is ... else len(arguments)
         if not isinstance(value, list | tuple) or size not in (None, len(value)):
             raise ValueError(f"{path} must be a list{'' if size is None else f' of {size}'}, not {describe(value)}")
-        return tuple(checked(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(check_value(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return _check_float(value, path)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
@@ -124,7 +124,7 @@ def _check_union(value: object, arguments: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     (hint,) = [argument for argument in arguments if argument is not type(None)]
-    return checked(value, hint, path)
+    return check_value(value, hint, path)
 
 
 def describe(value: object) -> str:

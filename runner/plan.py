@@ -12,7 +12,7 @@ from runner.folder.storage import Storage, open_storage
 from runner.life.capacity import HERE, Node, count_slots, gangs_on, why_infeasible
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import finished_attempts, hash_code, hash_what_is_read, lacking
+from runner.sweep import finished_attempts, hash_code, hash_what_is_read, list_lacking
 from runner.work import identities
 
 
@@ -89,11 +89,11 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     packages = [missing_packages(variant.config, uses_gpus=uses_gpus) for variant in recipes]
     problems = [why_infeasible(nodes, spec.gang), *dict.fromkeys(packages), missing_trackers(spec.track)]
     problems = [line for line in problems if line]
-    missing = lacking(spec)
+    missing = list_lacking(spec)
     hashes = {"config_hash": spec.config_hash, "code_hash": hash_code(spec)}
     if not missing and (found := hash_what_is_read(spec)):
         hashes["data_hash"] = found
-    runs = what_is_left(spec)
+    runs = find_left(spec)
     seed_s, source = estimate_s(spec)
     stages: tuple[StagePlan, ...] = ()
     if spec.ablation:
@@ -105,14 +105,14 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     )  # fmt: skip
 
 
-def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:
+def find_left(spec: SweepSpec) -> dict[RunKey, Left]:
     """Return for every run whether it is done, can go on from what it left, or is new."""
     finished = finished_attempts(spec)
     storage = open_storage(spec.out)
-    return {key: Left.DONE if key in finished else resumable(storage, key) for key in spec.keys}
+    return {key: Left.DONE if key in finished else judge_left(storage, key) for key in spec.keys}
 
 
-def resumable(storage: Storage, key: RunKey) -> Left:
+def judge_left(storage: Storage, key: RunKey) -> Left:
     """Return RESUMABLE if the run left a finished stage or a checkpoint."""
     has_work = any(storage.names(f"seeds/{key.name}/{folder}") for folder in ("stages", "checkpoints"))
     return Left.RESUMABLE if has_work else Left.NEW

@@ -13,7 +13,7 @@ import pytest
 
 from runner.errors import EXIT_INTERRUPTED
 from runner.machine import head_watch
-from runner.machine.head_watch import HeadWatch, answers
+from runner.machine.head_watch import HeadWatch, is_answering
 
 REFUSED = "127.0.0.1:1"  # nobody listens there
 SILENT = "[::ffff:0.0.0.0:0]:1"  # no address
@@ -44,9 +44,9 @@ def test_only_silence_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_head_that_answers_is_left_alone(listener: socket.socket) -> None:
     address = f"127.0.0.1:{listener.getsockname()[1]}"
-    assert answers(address)
-    assert answers(REFUSED)
-    assert not answers(SILENT)
+    assert is_answering(address)
+    assert is_answering(REFUSED)
+    assert not is_answering(SILENT)
     is_silent = threading.Event()
     watch = HeadWatch(address, on_silence=lambda _address: is_silent.set())
     for _ in range(2 * head_watch.KNOCKS):

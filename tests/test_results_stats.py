@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 from results.compare.power import minimum_detectable_gain, power, seeds_needed
 from results.stats import (
     bits_per_byte,
-    finite,
+    keep_finite,
     paired,
     paired_documents,
     population_std,
@@ -155,7 +155,7 @@ def variance_components(groups: Mapping[int, Sequence[float]]) -> VarianceCompon
     groups: seed -> scores of its repeats. A component is None where the data cannot tell: no seed repeated, or only
     one seed. A negative estimate of the variance between seeds is reported as 0.
     """
-    sets = [finite(list(values)) for values in groups.values()]
+    sets = [keep_finite(list(values)) for values in groups.values()]
     sets = [values for values in sets if values.size]
     sizes = np.array([values.size for values in sets], dtype=np.float64)
     num_seeds, num_runs = len(sets), int(sizes.sum())

@@ -11,7 +11,7 @@ import pytest
 
 import results
 from jobs.cli import main
-from results.export.folder import compliance
+from results.export.folder import judge_compliance
 from results.findings.importer import read_submission
 from results.findings.review import find_disagreements
 from results.published.log import seed_in_name, stage_of
@@ -294,7 +294,7 @@ FIT = {"quant": {"on_oversize": "fit"}}
 )
 def test_what_fit_measures_counts_as_training(tmp_path: Path, row: dict[str, Any], is_under: bool | None) -> None:
     rows = results.load(fake_sweep(tmp_path, (42,), **row))
-    assert compliance(rows)["train_under_600s"] is is_under
+    assert judge_compliance(rows)["train_under_600s"] is is_under
 
 
 def test_the_exported_log_has_the_lines_reviewers_read(tmp_path: Path) -> None:

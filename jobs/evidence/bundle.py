@@ -53,7 +53,7 @@ def find_workdir(run: Path, seed: int | None, repeat: int, variant: str | None =
     if (run / "run.json").is_file():
         return run
     prefix = find_prefix(run, variant)
-    seeds = [f"seed={seed}-repeat={repeat}"] if seed is not None else announced(run)
+    seeds = [f"seed={seed}-repeat={repeat}"] if seed is not None else list_announced(run)
     names = [f"{prefix}{name}" for name in seeds]
     for name in names:
         if (run / "seeds" / name / "stages" / "quantize.json").is_file():
@@ -77,7 +77,7 @@ def find_prefix(run: Path, variant: str | None) -> str:
     return f"variant={chosen}-" if any(name == chosen for name, _, _ in runs) else ""
 
 
-def announced(run: Path) -> list[str]:
+def list_announced(run: Path) -> list[str]:
     """Return the names of a sweep's runs without their variant, in the order they were announced."""
     try:
         spec = json.loads((run / "sweep.json").read_text())["spec"]

@@ -232,7 +232,7 @@ def probe_timing(files: RunFiles) -> Result:
         "evaluation": longest(files, {"ttt": ("warm_up",)}),
     }
     detail = "; ".join(
-        f"{name} {total:.1f} s, without compile {total - inside(name, files):.1f} s, with warm-up "
+        f"{name} {total:.1f} s, without compile {total - sum_compilation(name, files):.1f} s, with warm-up "
         f"{total + warm_up[name]:.1f} s"
         for name, total in totals.items()
     )
@@ -275,7 +275,7 @@ def longest_rank(spans: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> 
     return max(by_rank.values(), default=0.0)
 
 
-def inside(name: str, files: RunFiles) -> float:
+def sum_compilation(name: str, files: RunFiles) -> float:
     """Return the seconds of compilation that fell into the counted phases; warm-up does not count."""
     stages = {"training": ("train", "quantize"), "evaluation": ("ttt",)}[name]
     total = 0.0

@@ -72,13 +72,13 @@ def run_fresh(program: Path, files: RunFiles, validation_shards: Sequence[Path],
         child = shutil.copy(audit_child.__file__, box / "audit_child.py")
         command = [*(NAMESPACE if not problem else ()), sys.executable, "-I", str(child), str(box / "spec.json")]
         done = subprocess.run(
-            command, cwd=box, env=environment(box), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            command, cwd=box, env=make_environment(box), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
         report, scores = (read_json_if_any(box / f"{part}.json") for part in ("report", "scores"))
         return Fresh(report, scores, (done.stderr or done.stdout).strip()[-500:], problem)
 
 
-def environment(box: Path) -> dict[str, str]:
+def make_environment(box: Path) -> dict[str, str]:
     """Return the few variables a program needs, with every cache and temporary folder inside the sandbox."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     inside = {

@@ -207,13 +207,13 @@ def _running_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
         yield from _running_imports(node)
 
 
-def raw(text: str) -> str:
+def quote_raw(text: str) -> str:
     """Return text as a literal in which it can be read as it is."""
     return f"r{QUOTES}{text}{QUOTES}"
 
 
 def render(
-    modules: Mapping[str, str], loader: str, settings: str, *, code_bytes: str, quoted: Callable[[str], str] = raw
+    modules: Mapping[str, str], loader: str, settings: str, *, code_bytes: str, quoted: Callable[[str], str] = quote_raw
 ) -> str:
     """Return a program's text: settings, modules between quotes, and the loader that imports them."""
     texts = "\n\n".join(f'MODULES["{name}"] = {quoted(text)}' for name, text in modules.items())

@@ -106,7 +106,7 @@ def seeds_needed(*, gain: float, std: float, margin: float = 0.0, alpha: float =
     def is_enough(n: int) -> bool:
         return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= POWER
 
-    return None if gain <= margin else fewest(is_enough)
+    return None if gain <= margin else find_fewest(is_enough)
 
 
 def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> float:
@@ -122,10 +122,10 @@ def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> flo
 
 def pairs_needed(*, gain: float, std: float, alpha: float = 0.01) -> int | None:
     """Return the seeds that a paired test needs for the usual power; None for no gain or over MAX_SEEDS."""
-    return None if gain <= 0 else fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= POWER)
+    return None if gain <= 0 else find_fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= POWER)
 
 
-def fewest(is_enough: Callable[[int], bool]) -> int | None:
+def find_fewest(is_enough: Callable[[int], bool]) -> int | None:
     """Return the smallest number of seeds, 2 or more, that is enough; None if MAX_SEEDS are not."""
     counts = range(2, MAX_SEEDS + 1)
     place = bisect.bisect_left(counts, True, key=is_enough) if is_enough(MAX_SEEDS) else len(counts)

@@ -13,7 +13,7 @@ from results.render import csv_table
 from results.stats import Difference, summarize
 
 
-def meaning(result: Comparison) -> list[str]:
+def explain(result: Comparison) -> list[str]:
     """Return what the p values mean, a sentence for each margin."""
     return [_sentence(result, margin, p) for margin, p in result.margins.items()]
 
@@ -80,7 +80,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
         "difference_nats": None if result.nats is None else _difference_json(result.nats),
         "p_values": {f"p_margin_{margin:g}": p for margin, p in result.margins.items()},
         "p_equivalent": None if result.equivalence is None else result.equivalence[1],
-        "meaning": meaning(result),
+        "meaning": explain(result),
         "forced": result.forced,
         "notes": result.notes,
     }
@@ -158,7 +158,7 @@ def _p_lines(result: Comparison) -> list[str]:
         verdict = "equivalent" if p is not None and p < ALPHA else "not shown to be equivalent"
         lines.append(f"p_equivalent_{band:g} = {said} ({verdict} within +-{band:g} nats at p < {ALPHA:g})")
     gain = smallest_gain(result)
-    lines += meaning(result)
+    lines += explain(result)
     if gain is not None:
         unit = "nats per token" if result.unit == "nats" else "bpb"
         lines.append(

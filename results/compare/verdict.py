@@ -24,7 +24,7 @@ from results.compare.comparison import pooled_std_of
 from results.compare.power import (
     POWER,
     equivalence_power,
-    fewest,
+    find_fewest,
     paired_equivalence_power,
     pairs_needed,
     power,
@@ -167,14 +167,14 @@ def _pairs(gap: float, std: float, margin: float) -> int | None:
     """Return the pairs that would decide."""
     if gap:
         return pairs_needed(gain=gap - margin, std=std, alpha=ALPHA)
-    return fewest(lambda n: paired_equivalence_power(gap=0, std=std, n=n, margin=margin, alpha=ALPHA) >= POWER)
+    return find_fewest(lambda n: paired_equivalence_power(gap=0, std=std, n=n, margin=margin, alpha=ALPHA) >= POWER)
 
 
 def _both(gap: float, std: float, margin: float) -> int | None:
     """Return the seeds on each side that would decide."""
     if gap:
         return seeds_needed(gain=gap, std=std, margin=margin, alpha=ALPHA)
-    return fewest(lambda n: _show_equal(std, margin, n, n) >= POWER)
+    return find_fewest(lambda n: _show_equal(std, margin, n, n) >= POWER)
 
 
 def _reruns(gap: float, std: float, margin: float, num_claimed: int) -> int | None:
@@ -182,10 +182,10 @@ def _reruns(gap: float, std: float, margin: float, num_claimed: int) -> int | No
     if num_claimed < 2:
         return None
     if gap:
-        return fewest(
+        return find_fewest(
             lambda n: power(gain=gap, std_a=std, std_b=std, n_a=n, n_b=num_claimed, margin=margin, alpha=ALPHA) >= POWER
         )
-    return fewest(lambda n: _show_equal(std, margin, n, num_claimed) >= POWER)
+    return find_fewest(lambda n: _show_equal(std, margin, n, num_claimed) >= POWER)
 
 
 def _show_equal(std: float, margin: float, n_a: int, n_b: int) -> float:

@@ -187,7 +187,7 @@ def _gains(run: Run) -> list[float]:
     return [gain for gain in gains if gain is not None] + [after["val_bpb"] - score for score in before]
 
 
-def means(runs: list[Run], meaning: str) -> list[float]:
+def average_runs(runs: list[Run], meaning: str) -> list[float]:
     """Return the mean over the seeds of each value that a figure of this meaning may have; [] unless all show it."""
     per_seed = [log_values(run, meaning) for run in runs]
     if not per_seed or any(len(values) != len(per_seed[0]) for values in per_seed):

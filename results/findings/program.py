@@ -190,7 +190,7 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{RESULTS_FILE} must be a mapping of names to figures")
     found = {
-        name: checked_figure(name, value) for name, value in content.items() if name in FIGURES and value is not None
+        name: check_figure(name, value) for name, value in content.items() if name in FIGURES and value is not None
     }
     left = [str(name) for name in content if name not in FIGURES and name not in NOT_FIGURES]
     if left:
@@ -206,7 +206,7 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     return found
 
 
-def checked_figure(name: str, value: Any) -> Any:
+def check_figure(name: str, value: Any) -> Any:
     """Return a figure as its column has it. Raises ValueError naming it."""
     kind = FIGURES[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

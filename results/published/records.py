@@ -155,7 +155,7 @@ def text_bytes(runs: list[Run]) -> float | None:
     return float(sizes[0]) if is_one else None
 
 
-def imported_record(out: Path) -> Record | None:
+def read_imported_record(out: Path) -> Record | None:
     """Return the record of a directory that `import-logs` wrote, None for any other directory."""
     path = out / RECORD_FILE
     if not path.is_file():

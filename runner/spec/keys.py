@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from model.fields import checked, describe, nearest
+from model.fields import check_value, describe, nearest
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ def check_keys(path: str, given: object, known: Iterable[str]) -> Mapping[str, A
     return given
 
 
-def updated(base: T, given: object, path: str) -> T:
+def update_fields(base: T, given: object, path: str) -> T:
     """Return the dataclass base with the fields named in given replaced, nested sections included.
 
     Raises ValueError for unknown names, wrong types, and values the dataclass itself refuses.
@@ -40,7 +40,7 @@ def updated(base: T, given: object, path: str) -> T:
     for name, value in values.items():
         here, current = f"{path}.{name}" if path else name, getattr(base, name)
         if dataclasses.is_dataclass(current):
-            changes[name] = updated(current, value, here)
+            changes[name] = update_fields(current, value, here)
         else:
-            changes[name] = checked(value, hints[name], here)
+            changes[name] = check_value(value, hints[name], here)
     return typing.cast(T, dataclasses.replace(base, **changes))

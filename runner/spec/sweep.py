@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import RunConfig, config_hash
-from model.fields import checked, describe, plain_settings
+from model.fields import check_value, describe, plain_settings
 from results.schema import BASE
 from results.store.names import run_name
 from runner.spec.gang import Gang, Limits
-from runner.spec.keys import check_keys, updated
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.program import Program, parse_program
 
 MAX_SEED = 2**32 - 1  # numpy's generators take no more
@@ -135,14 +135,15 @@ class SweepSpec:
         return cls(
             name=check_name(plain["name"]),
             preset=str(plain["preset"]),
-            config=updated(RunConfig(), plain["config"], ""),
+            config=update_fields(RunConfig(), plain["config"], ""),
             seeds=check_seeds(plain["seeds"]),
-            repeats=checked(plain["repeats"], int, "repeats"),
+            repeats=check_value(plain["repeats"], int, "repeats"),
             ablation=tuple(
-                Variant(name=str(item["name"]), config=updated(RunConfig(), item["config"], "")) for item in ablation
+                Variant(name=str(item["name"]), config=update_fields(RunConfig(), item["config"], ""))
+                for item in ablation
             ),
-            gang=updated(Gang(), plain["gang"], "gang"),
-            limits=updated(Limits(), plain["limits"], "limits"),
+            gang=update_fields(Gang(), plain["gang"], "gang"),
+            limits=update_fields(Limits(), plain["limits"], "limits"),
             fetch=plain["fetch"],
             track=dict(plain.get("track") or {}),  # like the price, not in what earlier versions wrote
             price_per_gpu_hour=plain.get("price_per_gpu_hour"),

@@ -16,7 +16,7 @@ from typing import Any
 from model.config import HASHED_SECTIONS, RunConfig
 from model.fields import describe, nearest
 from results.store.names import VARIANT_PATTERN
-from runner.spec.keys import check_keys, updated
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.sweep import Variant
 
 MAX_VARIANTS = 200
@@ -73,7 +73,7 @@ def override(base: RunConfig, overrides: object, path: str) -> RunConfig:
         if name in SWEEP_WIDE:
             raise ValueError(f"{path}: {name} may not vary between variants; {SWEEP_WIDE[name]}")
     try:
-        config = updated(base, given, "")
+        config = update_fields(base, given, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     section, name = TOKENIZERS
