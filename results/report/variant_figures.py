@@ -9,7 +9,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from results.compare.variants import BETTER, NOT_SHOWN, WORSE
-from results.report.figures import WATERFALL, Drawn, drawn_of, new_figure, color
+from results.report.figures import WATERFALL, Drawn, color, drawn_of, new_figure
 from results.report.variants import Variants
 from results.tables import SeedTable
 
