@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.evidence.programs import refuse_program
+from runner.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from model.pipeline.records import StageRecord
@@ -41,7 +42,7 @@ def execute(args: argparse.Namespace) -> int:
         f"{facts['model_bytes'] + facts['code_bytes_readable']:,} with the readable file\n"
         "score it: python train_gpt.py --eval model.ssq --tokenizer T --val 'SHARDS'"
     )
-    return 0
+    return EXIT_OK
 
 
 def find_workdir(run: Path, seed: int | None, repeat: int, variant: str | None = None) -> Path:

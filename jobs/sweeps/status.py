@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from runner.errors import EXIT_OK
+
 if TYPE_CHECKING:
     from runner.view.status import Picture
 
@@ -36,9 +38,9 @@ def execute(args: argparse.Namespace) -> int:
             **({"price_per_gpu_hour": picture.price} if picture.price is not None else {}),
         }
         print(json.dumps({**head, "counts": picture.counts, "runs": runs}, indent=1))
-        return 0
+        return EXIT_OK
     print_text(args.out, picture)
-    return 0
+    return EXIT_OK
 
 
 def spent_of(picture: Picture) -> list[dict[str, float]]:

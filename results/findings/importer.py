@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from results.findings.code_files import read_code
+from results.findings.findings import Finding
 from results.findings.readme_tables import read_spreads, read_tables, read_values
-from results.findings.review import Finding, find_disagreements, review
+from results.findings.review import find_disagreements, review
 from results.published.joins import join_logs, leave_aside, promote_variants, settle_seeds
 from results.published.layout import Layout, lay_out
 from results.published.log import Log, parse_runs
