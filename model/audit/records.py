@@ -15,7 +15,7 @@ from model.audit.finished_run import RunFiles
 from model.audit.verdicts import FAIL, PASS, Result, judge, not_run
 from model.bundle.program import PACKED_NAME, READABLE_NAME
 from model.config import SIZE_LIMIT_BYTES, TIME_LIMIT_S, TTTConfig
-from model.data.shards import BOS_ID, find_documents, open_shard
+from model.data.shards import find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.files.atomic import file_sha256
 from model.files.ledger import covered_s
@@ -172,7 +172,7 @@ def probe_overlap(files: RunFiles, validation: ValidationSet) -> Result:
     num_train, found = 0, Counter[str]()
     for path in files.train_shards:
         tokens = open_shard(path)
-        starts = find_documents(tokens, bos_id=BOS_ID)
+        starts = find_documents(tokens)
         for start, end in zip(starts, np.append(starts[1:], tokens.size), strict=True):
             num_train += 1
             if document_hash(tokens[start:end]) in ours:

@@ -15,7 +15,6 @@ from torch import Tensor
 from model.config import EvalConfig
 from model.data.loader import Batch, inputs_and_targets, prefetch_batches
 from model.data.packing import Packing, pack_row
-from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -91,9 +90,7 @@ def score_rows(
     def make_row(number: int) -> Batch:
         start, end = bounds[number]
         inputs, targets = inputs_and_targets(validation.tokens[start : end + 1])
-        packing = pack_row(
-            inputs, bos_id=BOS_ID, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
-        )
+        packing = pack_row(inputs, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES)
         return Batch(inputs, targets, packing)
 
     mine, pace = range(dist.rank, len(bounds), dist.world_size), Pace(dist.device)
