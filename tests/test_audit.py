@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from jobs.cli import main
+from jobs.evidence.audit import render
 from jobs.evidence.self_test_text import list_broken, list_healthy, render_self_test
 from model.audit.audit import PROBES, Audit, choose_probes
 from model.audit.byte_table import probe_bytes
@@ -219,3 +220,10 @@ def test_a_finished_run_reads_back(audit: Audit) -> None:
     files = load_run(audit.files.workdir)
     assert files.config == audit.files.config
     assert list(files.ledgers) == ["prepare", "train", "quantize", "evaluate", "ttt"]
+
+
+def test_a_bar_in_a_detail_does_not_break_the_markdown_table() -> None:
+    probe = {"probe": "size", "rule": "R1", "result": "fail", "measured": 1, "limit": None, "unit": "bytes",
+             "sample_size": 1, "sample_of": "file", "detail": "a | b", "not_checked": ""}  # fmt: skip
+    text = render({"run": "seed=1", "result": "fail", "probes": [probe], "seconds": 1}, is_markdown=True)
+    assert text.splitlines()[-1] == r"| size | R1 | fail | 1 (limit -) bytes | 1 file | a \| b |"
