@@ -36,7 +36,7 @@ def test_only_silence_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     few, enough = head_watch.KNOCKS - 1, head_watch.KNOCKS
     script = [*[False] * few, True, *[False] * few, True, *[False] * enough]
     heard, is_silent = list(script), threading.Event()
-    monkeypatch.setattr(head_watch, "answers", lambda _address: heard.pop(0))
+    monkeypatch.setattr(head_watch, "is_answering", lambda _address: heard.pop(0))
     HeadWatch(SILENT, on_silence=lambda _address: is_silent.set())
     assert is_silent.wait(20)
     assert heard == []
