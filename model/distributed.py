@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,22 +43,6 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by siz
 def bit_sum(tensor: Tensor) -> Tensor:
     """Return the sum of a tensor's elements read as integers, an int64 scalar on its device that may wrap round."""
     return tensor.detach().contiguous().view(BITS[tensor.element_size()]).sum(dtype=torch.int64)
-
-
-def use_threads(count: int) -> None:
-    """Let this process compute with so many threads."""
-    torch.set_num_threads(count)
-
-
-def visible_gpus() -> dict[str, Any]:
-    """Return model, number and CUDA version of the GPUs that this process sees, {} where it sees none."""
-    if not torch.cuda.is_available():
-        return {}
-    return {
-        "gpu_model": torch.cuda.get_device_name(0),
-        "cuda_version": torch.version.cuda,
-        "num_gpus": torch.cuda.device_count(),
-    }
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def fit_fields(config: Any, section: str) -> None:
     kind: type = type(config)
     for name, hint in _hints(kind).items():
         value = getattr(config, name)
-        fitted = checked(value, hint, f"{section}.{name}" if section else name)
+        fitted = check_value(value, hint, f"{section}.{name}" if section else name)
         if fitted is not value:
             object.__setattr__(config, name, fitted)
 
@@ -76,7 +76,7 @@ def _hints(kind: type) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def checked(value: object, hint: Any, path: str) -> Any:
+def check_value(value: object, hint: Any, path: str) -> Any:
     """Return value as the annotation hint has it, else raise ValueError naming path.
 
     Whole numbers fit float, numpy's scalars fit as Python's do, a list fits a tuple; nothing else is converted: neither
@@ -91,7 +91,7 @@ def checked(value: object, hint: Any, path: str) -> Any:
         size = None if arguments[-1] is ... else len(arguments)
         if not isinstance(value, list | tuple) or size not in (None, len(value)):
             raise ValueError(f"{path} must be a list{'' if size is None else f' of {size}'}, not {describe(value)}")
-        return tuple(checked(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
+        return tuple(check_value(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return _check_float(value, path)
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
@@ -124,7 +124,7 @@ def _check_union(value: object, arguments: tuple[Any, ...], path: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     (hint,) = [argument for argument in arguments if argument is not type(None)]
-    return checked(value, hint, path)
+    return check_value(value, hint, path)
 
 
 def describe(value: object) -> str:
@@ -138,37 +138,3 @@ def type_name(kind: Any) -> str:
     """Return the word for a Python type that a YAML author would use."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
     return words.get(kind, "a mapping" if kind is dict else str(getattr(kind, "__name__", kind)))
-
-
-def check_keys(path: str, given: object, known: typing.Iterable[str]) -> Mapping[str, Any]:
-    """Return given as a mapping whose keys are all known.
-
-    Raises ValueError that names path, the unknown key and the nearest valid name.
-    """
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{path} must be a mapping of names to values, not {describe(given)}")
-    names = list(known)
-    for key in given:
-        if key not in names:
-            raise ValueError(f"{path}: unknown key {key!r}; {nearest(str(key), names)}")
-    return given
-
-
-def updated(base: T, given: object, path: str) -> T:
-    """Return the dataclass base with the fields named in given replaced, nested sections included.
-
-    Raises ValueError for unknown names, wrong types, and values the dataclass itself refuses.
-    """
-    assert dataclasses.is_dataclass(base)
-    assert not isinstance(base, type)
-    names = [item.name for item in dataclasses.fields(base)]
-    values = check_keys(path, given, names)
-    hints = typing.get_type_hints(type(base))
-    changes: dict[str, Any] = {}
-    for name, value in values.items():
-        here, current = f"{path}.{name}" if path else name, getattr(base, name)
-        if dataclasses.is_dataclass(current):
-            changes[name] = updated(current, value, here)
-        else:
-            changes[name] = checked(value, hints[name], here)
-    return typing.cast(T, dataclasses.replace(base, **changes))

@@ -12,21 +12,27 @@ MIXED = "computed on different devices"
 SHOWN_RUNS = 12  # by name, on each device
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, rules_before: Sequence[int] = ()) -> str:
-    """Return right-aligned columns under a header; a rule stands before each row index of rules_before."""
+def text_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, rules_before: Sequence[int] = (), is_words: bool = False
+) -> str:
+    """Return right-aligned columns under a header, left-aligned ones if is_words.
+
+    A rule stands before each row index of rules_before.
+    """
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    align = str.ljust if is_words else str.rjust
     rule = "  ".join("-" * width for width in widths)
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(header, widths)), rule]
+    lines = ["  ".join(map(align, header, widths)).rstrip(), rule]
     for index, row in enumerate(rows):
         if index in rules_before:
             lines.append(rule)
-        lines.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths)).rstrip())
+        lines.append("  ".join(map(align, row, widths)).rstrip())
     return "\n".join(lines)
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a GitHub table, numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---:"] * len(header)) + " |"]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, is_words: bool = False) -> str:
+    """Return a GitHub table, numbers to the right, words (is_words) to the left."""
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(["---" if is_words else "---:"] * len(header)) + " |"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines)
 

@@ -72,14 +72,14 @@ class Difference(NamedTuple):
         return float(special.stdtr(self.degrees_of_freedom, distance / self.standard_error))
 
 
-def finite(values: Sequence[float | None]) -> NDArray[np.float64]:
+def keep_finite(values: Sequence[float | None]) -> NDArray[np.float64]:
     """Return the finite values as float64."""
     return np.array([value for value in values if value is not None and math.isfinite(value)], dtype=np.float64)
 
 
 def summarize(values: Sequence[float | None]) -> Summary:
     """Return n, mean and sample std (ddof=1) of the finite values; n = 1 has no spread, which is None and never 0."""
-    kept = finite(values)
+    kept = keep_finite(values)
     if kept.size == 0:
         return Summary(0, None, None)
     return Summary(kept.size, float(kept.mean()), float(kept.std(ddof=1)) if kept.size > 1 else None)
@@ -87,14 +87,14 @@ def summarize(values: Sequence[float | None]) -> Summary:
 
 def population_std(values: Sequence[float | None]) -> float | None:
     """Return the std with ddof=0, as some published tables have it; None for fewer than two values."""
-    kept = finite(values)
+    kept = keep_finite(values)
     return float(kept.std(ddof=0)) if kept.size > 1 else None
 
 
 def t_interval(values: Sequence[float | None], *, confidence: float = 0.95) -> Interval | None:
     """Return the Student t interval of the mean; None for fewer than two values."""
     _require_confidence(confidence)
-    kept = finite(values)
+    kept = keep_finite(values)
     if kept.size < 2:
         return None
     error = float(kept.std(ddof=1)) / math.sqrt(kept.size)
@@ -107,7 +107,7 @@ def welch(a: Sequence[float | None], b: Sequence[float | None], *, confidence: f
     Raises ValueError when a side has no value. With one value on a side there is no spread, hence no test.
     """
     _require_confidence(confidence)
-    left, right = finite(a), finite(b)
+    left, right = keep_finite(a), keep_finite(b)
     if not left.size or not right.size:
         raise ValueError(f"a difference needs a value on each side, not {left.size} and {right.size}")
     mean = float(left.mean() - right.mean())

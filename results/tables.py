@@ -12,7 +12,7 @@ from results.render import CPU, mixed_devices
 from results.schema import FINISHED
 from results.stats import Summary, population_std, summarize
 from results.store.announced import announced_price
-from results.store.reader import RUN, Rows, latest_attempts, read_runs
+from results.store.reader import RUN, Rows, read_runs
 
 INTEGERS = ("seed", "repeat", "attempts", "steps", "artifact_bytes")
 SUMMARIZED = (
@@ -68,14 +68,6 @@ class SeedTable(NamedTuple):
     def has_failures(self) -> bool:
         """Some seed did not finish, or some file could not be read."""
         return bool(self.problems) or any(row["state"] != FINISHED for row in self.seeds)
-
-
-def seed_table(out: object) -> SeedTable:
-    """Return the seed table of a run directory (path or URI).
-
-    Raises FileNotFoundError without a results folder and ValueError when no row of it could be read.
-    """
-    return table_of_rows(latest_attempts(read_spent(out, TABLE_COLUMNS)), shown=str(out))
 
 
 def read_spent(out: object, columns: Sequence[str]) -> Rows:

@@ -17,7 +17,7 @@ from runner.life.placing import gang_now
 from runner.life.states import Run
 from runner.machine.packages import missing_packages, missing_trackers
 from runner.spec.sweep import RunKey, SweepSpec
-from runner.sweep import hash_code, hash_what_is_read, lacking
+from runner.sweep import hash_code, hash_what_is_read, list_lacking
 from runner.work import identities
 
 
@@ -103,11 +103,11 @@ def make_plan(spec: SweepSpec, nodes: Sequence[Node]) -> Plan:
     no_place = problem if spec.limits.wait_s and not is_here else ""
     problems = ["" if no_place else problem, *dict.fromkeys(packages), missing_trackers(spec.track)]
     problems = [line for line in problems if line]
-    missing = lacking(spec)
+    missing = list_lacking(spec)
     hashes = {"config_hash": spec.config_hash, "code_hash": hash_code(spec)}
     if not missing and (found := hash_what_is_read(spec)):
         hashes["data_hash"] = found
-    runs = what_is_left(spec)
+    runs = find_left(spec)
     seed_s, source = estimate_s(spec)
     stages: tuple[StagePlan, ...] = ()
     if spec.ablation:
@@ -125,14 +125,14 @@ def earlier_runs(spec: SweepSpec) -> list[Run]:
     return [run_from_json(plain) for plain in state.get("runs", [])]
 
 
-def what_is_left(spec: SweepSpec) -> dict[RunKey, Left]:
+def find_left(spec: SweepSpec) -> dict[RunKey, Left]:
     """Return for every run whether it is done, can go on from what it left, or is new."""
     finished = finished_attempts(spec)
     storage = open_storage(spec.out)
-    return {key: Left.DONE if key in finished else resumable(storage, key) for key in spec.keys}
+    return {key: Left.DONE if key in finished else judge_left(storage, key) for key in spec.keys}
 
 
-def resumable(storage: Storage, key: RunKey) -> Left:
+def judge_left(storage: Storage, key: RunKey) -> Left:
     """Return RESUMABLE if the run left a finished stage or a checkpoint."""
     has_work = any(storage.names(f"seeds/{key.name}/{folder}") for folder in ("stages", "checkpoints"))
     return Left.RESUMABLE if has_work else Left.NEW

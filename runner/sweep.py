@@ -16,6 +16,7 @@ from typing import Any
 
 from model.fields import plain_settings
 from model.pipeline.differences import code_words, data_words, settings_words
+from results.schema import BASE
 from runner.errors import Infeasible, OutNotShared, Refused, SweepError
 from runner.folder.directory import FORMAT, SweepDirectory, utc
 from runner.folder.fence import yield_s
@@ -41,7 +42,7 @@ from runner.provenance import code_hash, data_files, data_hash, data_problems, g
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
 from runner.spec.gang import Gang
 from runner.spec.places import absolute_path
-from runner.spec.sweep import BASE, RunKey, SweepSpec
+from runner.spec.sweep import RunKey, SweepSpec
 from runner.view.progress import Views, open_view
 from runner.view.trackers import open_tracking
 from runner.work import Options, SweepWork, read_secrets
@@ -97,10 +98,10 @@ def check_this_machine(spec: SweepSpec, *, needs_gang: bool = True) -> None:
             raise SweepError(missing)
     problem = why_infeasible([this_machine()], spec.gang) if needs_gang else ""
     if problem and not spec.limits.wait_s:
-        raise Infeasible("; ".join([problem, *lacking(spec)]))
+        raise Infeasible("; ".join([problem, *list_lacking(spec)]))
 
 
-def lacking(spec: SweepSpec) -> list[str]:
+def list_lacking(spec: SweepSpec) -> list[str]:
     """Return one line for each thing that the sweep reads and this machine lacks."""
     return data_problems(spec.config.data) if spec.program is None else input_problems(spec.program.inputs)
 
@@ -115,11 +116,11 @@ def hash_what_is_read(spec: SweepSpec) -> str | None:
     return combine_inputs(hash_inputs(spec.program.inputs)) if spec.program.inputs else None
 
 
-def files_read(spec: SweepSpec) -> dict[str, Any]:
+def hash_files_read(spec: SweepSpec) -> dict[str, Any]:
     """Return what the data hash is taken over, by file."""
     if spec.program is None:
         return data_files(spec.config.data, vocab_size=spec.config.model.vocab_size)
-    return dict(hash_inputs(spec.program.inputs)) if not lacking(spec) else {}
+    return dict(hash_inputs(spec.program.inputs)) if not list_lacking(spec) else {}
 
 
 def hash_code(spec: SweepSpec) -> str:
@@ -171,7 +172,7 @@ def open_record(spec: SweepSpec, directory: SweepDirectory, options: Options) ->
     announcements = list(earlier.get("announcements", []))
     if not announcements or {**announcements[-1], "time": ""} != {**announced, "time": ""}:
         announcements.append(announced)
-    files = files_read(spec) if record["data_hash"] else {}
+    files = hash_files_read(spec) if record["data_hash"] else {}
     is_ablation = bool(spec.ablation) or "variants" in earlier
     known = {**spec.variant_hashes, **recorded_variants(earlier)} if is_ablation else {}  # the baseline first
     whole = {
@@ -193,7 +194,7 @@ def known_data_hash(spec: SweepSpec, options: Options) -> str | None:
     Raises ValueError or FileNotFoundError if data is damaged, or missing where the work is done on this machine.
     """
     has_other_nodes = options.address is not None or is_ray_job() or spec.fetch is not None
-    if has_other_nodes and lacking(spec):
+    if has_other_nodes and list_lacking(spec):
         return None  # each gang's node is checked before the gang works
     return hash_what_is_read(spec)
 
@@ -209,7 +210,7 @@ def check_same(earlier: dict[str, Any], record: dict[str, Any], spec: SweepSpec,
             raise Refused(f"{shown} was made by another {words} ({why}); {fix}")
     before, now = earlier.get("data_hash"), record["data_hash"]
     if before and now and before != now:
-        why = data_words(earlier.get("data") or {}, files_read(spec)) or f"{before[:12]}, now {now[:12]}"
+        why = data_words(earlier.get("data") or {}, hash_files_read(spec)) or f"{before[:12]}, now {now[:12]}"
         raise Refused(f"{shown} was made by another data set ({why}); choose another --out")
     before, now = earlier.get("code_hash"), record["code_hash"]
     if before and before != now and not options.allow_code_change:

@@ -14,9 +14,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from model.files.plain import read_json_if_any
 from model.pipeline.identity import planning_identity
 from model.report import STAGES
-from runner.folder.commit import PROGRAM_STAGE, commit_run, read_json
+from runner.folder.commit import PROGRAM_STAGE, commit_run
 from runner.folder.directory import SweepDirectory
 from runner.folder.mirror import open_mirror
 from runner.folder.program_files import find_files, keep_folder, kept_folder
@@ -188,7 +189,7 @@ def identities(spec: SweepSpec, data_hash: str | None, code_hash: str) -> dict[R
 def stage_data_hash(workdir: Path) -> str | None:
     """Return the data hash in the record of a run's first stage, None where there is none."""
     first = "train" if (workdir / "stages" / "train.json").exists() else PROGRAM_STAGE
-    return read_json(workdir / "stages" / f"{first}.json").get("data_hash")
+    return read_json_if_any(workdir / "stages" / f"{first}.json").get("data_hash")
 
 
 def read_secrets(spec: SweepSpec) -> dict[str, str]:

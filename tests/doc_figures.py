@@ -122,7 +122,14 @@ def pair_table(ablation: Ablation, pairs: Iterable[tuple[str, str, str]]) -> str
         if len(seeds) > 1:
             difference = paired([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds])
             mean = sum(ours[seed] for seed in seeds) / len(seeds)
-            cells = [f"`{name}`", f"`{other}`", quantity, signed(mean), *_difference_cells(difference), str(len(seeds))]
+            cells = [
+                f"`{name}`",
+                f"`{other}`",
+                quantity,
+                signed(mean),
+                *_difference_cells(difference),
+                str(len(seeds)),
+            ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) if len(lines) > 2 else ""
 

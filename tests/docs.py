@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.doc_figures import measured_tables, preset_table
 from tests.house import HOUSE, PACKAGES, ROOT, Room
+from tests.program_bytes import program_table
 
 # what a package may import of the other three, and the heavy packages that it may import at all
 OUTSIDE = {
@@ -72,6 +73,7 @@ def room_tables() -> str:
 PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "layers": (ROOT / "README.md", layer_table),
     "rooms": (ROOT / "docs" / "architecture.md", room_tables),
+    "program bytes": (ROOT / "docs" / "architecture.md", program_table),
     "preset frontier": (RECIPE, partial(preset_table, "frontier")),
     "preset bench_frontier": (RECIPE, partial(preset_table, "bench_frontier")),
     "frontier measured": (RECIPE, measured_tables),

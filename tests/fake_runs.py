@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from results.store.reader import latest_attempts
 from results.store.writer import commit_attempt
+from results.tables import TABLE_COLUMNS, SeedTable, read_spent, table_of_rows
 
 BYTES_PER_TOKEN = 3.7266
 STAGE_LEVELS = {"live": 1.0763, "post_ema": 1.0767, "pre_ttt": 1.0879, "ttt_lr0": 1.0834, "post_ttt": 1.0775}
@@ -161,3 +163,11 @@ def fake_ablation(out: Path | str, variants: Sequence[FakeVariant], **changes: A
              "code_hash": "e" * 64, "world_size": 8, "variants": hashes, "announcements": [announced]}  # fmt: skip
     Path(out, "sweep.json").write_text(json.dumps(sweep, indent=1))
     return Path(out)
+
+
+def seed_table(out: object) -> SeedTable:
+    """Return the seed table of a run directory (path or URI).
+
+    Raises FileNotFoundError without a results folder and ValueError when no row of it could be read.
+    """
+    return table_of_rows(latest_attempts(read_spent(out, TABLE_COLUMNS)), shown=str(out))

@@ -110,7 +110,7 @@ def run(variant: str, num_steps: int, pattern: str, attention: str) -> tuple[Tra
 def compare_gradients(model: GPT, loader: SpanLoader) -> dict[str, Any]:
     """Return, for both loop states, each parameter's gradient in bf16 beside float32: relative error and scale."""
     inputs, targets = (x[:, :ROW_TOKENS] for x in loader.span(ROW_SPAN))
-    packing = pack_row(inputs, bos_id=loader.bos_id, max_segment=2048, max_seqlen=2048).to(CUDA)
+    packing = pack_row(inputs, max_segment=2048, max_seqlen=2048).to(CUDA)
     inputs, targets = inputs.to(CUDA), targets.to(CUDA)
     wide = GPT(model.config, compute_dtype=torch.float32).to(CUDA)
     wide.load_state_dict(model.state_dict())

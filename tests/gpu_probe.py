@@ -25,7 +25,7 @@ from model.attention.backends import is_available
 from model.attention.probe import probe_backends
 from model.data.loader import Batch, SpanLoader
 from model.data.packing import Packing, pack_row
-from model.data.shards import BOS_ID, list_shards
+from model.data.shards import list_shards
 from model.distributed import Dist
 from model.gpt import GPT
 from model.presets import bench_500
@@ -90,7 +90,7 @@ def probe_attention(pattern: str) -> dict[str, Any]:
     q, k, v = (torch.randn(1, TOKENS, n, 64, device=DEVICE, dtype=torch.bfloat16) for n in heads.values())
     result: dict[str, Any] = {}
     for entries in (64, TOKENS // 32 + 64):
-        packing = pack_row(batch.inputs, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048, bucket=entries)
+        packing = pack_row(batch.inputs, max_segment=2048, max_seqlen=2048, bucket=entries)
         choice = probe_backends(q, k, v, packing.to(DEVICE), candidates=backends())
         result[f"entries_{packing.cu_seqlens.numel()}"] = choice._asdict()
     return result
@@ -202,7 +202,7 @@ def probe_train(pattern: str) -> dict[str, Any]:
         figures["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         figures["profile_17_visits_ms"] = profile(partial(step, True))
         row = batches[0].inputs[:, :65536]
-        packing = pack_row(row, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048).to(DEVICE)
+        packing = pack_row(row, max_segment=2048, max_seqlen=2048).to(DEVICE)
 
         figures["evaluation_row"] = time_ms(partial(evaluate, model, row, packing))
         figures["evaluation_row"]["tokens_per_s"] = 65536 / figures["evaluation_row"]["median_ms"] * 1000
@@ -214,7 +214,7 @@ def compare_with_float32(pattern: str) -> dict[str, float]:
     """Loss and gradient norm of a quarter micro-batch in bf16 against float32, same weights."""
     inputs, targets, _ = load_batches(pattern, 1)[0]
     inputs, targets = inputs[:, : TOKENS // 4], targets[:, : TOKENS // 4]
-    packing = pack_row(inputs, bos_id=BOS_ID, max_segment=2048, max_seqlen=2048).to(DEVICE)
+    packing = pack_row(inputs, max_segment=2048, max_seqlen=2048).to(DEVICE)
     found: dict[str, list[float]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for is_looped in (False, True):

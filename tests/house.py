@@ -65,7 +65,7 @@ HOUSE: dict[str, dict[str, Room]] = {
             "export": ("a submission folder out of the rows", "below"),
             "report": ("one page to look at", "below"),
         },
-        {"verify": ("a submission folder derived again from its own files", "export schema store")},
+        {"verify": ("a submission folder derived again from its own files", "export schema stats store")},
     ),
     "runner": tower(
         {

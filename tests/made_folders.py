@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from results.findings.importer import Submission, findings_of
+from results.findings.importer import Submission
+from results.findings.review import find_disagreements
 from results.published.log import Log, parse_runs
 from results.published.records import one_run_a_seed, recompute
 
@@ -202,7 +203,7 @@ def split_evaluation(made: Made) -> tuple[str, str]:
 
 def fields(submission: Submission) -> list[str]:
     """Return what the findings of a folder are about."""
-    return [finding.field for finding in findings_of(submission.record)]
+    return [finding.field for finding in find_disagreements(submission.record)]
 
 
 def finals(submission: Submission) -> dict[int | None, float]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from model.banks import EMBEDDING
 from model.config import QuantConfig
-from model.quant.gptq import quantize_weight
 from model.quant.low_rank import LowRank, factor_error, pack_factors
 from model.quant.quantized import QuantizedWeight
 from model.quant.state import configured_clips, correct, group_of
 from tests.parity_core import Comparison, GoldenSet, error_of_largest_entry, num_different, relative_error
 from tests.parity_parts import output_error, share_different
+from tests.rounding import quantize_weight
 
 OUR_GROUP = {
     "attention": "attention", "attention_looped": "looped_attention", "mlp": "mlp", "mlp_looped": "looped_mlp",

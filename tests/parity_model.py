@@ -6,7 +6,7 @@ import torch
 
 from model.banks import visit_plan
 from model.data.packing import Packing, pack_row
-from model.data.shards import BOS_ID, find_documents
+from model.data.shards import find_documents
 from tests.parity_core import (
     GoldenSet,
     build_model,
@@ -53,7 +53,7 @@ def _check_plans(golden: GoldenSet) -> None:
         golden.compare(f"encoder_indices_{mode}", plan.encoder, tolerance=0)
         golden.compare(f"decoder_indices_{mode}", plan.decoder, tolerance=0)
     row = golden.read("x")[0]
-    packing = pack_row(row, bos_id=BOS_ID, max_segment=0)
+    packing = pack_row(row, max_segment=0)
     golden.compare("cu_seqlens", packing.cu_seqlens, tolerance=0)
     golden.compare("max_seqlen", packing.max_seqlen, tolerance=0)
-    golden.compare("bos_positions", find_documents(row, bos_id=BOS_ID), tolerance=0)
+    golden.compare("bos_positions", find_documents(row), tolerance=0)

@@ -18,7 +18,7 @@ from model.config import ADAPTER_KINDS, EvalConfig, TrainConfig, TTTConfig
 from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
 from model.data.packing import pack_row
-from model.data.shards import BOS_ID, find_documents
+from model.data.shards import find_documents
 from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -236,7 +236,7 @@ def check_evaluation(golden: GoldenSet) -> None:
 
 def read_stream(golden: GoldenSet) -> ValidationSet:
     tokens = np.asarray(golden.read("stream")).astype(np.uint16)
-    return ValidationSet(tokens, find_documents(tokens, bos_id=BOS_ID))
+    return ValidationSet(tokens, find_documents(tokens))
 
 
 def read_byte_table(golden: GoldenSet) -> ByteTable:
@@ -256,7 +256,7 @@ def _loss_and_bpb(nll: np.ndarray, num_bytes: np.ndarray) -> list[float]:
 
 def _check_rows(golden: GoldenSet, validation: ValidationSet, bounds: list[tuple[int, int]], seq_len: int) -> None:
     """Compare the packing of every scored row, and which document each scored input belongs to."""
-    packings = [pack_row(validation.tokens[a:b], bos_id=BOS_ID, max_segment=seq_len) for a, b in bounds]
+    packings = [pack_row(validation.tokens[a:b], max_segment=seq_len) for a, b in bounds]
     for number, packing in enumerate(packings):
         golden.compare(f"cu_seqlens_batch{number}", packing.cu_seqlens, tolerance=0)
     golden.compare("max_seqlen_batches", [packing.max_seqlen for packing in packings], tolerance=0)

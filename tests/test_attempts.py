@@ -31,8 +31,8 @@ from model.pipeline.memory import RESIDENT, RESIDENT_EVER
 from model.pipeline.records import read_records
 from model.pipeline.run import Run
 from model.pipeline.seed import RunMismatch, SeedResult, run_seed
+from model.pipeline.stage_evaluate import order0_bpb
 from model.report import STAGES
-from model.score.bpb import order0_bpb
 from tests.micro_model import ignore
 
 GPU = "NVIDIA H100 80GB HBM3"

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from jobs.cli import main
+from jobs.evidence.audit import render
+from jobs.evidence.self_test_text import list_broken, list_healthy, render_self_test
 from model.audit.audit import PROBES, Audit, choose_probes
 from model.audit.byte_table import probe_bytes
 from model.audit.causality import probe_chunk_borders
@@ -84,7 +86,8 @@ def test_sampled_adapter_states_are_kept_as_hashes(outcome: SelfTest) -> None:
 
 def test_the_page_lists_every_probe_and_control(outcome: SelfTest) -> None:
     page = (ROOT / "docs" / "audit.md").read_text()
-    healthy, broken = outcome.rows()
+    assert page.count("\n") == render_self_test(outcome, is_markdown=True).count("\n") + 1
+    healthy, broken = list_healthy(outcome), list_broken(outcome)
     assert [row[0] for row in healthy if f"| {row[0]} | {row[1]} | {row[2]} |" not in page] == []
     assert [row[0] for row in broken if f"| {row[0]} | {row[1]} | {row[2]} | caught |" not in page] == []
 
@@ -217,3 +220,10 @@ def test_a_finished_run_reads_back(audit: Audit) -> None:
     files = load_run(audit.files.workdir)
     assert files.config == audit.files.config
     assert list(files.ledgers) == ["prepare", "train", "quantize", "evaluate", "ttt"]
+
+
+def test_a_bar_in_a_detail_does_not_break_the_markdown_table() -> None:
+    probe = {"probe": "size", "rule": "R1", "result": "fail", "measured": 1, "limit": None, "unit": "bytes",
+             "sample_size": 1, "sample_of": "file", "detail": "a | b", "not_checked": ""}  # fmt: skip
+    text = render({"run": "seed=1", "result": "fail", "probes": [probe], "seconds": 1}, is_markdown=True)
+    assert text.splitlines()[-1] == r"| size | R1 | fail | 1 (limit -) bytes | 1 file | a \| b |"

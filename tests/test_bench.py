@@ -154,7 +154,7 @@ def test_window_tokens_count_scores_only_and_no_window_beyond_its_length() -> No
 
 def test_made_up_runs_are_rows_that_the_table_adds_up(tmp_path: Path) -> None:
     from jobs.bench.figures import Probe
-    from results.tables import seed_table
+    from tests.fake_runs import seed_table
 
     probe = Probe("store")
     write_store({"out": str(tmp_path / "a"), "num_runs": 3, "num_documents": 20}, probe)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jobs.cli import main
 from model.bundle.program import (
@@ -19,6 +21,7 @@ from model.bundle.program import (
     READABLE_NAME,
     ROOT,
     code_program,
+    escape,
     is_twin,
     read_modules,
     tool_versions,
@@ -27,6 +30,7 @@ from model.pipeline.stage_quantize import write_program
 from model.presets import published, tiny
 from model.quant.artifact import load_artifact
 from model.quant.quantized import dequantize
+from tests.program_bytes import MEASURED, group_by_room
 from tests.small_run import TOKENIZER, seed_directory, small_sweep, validation_glob
 
 # Runs a program as an empty environment would that holds only torch (with what it requires), numpy, sentencepiece
@@ -132,7 +136,24 @@ def test_what_neither_training_nor_scoring_needs_is_left_out() -> None:
 
 
 def test_counted_code_stays_small() -> None:
-    assert code_program(published()).num_bytes < 67_000
+    assert code_program(published()).num_bytes < 65_500
+
+
+def test_the_table_of_counted_bytes_is_of_this_program() -> None:
+    measured = json.loads(MEASURED.read_text())
+    rooms = {room: len(names) for room, names in group_by_room(read_modules(ROOT)).items()}
+    fix = "run python -m tests.program_bytes, then python -m tests.docs"
+    assert {name: room["modules"] for name, room in measured["rooms"].items()} == rooms, fix
+    assert measured["num_bytes"] == pytest.approx(code_program(published()).num_bytes, rel=0.02), fix
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([*map(bytes, ([34], [92], [13], [10], [0], [48], [133], [255]))])).map(b"".join))
+def test_every_byte_stands_between_the_quotes(data: bytes) -> None:
+    source = f'# coding: latin-1\nfound = """{escape(data)}"""\n'.encode("latin-1")
+    names: dict[str, str] = {}
+    exec(compile(source, "packed.py", "exec"), names)
+    assert names["found"].encode("latin-1") == data
 
 
 def test_a_traceback_names_module_and_line(tmp_path: Path) -> None:

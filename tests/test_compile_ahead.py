@@ -19,7 +19,6 @@ from torch import Tensor
 
 from model.data.loader import inputs_and_targets
 from model.data.packing import pack_row
-from model.data.shards import BOS_ID
 from model.distributed import Dist
 from model.files.ledger import Ledger, covered_s
 from model.gpt import GPT
@@ -283,7 +282,7 @@ def test_the_stages_launch_nothing_else(ttt: dict[str, Any], tmp_path: Path) -> 
     ledger = Ledger("stages")
     with noting_compilation(ledger, run.dist.device):
         tokens = validation.tokens[:4097]
-        packing = pack_row(tokens[:-1], bos_id=BOS_ID, max_segment=2048, max_seqlen=2048).to("cuda")
+        packing = pack_row(tokens[:-1], max_segment=2048, max_seqlen=2048).to("cuda")
         for is_looped in (False, True):
             inputs, targets = (x.cuda() for x in inputs_and_targets(tokens))
             model(inputs, targets, is_looped=is_looped, packing=packing).backward()

@@ -11,7 +11,6 @@ import pytest
 from jobs.cli import main
 from jobs.sweeps.plan import print_plan
 from results.table_text import as_json, render
-from results.tables import seed_table
 from runner.errors import Failure, Kind
 from runner.folder.directory import SweepDirectory
 from runner.folder.storage import LocalStorage
@@ -23,7 +22,7 @@ from runner.plan import make_plan
 from runner.spec.gang import Gang, Limits
 from runner.spec.sweep import RunKey, SweepSpec
 from runner.view.status import look
-from tests.fake_runs import commit_fake
+from tests.fake_runs import commit_fake, seed_table
 from tests.sweep_tools import make_spec
 
 KEY = RunKey(seed=42)

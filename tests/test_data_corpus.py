@@ -62,7 +62,7 @@ def test_the_tokenizer_is_like_the_public_one(corpus: Corpus) -> None:
     tokenizer = load_tokenizer(corpus.tokenizer, vocab_size=400)
     assert tokenizer.byte_table.is_boundary[:5].tolist() == [True] * 4 + [False]
     assert tokenizer.byte_table.base_bytes[4:260].tolist() == [1] * 256
-    assert tokenizer.decode(tokenizer.encode_document("a  b\nc \u6587")) == "a b c \u6587"
+    assert tokenizer.decode(tokenizer.encode_documents(["a  b\nc \u6587"])[0]) == "a b c \u6587"
 
 
 def test_a_half_made_corpus_is_made_again(corpus: Corpus, tmp_path: Path) -> None:

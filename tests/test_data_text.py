@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from model.corpus.text import TextOptions, build_text, find_inputs, gather_inputs, read_documents
+from model.corpus.text import TextOptions, build_text, gather_inputs, read_documents
 from model.corpus.vocabulary import train_vocabulary
 from model.corpus.writer import LOCK_NAME, Corpus, ShardWriter
 from model.data.shards import list_shards, open_shard
@@ -50,7 +50,7 @@ def stream(corpus: Corpus, split: str) -> list[int]:
 
 def expected(texts: list[str]) -> list[int]:
     tokenizer = load_tokenizer(SP8192)
-    return [int(token) for text in texts for token in tokenizer.encode_document(text)]
+    return [int(token) for text in texts for token in tokenizer.encode_documents([text])[0]]
 
 
 def test_all_kinds_of_files_give_the_same_documents(tmp_path: Path, lines: Path) -> None:
@@ -62,7 +62,7 @@ def test_all_kinds_of_files_give_the_same_documents(tmp_path: Path, lines: Path)
     for number, text in enumerate(TEXTS):
         (folder / f"{number:02}.txt").write_bytes(text.encode())
     for path in (lines, zipped, table, folder):
-        assert list(read_documents(find_inputs([path]))) == TEXTS
+        assert list(read_documents(gather_inputs([path]).files)) == TEXTS
 
 
 def test_without_a_split_option_all_documents_are_validation(tmp_path: Path, lines: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_tokenizer_is_trained_on_the_training_part(tmp_path: Path) -> None:
     corpus = build([path], tmp_path / "out", tokenizer=None, vocab_size=270, val_documents=1)
     tokenizer = load_tokenizer(corpus.tokenizer)
     assert corpus.vocab_size == tokenizer.vocab_size == 270
-    assert tokenizer.encode_document("walrus").size < tokenizer.encode_document("zebra").size
+    assert tokenizer.encode_documents(["walrus"])[0].size < tokenizer.encode_documents(["zebra"])[0].size
 
 
 def test_more_pieces_than_the_text_has_are_refused(tmp_path: Path, lines: Path) -> None:
@@ -195,11 +195,11 @@ def test_missing_unknown_and_empty_inputs_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").touch()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"a\.csv is of no known kind"):
-        find_inputs([tmp_path / "a.csv"])
+        gather_inputs([tmp_path / "a.csv"])
     with pytest.raises(ValueError, match="empty has no file ending in"):
-        find_inputs([tmp_path / "empty"])
+        gather_inputs([tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match=r"gone\.jsonl does not exist"):
-        find_inputs([tmp_path / "gone.jsonl"])
+        gather_inputs([tmp_path / "gone.jsonl"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from model.config import EvalConfig
 from model.data.tokenizer import ByteTable, target_bytes
 from model.data.validation import ValidationSet
 from model.distributed import Dist
-from model.score.bpb import bits_per_byte, document_sums, order0_bpb
+from model.pipeline.stage_evaluate import order0_bpb
+from model.score.bpb import bits_per_byte, document_sums
 from model.score.plain import RowScorer, evaluate_plain, row_bounds, score_rows
 from tests.fake_recorder import FakeRecorder
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_validation, random_model

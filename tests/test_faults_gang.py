@@ -161,7 +161,7 @@ def at_step(out: Path, seed: int) -> int:
 
 
 def test_one_seed_that_fails_for_good_does_not_stop_the_others(cluster: Any, tmp_path: Path) -> None:
-    from results.tables import seed_table
+    from tests.fake_runs import seed_table
 
     write_faults(
         tmp_path,

@@ -24,8 +24,9 @@ from model.quant.fit import MAX_GROWTH, Clips, Fitted, GroupCurve, fit_to_limit,
 from model.quant.quantized import QuantizedState
 from model.quant.rounded import clip_metrics, save_rounded
 from model.quant.sensitivity import LossProbe
-from model.quant.state import StateQuantizer, configured_clips, group_of, looped_layers, quantize_state
+from model.quant.state import StateQuantizer, configured_clips, group_of, looped_layers
 from tests.micro_model import LoneRank, ignore, micro_loader, micro_model, micro_run, random_model
+from tests.rounding import quantize_state
 from tests.test_gptq import random_state
 
 GROUPS = ("attention", "looped_attention", "mlp", "looped_mlp", "embedding")

@@ -20,9 +20,9 @@ from model.quant.artifact import load_artifact, save_artifact
 from model.quant.artifact_header import tensor_entries
 from model.quant.calibrate import collect_hessians
 from model.quant.quantized import dequantize
-from model.quant.state import quantize_state
 from model.train.trainer import Ema
 from tests.micro_model import FRONTIER_PARTS, ignore, micro_loader, micro_model, micro_run, random_model
+from tests.rounding import quantize_state
 from tests.test_gpt import documents, make_adapters, make_rows, pack
 
 PARTS = list(FRONTIER_PARTS)

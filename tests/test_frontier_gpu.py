@@ -201,7 +201,7 @@ def gradients_by_group(config: ModelConfig, dtype: torch.dtype, is_looped: bool)
     generator = torch.Generator(CUDA).manual_seed(5)
     tokens, targets = torch.randint(4, config.vocab_size, (2, 1, 704), generator=generator, device=CUDA)
     tokens[0, [0, 5, 300, 301]] = 1
-    packing = pack_row(tokens[0].cpu(), bos_id=1, max_segment=256).to(CUDA)
+    packing = pack_row(tokens[0].cpu(), max_segment=256).to(CUDA)
     model = filled_model(config, dtype)
     loss = model(tokens, targets, is_looped=is_looped, packing=packing)
     loss.backward()

@@ -136,7 +136,7 @@ def test_a_rank_that_dies_is_reported_with_how_where_and_what_to_read(how: str, 
 
 
 def test_status_table_and_events_tell_a_death_in_the_same_line(died: Path) -> None:
-    from results.tables import seed_table
+    from tests.fake_runs import seed_table
 
     frame = read_runs(died).frame.set_index("seed")
     events = [json.loads(line) for line in (died / "events.jsonl").read_text().splitlines()]

@@ -27,7 +27,7 @@ def documents(*lengths: int) -> list[Tensor]:
 
 def pack(parts: Iterable[Tensor]) -> tuple[Tensor, Packing]:
     row = torch.cat(list(parts))
-    return row.unsqueeze(0), pack_row(row, bos_id=1, max_segment=64)
+    return row.unsqueeze(0), pack_row(row, max_segment=64)
 
 
 def make_rows(model: GPT, slots: int, *, zero: bool = False) -> tuple[Layout, Tensor]:

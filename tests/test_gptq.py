@@ -16,11 +16,9 @@ from model.banks import join_banks, parameter_shapes, split_banks, tensor_shapes
 from model.config import QuantConfig
 from model.gpt import GPT
 from model.presets import tiny
-from model.quant.gptq import quantize_weight, quantize_weights
 from model.quant.hessians import HessianCollector
 from model.quant.quantized import QuantizedState, QuantizedWeight, dequantize
-from model.quant.state import quantize_state
-from tests.rounding import round_to_nearest
+from tests.rounding import quantize_state, quantize_weight, quantize_weights, round_to_nearest
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq.npz"
 SETTINGS: dict[str, Any] = {"bits": 6, "clip_sigmas": 12.85, "damping_frac": 0.01, "block_columns": 128}

@@ -13,7 +13,7 @@ import pytest
 
 from runner.errors import EXIT_INTERRUPTED
 from runner.machine import head_watch
-from runner.machine.head_watch import HeadWatch, answers
+from runner.machine.head_watch import HeadWatch, is_answering
 
 REFUSED = "127.0.0.1:1"  # nobody listens there
 SILENT = "[::ffff:0.0.0.0:0]:1"  # no address
@@ -36,7 +36,7 @@ def test_only_silence_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     few, enough = head_watch.KNOCKS - 1, head_watch.KNOCKS
     script = [*[False] * few, True, *[False] * few, True, *[False] * enough]
     heard, is_silent = list(script), threading.Event()
-    monkeypatch.setattr(head_watch, "answers", lambda _address: heard.pop(0))
+    monkeypatch.setattr(head_watch, "is_answering", lambda _address: heard.pop(0))
     HeadWatch(SILENT, on_silence=lambda _address: is_silent.set())
     assert is_silent.wait(20)
     assert heard == []
@@ -44,9 +44,9 @@ def test_only_silence_in_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_head_that_answers_is_left_alone(listener: socket.socket) -> None:
     address = f"127.0.0.1:{listener.getsockname()[1]}"
-    assert answers(address)
-    assert answers(REFUSED)
-    assert not answers(SILENT)
+    assert is_answering(address)
+    assert is_answering(REFUSED)
+    assert not is_answering(SILENT)
     is_silent = threading.Event()
     watch = HeadWatch(address, on_silence=lambda _address: is_silent.set())
     for _ in range(2 * head_watch.KNOCKS):

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from results.findings.code_files import read_code
+from results.findings.findings import Finding
 from results.findings.importer import read_submission
 from results.findings.known_texts import FINGERPRINTS, KNOWN_TEXTS
-from results.findings.review import Finding, find_disagreements
+from results.findings.review import find_disagreements
 from tests.made_folders import Made, made_log, write_folder
 
 SP8192, CASEOPS = 2.583104, 2.188371

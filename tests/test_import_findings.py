@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
+from results.findings.findings import Finding
 from results.findings.importer import read_submission
-from results.findings.review import Finding, review
+from results.findings.review import review
 from tests.made_folders import Made, made_log, readme_table, write_folder
 
 TWO = (Made(seed=42, sliding=1.115), Made(seed=7, sliding=1.117))

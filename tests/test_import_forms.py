@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from results.findings.importer import Submission, findings_of, read_submission
+from results.findings.importer import Submission, read_submission
+from results.findings.review import find_disagreements
 from tests.made_folders import (
     ENCODINGS,
     LAYOUTS,
@@ -59,7 +60,7 @@ def check(folder: Path) -> None:
     """Assert that the folder of RUNS is read completely and without a finding."""
     submission = read_submission(folder)
     assert shown(submission) == {made.seed: expected(made) for made in RUNS}, submission.notes
-    assert findings_of(submission.record) == []
+    assert find_disagreements(submission.record) == []
     assert not [note for note in submission.notes if "not found" in note]
 
 

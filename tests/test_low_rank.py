@@ -11,7 +11,7 @@ from torch import Tensor
 from model.config import ModelConfig, QuantConfig, RunConfig
 from model.presets import PRESETS, published, tiny
 from model.quant.low_rank import A_LEVELS, B_LEVELS, LowRank, factor_error, pack_factors
-from model.quant.state import quantize_state
+from tests.rounding import quantize_state
 from tests.test_gptq import random_state
 
 

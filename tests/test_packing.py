@@ -35,15 +35,15 @@ def test_positions_restart_at_each_bos_and_each_cut(tokens: list[int], max_segme
         is_cut = bool(max_segment) and position + 1 == max_segment
         position = 0 if is_document_start or is_cut else position + 1
         expected.append(position)
-    packing = pack_row(row, bos_id=1, max_segment=max_segment)
+    packing = pack_row(row, max_segment=max_segment)
     assert segment_positions(packing, row.size).tolist() == expected
     assert packing.max_seqlen == max(expected) + 1
 
 
 def test_fixed_shapes_change_the_padding_and_nothing_else() -> None:
     row = torch.tensor([[1, 5, 1, 5, 5, 5]])
-    free = pack_row(row, bos_id=1, max_segment=3, bucket=4)
-    fixed = pack_row(row, bos_id=1, max_segment=3, max_seqlen=3, bucket=9)
+    free = pack_row(row, max_segment=3, bucket=4)
+    fixed = pack_row(row, max_segment=3, max_seqlen=3, bucket=9)
     assert free.cu_seqlens.tolist() == [0, 2, 5, 6]
     assert fixed.cu_seqlens.tolist() == [0, 2, 5, 6, 6, 6, 6, 6, 6]
     assert (free.max_seqlen, fixed.max_seqlen) == (3, 3)
@@ -52,7 +52,7 @@ def test_fixed_shapes_change_the_padding_and_nothing_else() -> None:
 
 def test_a_segment_beyond_the_promised_length_is_refused() -> None:
     with pytest.raises(ValueError, match="max_seqlen=2 is below a segment of 4"):
-        pack_row(np.array([1, 5, 5, 5]), bos_id=1, max_segment=0, max_seqlen=2)
+        pack_row(np.array([1, 5, 5, 5]), max_segment=0, max_seqlen=2)
 
 
 @pytest.mark.parametrize("positions", [[-1], [4], [2, 1], [0, 0]])

@@ -12,7 +12,7 @@ import yaml
 
 from jobs.cli import main
 from results.findings.run_command import find_commands
-from runner.spec.draft import scalar
+from runner.spec.draft import quote
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import PROGRAM_KEYS
 from runner.spec.read import load_spec
@@ -293,5 +293,5 @@ def test_other_commands_are_not_taken_for_it(line: str) -> None:
     ],
 )  # fmt: skip
 def test_text_reads_back_as_the_same_text(text: str) -> None:
-    assert yaml.load(f"[{scalar(text)}]", Loader=SpecLoader) == [text]
-    assert yaml.load(f"key: {scalar(text)}  # why", Loader=SpecLoader) == {"key": text}
+    assert yaml.load(f"[{quote(text)}]", Loader=SpecLoader) == [text]
+    assert yaml.load(f"key: {quote(text)}  # why", Loader=SpecLoader) == {"key": text}

@@ -11,7 +11,7 @@ from rich.console import Console
 from runner.errors import Failure, Kind
 from runner.life.states import Run, State
 from runner.spec.sweep import RunKey
-from runner.view.progress import JsonView, Paces, PlainView, cells, duration, rich_table, row_of
+from runner.view.progress import JsonView, Paces, PlainView, duration, make_cells, rich_table, row_of
 
 TRAINING = Run(
     key=RunKey(seed=42), state=State.TRAIN, attempt=1, node="10.0.0.4", phase="train", step=50, total=150, since=100.0,
@@ -61,7 +61,7 @@ def test_the_table_has_a_row_for_seeds_that_wait() -> None:
 def test_a_seed_that_is_tried_again_says_why_and_when() -> None:
     failure = Failure(kind=Kind.DIED, message="process died", rank=3, node="10.0.0.4")
     waiting = replace(TRAINING, state=State.RETRY_WAIT, failure=failure, not_before=230.0)
-    assert cells(row_of(waiting, Paces(), 200.0))[-1] == "again in 30s: rank 3 on 10.0.0.4: process died"
+    assert make_cells(row_of(waiting, Paces(), 200.0))[-1] == "again in 30s: rank 3 on 10.0.0.4: process died"
 
 
 def test_time_spans_are_short() -> None:

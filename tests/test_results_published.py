@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from jobs.cli import main
-from results.findings.review import Finding, agrees, column_meaning, find_disagreements, printed_number, review
+from results.findings.findings import Finding
+from results.findings.meanings import column_meaning
+from results.findings.review import find_disagreements, review
 from results.published import records as published
+from results.published.printed import agrees, printed_number
 from results.published.records import find_record, load_published, one_run_a_seed, recompute, validation_bytes
 
 RECORDS = load_published()["records"]

@@ -16,9 +16,9 @@ from results.compare.variants import Ablation, read_table
 from results.report.data import read_system
 from results.report.figures import PALETTE, draw_all, inline_svg, timing
 from results.report.page import write_report
-from results.tables import seed_table, shown_columns
+from results.tables import shown_columns
 from tests.browser import Page, find_chromium, with_page
-from tests.fake_runs import FakeVariant, commit_failed, commit_fake, fake_ablation, fake_sweep
+from tests.fake_runs import FakeVariant, commit_failed, commit_fake, fake_ablation, fake_sweep, seed_table
 from tests.submissions import write_submission
 
 FIGURES = ("loss", "waterfall", "ttt_by_length", "intervals", "timing", "artifact")

@@ -18,7 +18,7 @@ from scipy import stats as scipy_stats
 from results.compare.power import minimum_detectable_gain, power, seeds_needed
 from results.stats import (
     bits_per_byte,
-    finite,
+    keep_finite,
     paired,
     paired_documents,
     population_std,
@@ -155,7 +155,7 @@ def variance_components(groups: Mapping[int, Sequence[float]]) -> VarianceCompon
     groups: seed -> scores of its repeats. A component is None where the data cannot tell: no seed repeated, or only
     one seed. A negative estimate of the variance between seeds is reported as 0.
     """
-    sets = [finite(list(values)) for values in groups.values()]
+    sets = [keep_finite(list(values)) for values in groups.values()]
     sets = [values for values in sets if values.size]
     sizes = np.array([values.size for values in sets], dtype=np.float64)
     num_seeds, num_runs = len(sets), int(sizes.sum())
@@ -205,8 +205,8 @@ def test_power_is_what_simulation_finds(n_a: int, n_b: int, gain: float, std_b: 
 
 
 def test_the_smallest_gain_has_the_power_it_was_asked_for() -> None:
-    gain = minimum_detectable_gain(std=0.0007, n_a=3, n_b=5, margin=0.001)
-    assert power(gain=gain, std_a=0.0007, std_b=0.0007, n_a=3, n_b=5, margin=0.001) == pytest.approx(0.8, abs=1e-6)
+    gain = minimum_detectable_gain(std=0.0007, n_a=3, n_b=5)
+    assert power(gain=gain, std_a=0.0007, std_b=0.0007, n_a=3, n_b=5) == pytest.approx(0.8, abs=1e-6)
 
 
 def test_planning_without_hope_or_spread_says_so() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import results
 from jobs.cli import main
-from results.export.folder import compliance
-from results.findings.importer import findings_of, read_submission
+from results.export.folder import judge_compliance
+from results.findings.importer import read_submission
 from results.findings.review import find_disagreements
 from results.published.log import seed_in_name, stage_of
 from tests.fake_runs import commit_failed, commit_fake, fake_sweep
@@ -121,7 +121,7 @@ def test_importing_gives_the_published_figures(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_correct_folder_has_no_disagreements(tmp_path: Path) -> None:
-    assert findings_of(read_submission(write_submission(tmp_path / "record")).record) == []
+    assert find_disagreements(read_submission(write_submission(tmp_path / "record")).record) == []
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_settings_that_differ_between_seeds_are_listed(tmp_path: Path) -> None:
     folder = write_submission(tmp_path / "record")
     path = folder / "train_seed0.log"
     path.write_text(path.read_text().replace("matrix_lr: 0.022", "matrix_lr: 0.03"))
-    findings = findings_of(read_submission(folder).record)
+    findings = find_disagreements(read_submission(folder).record)
     assert [finding.field for finding in findings] == ["hyperparameter matrix_lr differs between the seeds"]
 
 
@@ -294,7 +294,7 @@ FIT = {"quant": {"on_oversize": "fit"}}
 )
 def test_what_fit_measures_counts_as_training(tmp_path: Path, row: dict[str, Any], is_under: bool | None) -> None:
     rows = results.load(fake_sweep(tmp_path, (42,), **row))
-    assert compliance(rows)["train_under_600s"] is is_under
+    assert judge_compliance(rows)["train_under_600s"] is is_under
 
 
 def test_the_exported_log_has_the_lines_reviewers_read(tmp_path: Path) -> None:

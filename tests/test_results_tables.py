@@ -12,8 +12,8 @@ import pytest
 
 from jobs.cli import main
 from results.table_text import as_json, render
-from results.tables import SEED_KEYS, seed_table
-from tests.fake_runs import commit_failed, commit_fake, fake_sweep
+from results.tables import SEED_KEYS
+from tests.fake_runs import commit_failed, commit_fake, fake_sweep, seed_table
 
 
 def test_the_json_has_exactly_the_keys_of_the_contract(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import results
+from model.files.plain import read_json_if_any
 from model.presets import tiny
-from results.tables import seed_table
-from runner.folder.commit import commit_run, document_rows, read_json, step_rows
+from runner.folder.commit import commit_run, document_rows, step_rows
 from runner.life.states import Run, State
 from runner.machine import gpus, packages
 from runner.spec.sweep import RunKey, SweepSpec
-from tests.fake_runs import commit_attempt, fake_run
+from tests.fake_runs import commit_attempt, fake_run, seed_table
 
 
 def test_each_step_has_the_newest_sample_taken_by_then(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_scores_of_different_documents_are_not_joined(tmp_path: Path) -> None:
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text('{"stage": ')
     with pytest.raises(ValueError, match=r"train\.json is damaged"):
-        read_json(tmp_path / "train.json")
+        read_json_if_any(tmp_path / "train.json")
 
 
 def test_a_seed_with_other_steps_than_the_median_is_marked(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jobs.cli import main
 from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
 from runner.provenance import Git
 from runner.spec.read import load_spec
@@ -93,3 +94,13 @@ def test_a_link_to_a_file_counts_as_the_file(tmp_path: Path) -> None:
 
 def test_a_pattern_means_one_path_only() -> None:
     assert as_pattern("a/b c[1]*") == r"/a/b\ c\[1\]\*"
+
+
+@pytest.mark.parametrize("command", [["run", str(DEMO)], ["rerun", "DIR", "--failed"]])
+def test_no_cluster_is_asked_for_by_a_command_that_uses_none(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--local", "--address", "10.0.0.1:6379"])
+    assert ended.value.code == 2
+    assert "argument --address: not allowed with argument --local" in capsys.readouterr().err

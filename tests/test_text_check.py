@@ -44,7 +44,7 @@ def train(folder: Path, texts: list[str] = TEXTS, **options: Any) -> Path:
 
 def stream(tokenizer: Tokenizer, texts: list[str]) -> ValidationSet:
     """Return texts as a validation set."""
-    documents = [tokenizer.encode_document(text) for text in texts]
+    documents = [tokenizer.encode_documents([text])[0] for text in texts]
     starts = np.cumsum([0, *(len(tokens) for tokens in documents)])[:-1]
     return ValidationSet(np.concatenate(documents), starts)
 
@@ -65,7 +65,7 @@ def stream(tokenizer: Tokenizer, texts: list[str]) -> ValidationSet:
 def test_every_space_of_a_piece_is_one_byte(tmp_path: Path, options: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(train(tmp_path, **options))
     for text in TEXTS:
-        tokens = tokenizer.encode_document(text)
+        tokens = tokenizer.encode_documents([text])[0]
         assert target_bytes(tokenizer.byte_table, tokens).sum() == len(tokenizer.decode(tokens).encode())
     assert text_fault(tokenizer, stream(tokenizer, TEXTS)) == ""
 
@@ -74,7 +74,7 @@ def test_bytes_of_a_tokenizer_that_keeps_the_text_are_those_of_the_text(tmp_path
     tokenizer = load_tokenizer(train(tmp_path, **SPACES))
     assert any("\u2581\u2581" in tokenizer._processor.id_to_piece(i) for i in range(tokenizer.vocab_size))
     for text in TEXTS:
-        assert target_bytes(tokenizer.byte_table, tokenizer.encode_document(text)).sum() == len(text.encode())
+        assert target_bytes(tokenizer.byte_table, tokenizer.encode_documents([text])[0]).sum() == len(text.encode())
 
 
 def test_a_tokenizer_that_adds_a_space_to_every_document_is_refused(tmp_path: Path) -> None:

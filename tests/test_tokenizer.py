@@ -40,7 +40,7 @@ def test_ids_and_byte_counts_agree_with_the_published_ones(tokenizer: Tokenizer)
     with np.load(GOLDEN, allow_pickle=False) as golden:
         for index, text in enumerate(golden["texts"]):
             start, end = golden["offsets"][index : index + 2]
-            tokens = tokenizer.encode_document(str(text))
+            tokens = tokenizer.encode_documents([str(text)])[0]
             assert tokens.dtype == np.uint16
             assert np.array_equal(tokens, golden["ids"][start:end])
             assert num_target_bytes(tokenizer, tokens) == golden["byte_count"][index]
@@ -49,7 +49,7 @@ def test_ids_and_byte_counts_agree_with_the_published_ones(tokenizer: Tokenizer)
 
 @given(text=st.text(max_size=60))
 def test_counted_bytes_are_those_of_the_decoded_text(tokenizer: Tokenizer, text: str) -> None:
-    tokens = tokenizer.encode_document(text)
+    tokens = tokenizer.encode_documents([text])[0]
     assert num_target_bytes(tokenizer, tokens) == len(tokenizer.decode(tokens).encode())
 
 

@@ -17,7 +17,7 @@ from model.distributed import Dist
 from model.gpt import GPT
 from model.lora import Layout, initial_a
 from model.ttt.documents import TTTResult, score_documents
-from model.ttt.ledger_reading import times_scored
+from model.ttt.ledger_reading import choose_events, times_scored
 from model.ttt.score_ledger import SCORE, UPDATE
 from model.ttt.windows import chunk_length, chunk_window, share_documents, unadapted_windows, window_cost
 from tests.micro_model import VOCAB_SIZE, LoneRank, ignore, micro_bytes, micro_ttt, micro_validation, random_model
@@ -92,7 +92,7 @@ def test_the_first_limit_that_a_document_keeps_decides_its_chunk(num_tokens: int
 
 def test_each_document_is_learned_from_in_chunks_of_its_own_length() -> None:
     validation = micro_validation(*LENGTHS)
-    events = score(validation, micro_ttt(chunk_by_length=BY_LENGTH)).events.of_kind(UPDATE)
+    events = choose_events(score(validation, micro_ttt(chunk_by_length=BY_LENGTH)).events, UPDATE)
     sizes = events.column("end_prediction") - events.column("first_prediction")
     found = {int(document): set(sizes[events.column("document") == document].tolist()) for document in range(7)}
     assert found == {0: {5}, 1: {3}, 2: {8}, 3: set(), 4: {5}, 5: {11}, 6: {3}}

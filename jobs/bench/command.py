@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Measure, print and write. Returns 1 when a measuring process died."""
-    from jobs.bench.figures import Report, check_out, environment
+    from jobs.bench.figures import Report, check_out, describe_environment
     from jobs.bench.process import Bench, MeasurementFailed
 
     for name in ("repeats", "ranks", "documents", "val_tokens"):
@@ -73,7 +73,7 @@ def execute(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     check_out(args.out)
     settings = {"command": shlex.join(["seedsweep", *sys.argv[1:]]), "repeats": args.repeats, "preset": args.preset}
-    report = Report(args.mode, settings, environment())
+    report = Report(args.mode, settings, describe_environment())
     try:
         with timed(report), tempfile.TemporaryDirectory(prefix="seedsweep-bench-") as folder:
             measure(Bench(report, Path(folder), args.repeats, child_options(args, folder)), args)

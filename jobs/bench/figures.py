@@ -98,7 +98,7 @@ class Report:
 
     def as_text(self) -> str:
         """Return settings, machine and the table."""
-        lines = [f"bench {self.mode}: {described(self.settings)}", described(self.environment)]
+        lines = [f"bench {self.mode}: {describe_values(self.settings)}", describe_values(self.environment)]
         rows = [figure_cells(figure) for figure in self.figures.values()]
         return "\n".join([*lines, "", text_table(HEADER, rows), *(f"note: {note}" for note in self.notes)])
 
@@ -132,7 +132,7 @@ class Probe:
         print(f"[{self.label}] {phase} {step}/{total or '?'} {values}".rstrip(), file=sys.stderr, flush=True)
 
 
-def described(values: Mapping[str, Any]) -> str:
+def describe_values(values: Mapping[str, Any]) -> str:
     """Return key=value pairs, hashes cut short, what is not known left out."""
     pairs = []
     for name, value in values.items():
@@ -157,7 +157,7 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= GROUPED_FROM else f"{value:.4g}"
 
 
-def environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
     """Return machine, versions and source of this process; what needs torch is the measuring process's to say."""
     from importlib import metadata
 

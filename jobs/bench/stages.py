@@ -39,9 +39,10 @@ from model.quant.artifact import ArtifactSizes, load_artifact, pack_artifact, re
 from model.quant.calibrate import collect_hessians
 from model.quant.compression import compress
 from model.quant.quantized import QuantizedState, dequantize
-from model.quant.state import looped_layers, quantize_state
+from model.quant.state import StateQuantizer, configured_clips, looped_layers
 from model.score.plain import RowScorer, evaluate_plain
 from model.ttt.documents import TTTResult, score_documents
+from model.ttt.ledger_reading import choose_events
 from model.ttt.score_ledger import SCORE
 from model.ttt.windows import chunk_length
 
@@ -80,12 +81,15 @@ def _quantize_once(
         compile_kernels(run, work.ledger, "quantize")
         return collect_hessians(model, loader, quant, run.dist, probe.report, seed=run.config.seed)
 
+    def solve() -> QuantizedState:
+        quantizer = StateQuantizer(weights, hessians, quant, looped=looped_layers(run.config.model))
+        return quantizer.quantize(configured_clips(quant))
+
     def reload() -> None:
         model.load_state_dict(dequantize(load_artifact(path)[1]))
 
     hessian_s, hessians = timed_s(work.device, calibrate)
-    looped = looped_layers(run.config.model)
-    solve_s, state = timed_s(work.device, partial(quantize_state, weights, hessians, quant, looped=looped))
+    solve_s, state = timed_s(work.device, solve)
     save = partial(save_artifact, path, state, run.config.model, {}, codec=quant.codec)
     compress_s, sizes = timed_s(work.device, save)
     reload_s, _ = timed_s(work.device, reload)
@@ -174,7 +178,7 @@ def _add_pass(work: Workplace, label: str, model: GPT, validation: ValidationSet
 
 def window_tokens(result: TTTResult, longest: int) -> int:
     """Return the tokens that the scored windows read, padding and repeats for further updates left out."""
-    ends = result.events.of_kind(SCORE).column("end_prediction")
+    ends = choose_events(result.events, SCORE).column("end_prediction")
     return int(np.minimum(ends, longest).sum())
 
 

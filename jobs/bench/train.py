@@ -116,7 +116,7 @@ def _compare_with_float32(work: Workplace, loader: SpanLoader, backend: str) -> 
 
     inputs, targets = (x[:, :AGREEMENT_TOKENS].to(work.device) for x in loader.span(0))
     seq_len = work.config.train.seq_len
-    packing = pack_row(inputs.cpu(), bos_id=loader.bos_id, max_segment=seq_len, max_seqlen=seq_len).to(work.device)
+    packing = pack_row(inputs.cpu(), max_segment=seq_len, max_seqlen=seq_len).to(work.device)
     narrow = build_bench_model(work)
     narrow.attention_backend = backend
     wide = GPT(work.config.model, compute_dtype=torch.float32).to(work.device)

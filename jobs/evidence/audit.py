@@ -6,14 +6,16 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.evidence.programs import refuse_program
+from results.render import markdown_table
 from runner.errors import EXIT_FAILED, EXIT_OK
 
 DETAIL_WIDTH = 110
+MARKDOWN_HEAD = ("probe", "rule", "result", "measured", "sample", "detail")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +37,7 @@ def execute(args: argparse.Namespace) -> int:
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads} must be at least 1")
-        from model.distributed import use_threads
+        from model.audit.audit import use_threads
 
         use_threads(args.threads)
     if args.self_test:
@@ -70,13 +72,15 @@ def execute(args: argparse.Namespace) -> int:
 
 def self_test(args: argparse.Namespace) -> int:
     """Run the negative controls and print which probe caught which."""
-    from model.controls.self_test import run_self_test
+    from jobs.evidence.self_test_text import render_self_test
+    from model.controls.self_test import examine, micro_run
 
-    outcome = run_self_test(show_progress)
+    with micro_run() as audit:
+        outcome = examine(audit, show_progress)
     if args.format == "json":
         print(json.dumps(outcome.as_json(), indent=1))
     else:
-        print(outcome.render(is_markdown=args.format == "markdown"))
+        print(render_self_test(outcome, is_markdown=args.format == "markdown"))
     return EXIT_OK if outcome.is_sound else EXIT_FAILED
 
 
@@ -93,11 +97,10 @@ def render(content: Mapping[str, Any], *, is_markdown: bool = False) -> str:
     head = f"{content['run']}: {content['result']} ({len(content['probes'])} results, {content['seconds']} s)"
     if is_markdown:
         rows = [
-            f"| {p['probe']} | {p['rule']} | {p['result']} | {figure(p)} | {p['sample_size']} {p['sample_of']} "
-            f"| {p['detail']} |"
+            [p["probe"], p["rule"], p["result"], figure(p), f"{p['sample_size']} {p['sample_of']}", p["detail"]]
             for p in content["probes"]
         ]
-        return "\n".join([head, "", *table_head("probe", "rule", "result", "measured", "sample", "detail"), *rows])
+        return f"{head}\n\n{markdown_table(MARKDOWN_HEAD, rows, is_words=True)}"
     lines = [head]
     for p in content["probes"]:
         lines.append(f"  {p['result']:<13} {p['probe']:<17} {p['rule']:<6} {figure(p)}")
@@ -114,8 +117,3 @@ def figure(probe: Mapping[str, Any]) -> str:
     measured, limit = (f"{x:.6g}" if isinstance(x, float) else "-" if x is None else str(x)
                        for x in (probe["measured"], probe["limit"]))  # fmt: skip
     return f"{measured} (limit {limit}) {probe['unit']}".strip()
-
-
-def table_head(*names: str) -> Sequence[str]:
-    """Return the two lines that open a Markdown table."""
-    return [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]

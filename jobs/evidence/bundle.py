@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.evidence.programs import refuse_program
+from runner.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from model.pipeline.records import StageRecord
@@ -41,7 +42,7 @@ def execute(args: argparse.Namespace) -> int:
         f"{facts['model_bytes'] + facts['code_bytes_readable']:,} with the readable file\n"
         "score it: python train_gpt.py --eval model.ssq --tokenizer T --val 'SHARDS'"
     )
-    return 0
+    return EXIT_OK
 
 
 def find_workdir(run: Path, seed: int | None, repeat: int, variant: str | None = None) -> Path:
@@ -53,7 +54,7 @@ def find_workdir(run: Path, seed: int | None, repeat: int, variant: str | None =
     if (run / "run.json").is_file():
         return run
     prefix = find_prefix(run, variant)
-    seeds = [f"seed={seed}-repeat={repeat}"] if seed is not None else announced(run)
+    seeds = [f"seed={seed}-repeat={repeat}"] if seed is not None else list_announced(run)
     names = [f"{prefix}{name}" for name in seeds]
     for name in names:
         if (run / "seeds" / name / "stages" / "quantize.json").is_file():
@@ -77,7 +78,7 @@ def find_prefix(run: Path, variant: str | None) -> str:
     return f"variant={chosen}-" if any(name == chosen for name, _, _ in runs) else ""
 
 
-def announced(run: Path) -> list[str]:
+def list_announced(run: Path) -> list[str]:
     """Return the names of a sweep's runs without their variant, in the order they were announced."""
     try:
         spec = json.loads((run / "sweep.json").read_text())["spec"]

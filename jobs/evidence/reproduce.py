@@ -114,7 +114,7 @@ def hash_differences(run: dict[str, Any], spec: SweepSpec) -> list[str]:
 
 def surroundings_differences(run: dict[str, Any], attempt: dict[str, Any]) -> list[str]:
     """Return a line for each library version and piece of hardware that differs from the recorded one."""
-    from model.distributed import visible_gpus
+    from model.audit.reproduction import visible_gpus
     from model.pipeline.seed import library_versions
     from runner.provenance import machine
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from runner.errors import EXIT_OK
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -57,7 +59,7 @@ def execute(args: argparse.Namespace) -> int:
         is_forced=args.force,
     )
     print(render(result, args.format))
-    return 0
+    return EXIT_OK
 
 
 def _judge(args: argparse.Namespace) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from runner.errors import EXIT_OK
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -25,4 +27,4 @@ def execute(args: argparse.Namespace) -> int:
         print(render_record(find_record(args.number, args.records), args.format))
     else:
         print(render_list(load_published(args.records)["records"], args.format))
-    return 0
+    return EXIT_OK

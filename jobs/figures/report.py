@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from runner.errors import EXIT_OK
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
@@ -21,4 +23,4 @@ def execute(args: argparse.Namespace) -> int:
     records = [find_record(number.strip()) for number in args.beside.split(",")] if args.beside else []
     for path in write_report(args.outs, args.output, records=records):
         print(path)
-    return 0
+    return EXIT_OK

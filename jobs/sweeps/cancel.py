@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from runner.errors import EXIT_OK
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `cancel`."""
@@ -25,7 +27,7 @@ def execute(args: argparse.Namespace) -> int:
     check_variant(args.variant, list(dict.fromkeys(run.key.variant_name for run in picture.runs)), args.out)
     if not picture.is_driven:
         print(f"{args.out}: nothing runs ({picture.driver})")
-        return 0
+        return EXIT_OK
     try:
         SweepDirectory(open_storage(args.out)).ask_cancel(args.seed, args.variant or "")
     except OSError as error:
@@ -37,4 +39,4 @@ def execute(args: argparse.Namespace) -> int:
     parts += [f"seed {args.seed}"] if args.seed is not None else []
     what = " ".join(parts) or "the sweep"
     print(f"{args.out}: {what} will stop within seconds ({picture.driver}); run the same command again to continue")
-    return 0
+    return EXIT_OK

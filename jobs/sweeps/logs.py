@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from runner.errors import EXIT_OK
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `logs`."""
@@ -30,4 +32,4 @@ def execute(args: argparse.Namespace) -> int:
         follow=args.follow,
     ):
         print(text, end="", flush=True)
-    return 0
+    return EXIT_OK

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from runner.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, first_line
 from runner.folder.program_files import find_files, list_names
 from runner.provenance import Git, git_state, run_git
 from runner.spec.plain_yaml import SpecLoader
@@ -41,7 +42,7 @@ CHECK_IGNORE = (
     "--",
 )  # as Ray reads .gitignore: tracked or not
 FOLLOW_EVERY_S = 2.0
-EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
+EXIT_CODES = {"SUCCEEDED": EXIT_OK, "FAILED": EXIT_FAILED, "STOPPED": EXIT_INTERRUPTED}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +190,8 @@ def connect(address: str, *, is_verbose: bool = False) -> Any:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"--address {address}: no job server answers there ({first_line(error)})") from None
+        said = first_line(str(error)) or type(error).__name__
+        raise ValueError(f"--address {address}: no job server answers there ({said})") from None
 
 
 def submit(client: Any, submission: Submission) -> str:
@@ -210,9 +212,9 @@ def follow(client: Any, job_id: str, write: Callable[[str], object] = sys.stdout
         sys.stdout.flush()
     info = client.get_job_info(job_id)
     status = str(info.status.value)
-    if status == "FAILED" and info.driver_exit_code in (1, 2, 3):
+    if status == "FAILED" and info.driver_exit_code in (EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED):
         return int(info.driver_exit_code)
-    return EXIT_CODES.get(status, 1)
+    return EXIT_CODES.get(status, EXIT_FAILED)
 
 
 def new_text(client: Any, job_id: str) -> Iterator[str]:
@@ -227,9 +229,3 @@ def new_text(client: Any, job_id: str) -> Iterator[str]:
         if is_over:
             return
         time.sleep(FOLLOW_EVERY_S)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -6,22 +6,14 @@ import argparse
 import logging
 import sys
 
+from jobs.sweeps.driving import add_driving_options, options_of
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of `run`."""
     parser.add_argument("spec", metavar="SPEC", help="sweep spec, a YAML file (see jobs/specs)")
     parser.add_argument("--out", metavar="DIR", help="run directory or URI, instead of the spec's own")
-    parser.add_argument("--local", action="store_true", help="one seed after the other in this process, without Ray")
-    parser.add_argument("--address", metavar="A", help="Ray cluster to use; without it one is started on this machine")
-    parser.add_argument(
-        "--allow-code-change",
-        action="store_true",
-        help="continue a run directory made by other code, libraries, device or threads; rows are marked",
-    )
-    parser.add_argument(
-        "--progress", choices=("auto", "plain", "json"), default="auto",
-        help="auto: a live table on a terminal, plain lines elsewhere",
-    )  # fmt: skip
+    add_driving_options(parser)
     parser.add_argument("--git-commit", metavar="SHA", help="commit to record, where git is not at hand")
     parser.add_argument("--git-dirty", choices=("yes", "no"), help="whether that working tree had changes")
 
@@ -32,20 +24,14 @@ def execute(args: argparse.Namespace) -> int:
     from runner.spec.read import load_spec
     from runner.spec.sweep import seeds_line
     from runner.sweep import run_sweep
-    from runner.work import Options
 
-    if args.local and args.address:
-        raise ValueError("--local and --address exclude each other; --local uses no cluster")
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)  # progress is the view's to show
     logging.basicConfig(handlers=[console], format="%(levelname)s %(name)s: %(message)s")
     git = None
     if args.git_commit:
         git = Git(args.git_commit, None if args.git_dirty is None else args.git_dirty == "yes")
-    options = Options(
-        is_local=args.local, address=args.address, allow_code_change=args.allow_code_change, progress=args.progress,
-        git=git,
-    )  # fmt: skip
+    options = options_of(args, git=git)
     spec = load_spec(args.spec, out=args.out)
     print(seeds_line(spec), file=sys.stderr if args.progress == "json" else sys.stdout, flush=True)
     return run_sweep(spec, options)

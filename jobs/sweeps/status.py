@@ -6,6 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from runner.errors import EXIT_OK
+
 if TYPE_CHECKING:
     from runner.view.status import Picture
 
@@ -37,9 +39,9 @@ def execute(args: argparse.Namespace) -> int:
             **({"devices": picture.devices} if picture.devices else {}),
         }
         print(json.dumps({**head, "counts": picture.counts, "runs": runs}, indent=1))
-        return 0
+        return EXIT_OK
     print_text(args.out, picture)
-    return 0
+    return EXIT_OK
 
 
 def spent_of(picture: Picture) -> list[dict[str, float]]:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from model.audit import (
     causality as audit_causality,
 )
@@ -154,6 +156,11 @@ PROBES: Mapping[str, tuple[str, Callable[[Audit], Result | list[Result]]]] = {
     "bytes": ("the byte table against decoded text", _bytes),
     "one_configuration": ("all runs of the sweep compared", lambda a: probe_configuration(a.out, a.runs)),
 }
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute with so many threads."""
+    torch.set_num_threads(count)
 
 
 def choose_probes(names: str | None) -> list[str]:

@@ -28,8 +28,10 @@ def probe_bytes(tokenizer: Tokenizer, table: ByteTable, validation: ValidationSe
     stated: the bytes that the run's rows give each document.
     """
     processor = spm.SentencePieceProcessor(model_proto=tokenizer.path.read_bytes())
-    faults = wrong_documents(processor, table, validation, stated)
-    faults += [f"id {index} ({processor.id_to_piece(index)!r}): {what}" for index, what in wrong_ids(processor, table)]
+    faults = find_wrong_documents(processor, table, validation, stated)
+    faults += [
+        f"id {index} ({processor.id_to_piece(index)!r}): {what}" for index, what in find_wrong_ids(processor, table)
+    ]
     size = validation.num_documents + int(processor.get_piece_size())
     return Result(
         probe="bytes", rule="R8", result=FAIL if faults else PASS, measured=len(faults), limit=0, unit="disagreements",
@@ -40,7 +42,7 @@ def probe_bytes(tokenizer: Tokenizer, table: ByteTable, validation: ValidationSe
     )  # fmt: skip
 
 
-def wrong_documents(
+def find_wrong_documents(
     processor: spm.SentencePieceProcessor, table: ByteTable, validation: ValidationSet, stated: Sequence[int]
 ) -> list[str]:
     """Return a line for each document whose text has another length than the table or the run's row says."""
@@ -65,7 +67,7 @@ def wrong_documents(
     return faults
 
 
-def wrong_ids(processor: spm.SentencePieceProcessor, table: ByteTable) -> list[tuple[int, str]]:
+def find_wrong_ids(processor: spm.SentencePieceProcessor, table: ByteTable) -> list[tuple[int, str]]:
     """Return (id, fault) for every id whose bytes in the table are not those of the text it decodes to."""
     size = int(processor.get_piece_size())
     specials = [i for i in range(size) if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i)]

@@ -30,7 +30,7 @@ def cover(paths: list[str]) -> str:
     return ""
 
 
-def readable(paths: list[str]) -> list[str]:
+def list_readable(paths: list[str]) -> list[str]:
     """Return the paths behind which there is still something to read."""
     found = []
     for path in paths:
@@ -75,7 +75,7 @@ def main(spec_path: str) -> int:
     problem = cover(spec["hidden"]) if spec["is_isolated"] else ""
     report: dict[str, Any] = {
         "cover_problem": problem,
-        "readable": readable(spec["hidden"]),
+        "readable": list_readable(spec["hidden"]),
         "interfaces": [name for _, name in socket.if_nameindex()],
     }
     own = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]

@@ -17,11 +17,11 @@ from model.audit.finished_run import RunName, name_run
 from model.audit.verdicts import Result, judge, not_run
 from model.config import canonical_json
 from model.files.plain import read_json
+from model.report import STAGES
 
 SAME = ("config_hash", "data_hash", "code_hash", "versions", "world_size", "device", "num_threads", "attention")
 IN_ALL_VARIANTS = ("data_hash", "code_hash", "versions", "world_size", "device", "num_threads")
 SURROUNDINGS = ("device", "num_threads", "versions", "attention")
-STAGES = ("train", "quantize", "evaluate", "ttt")
 PROBE, RULE = "one_configuration", "R9"
 UNSCORED = ("FAILED", "CANCELLED", "INFEASIBLE")
 
@@ -38,7 +38,7 @@ def probe_configuration(out: Path, runs: Sequence[Path]) -> Result:
                        sample_of="runs", measured=0)  # fmt: skip
     sweep = read_json(sweep_path)
     present = {name_run(path): path.name for path in runs}
-    for name, run in {key: described[shown] for key, shown in present.items()}.items():
+    for name, run in {key: described[folder] for key, folder in present.items()}.items():
         announced = {**sweep, "config_hash": hash_of_variant(sweep, name.variant)}
         faults += [
             f"{present[name]}: {field} is not that of sweep.json"
@@ -130,17 +130,19 @@ def find_unannounced(
             for repeat in range(int(entry.get("repeats", 1))):
                 announced.setdefault(RunName(str(variant), int(seed), repeat), moment)
     missing, strange = set(announced) - present - failed, present - set(announced)
-    faults = [f"{shown(pair)} was announced, but is neither here nor listed as failed" for pair in sorted(missing)]
-    faults += [f"{shown(pair)} was never announced" for pair in sorted(strange)]
+    faults = [
+        f"{describe_run(pair)} was announced, but is neither here nor listed as failed" for pair in sorted(missing)
+    ]
+    faults += [f"{describe_run(pair)} was never announced" for pair in sorted(strange)]
     faults += [
-        f"{shown(pair)} was announced after it had started"
+        f"{describe_run(pair)} was announced after it had started"
         for pair in sorted(present & set(announced))
         if pair in started and started[pair] < announced[pair]
     ]
     return faults
 
 
-def shown(run: RunName) -> str:
+def describe_run(run: RunName) -> str:
     """Return a run in words."""
     named = f"variant {run.variant} " if run.variant else ""
     return f"{named}seed {run.seed}" + (f" repeat {run.repeat}" if run.repeat else "")

@@ -15,11 +15,11 @@ from model.audit.finished_run import RunFiles
 from model.audit.verdicts import FAIL, PASS, Result, judge, not_run
 from model.bundle.program import PACKED_NAME, READABLE_NAME
 from model.config import SIZE_LIMIT_BYTES, TIME_LIMIT_S, TTTConfig
-from model.data.shards import BOS_ID, find_documents, open_shard
+from model.data.shards import find_documents, open_shard
 from model.data.validation import ValidationSet
 from model.files.atomic import file_sha256
 from model.files.ledger import covered_s
-from model.ttt.ledger_reading import broken_chains, times_scored
+from model.ttt.ledger_reading import broken_chains, choose_events, times_scored
 from model.ttt.score_ledger import SCORE, Events
 
 TIMED_GPUS = 8
@@ -80,7 +80,7 @@ def find_misordered(events: Events, config: TTTConfig) -> Iterator[tuple[int, st
 
 def find_unexplained_losses(events: Events, files: RunFiles) -> list[str]:
     """Return a line if some event's loss sum is not that of the stored losses of its targets."""
-    scores = events.of_kind(SCORE)
+    scores = choose_events(events, SCORE)
     starts = np.cumsum(np.concatenate(([0], files.adapted["tokens"])))[:-1]  # targets lie document after document
     begin = starts[scores.column("document")] + scores.column("first_prediction")
     stop = starts[scores.column("document")] + scores.column("end_prediction")
@@ -172,7 +172,7 @@ def probe_overlap(files: RunFiles, validation: ValidationSet) -> Result:
     num_train, found = 0, Counter[str]()
     for path in files.train_shards:
         tokens = open_shard(path)
-        starts = find_documents(tokens, bos_id=BOS_ID)
+        starts = find_documents(tokens)
         for start, end in zip(starts, np.append(starts[1:], tokens.size), strict=True):
             num_train += 1
             if document_hash(tokens[start:end]) in ours:
@@ -232,7 +232,7 @@ def probe_timing(files: RunFiles) -> Result:
         "evaluation": longest(files, {"ttt": ("warm_up",)}),
     }
     detail = "; ".join(
-        f"{name} {total:.1f} s, without compile {total - inside(name, files):.1f} s, with warm-up "
+        f"{name} {total:.1f} s, without compile {total - sum_compilation(name, files):.1f} s, with warm-up "
         f"{total + warm_up[name]:.1f} s"
         for name, total in totals.items()
     )
@@ -275,7 +275,7 @@ def longest_rank(spans: Iterable[Mapping[str, Any]], names: tuple[str, ...]) -> 
     return max(by_rank.values(), default=0.0)
 
 
-def inside(name: str, files: RunFiles) -> float:
+def sum_compilation(name: str, files: RunFiles) -> float:
     """Return the seconds of compilation that fell into the counted phases; warm-up does not count."""
     stages = {"training": ("train", "quantize"), "evaluation": ("ttt",)}[name]
     total = 0.0

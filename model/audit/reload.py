@@ -16,6 +16,7 @@ from model.audit import child as audit_child
 from model.audit.finished_run import RunFiles
 from model.audit.verdicts import FAIL, PASS, Result, not_run
 from model.bundle.program import PACKED_NAME
+from model.files.plain import read_json_if_any
 
 RULE = "R1"
 SCORES = ("pre_ttt", "ttt_lr0", "post_ttt")
@@ -71,13 +72,13 @@ def run_fresh(program: Path, files: RunFiles, validation_shards: Sequence[Path],
         child = shutil.copy(audit_child.__file__, box / "audit_child.py")
         command = [*(NAMESPACE if not problem else ()), sys.executable, "-I", str(child), str(box / "spec.json")]
         done = subprocess.run(
-            command, cwd=box, env=environment(box), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            command, cwd=box, env=make_environment(box), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
         )
-        report, scores = (read_if_there(box / f"{part}.json") for part in ("report", "scores"))
+        report, scores = (read_json_if_any(box / f"{part}.json") for part in ("report", "scores"))
         return Fresh(report, scores, (done.stderr or done.stdout).strip()[-500:], problem)
 
 
-def environment(box: Path) -> dict[str, str]:
+def make_environment(box: Path) -> dict[str, str]:
     """Return the few variables a program needs, with every cache and temporary folder inside the sandbox."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     inside = {
@@ -102,11 +103,6 @@ def namespace_problem() -> str:
         if done.stderr.strip()
         else "unshare failed"
     )
-
-
-def read_if_there(path: Path) -> dict[str, Any]:
-    """Return a JSON mapping, {} where there is no file."""
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def judge_scores(files: RunFiles, fresh: Fresh) -> Result:

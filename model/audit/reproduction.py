@@ -153,3 +153,16 @@ def _same_arrays(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarra
     moved = sum(int((values != second[name]).sum()) for name, values in first.items())
     total = sum(int(np.size(values)) for values in first.values())
     return moved == 0, "all equal" if not moved else f"{moved} of {total} numbers differ"
+
+
+def visible_gpus() -> dict[str, Any]:
+    """Return model, number and CUDA version of the GPUs that this process sees, {} where it sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_model": torch.cuda.get_device_name(0),
+        "cuda_version": torch.version.cuda,
+        "num_gpus": torch.cuda.device_count(),
+    }

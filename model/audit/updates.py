@@ -14,6 +14,7 @@ from model.audit.system import System, largest, read_nll
 from model.audit.verdicts import FAIL, PASS, Result, judge, not_run
 from model.lora import Adapters
 from model.ttt.batches import Batch
+from model.ttt.ledger_reading import choose_events
 from model.ttt.score_ledger import SCORE, Events
 from model.ttt.slots import Slots
 from model.ttt.windows import Window
@@ -185,7 +186,7 @@ def _freeze_slots(base: type[Slots], number: int) -> type[Slots]:
 
 def probe_order(system: System, events: Events, nll: np.ndarray) -> Result:
     """Say in which order documents were scored, and rescore a sample in stream order, one at a time."""
-    scores = events.of_kind(SCORE)
+    scores = choose_events(events, SCORE)
     documents, ranks = scores.column("document"), scores.column("rank")
     displaced = 0
     for rank in np.unique(ranks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = ("jobs", "model", "results", "runner")
@@ -11,10 +10,10 @@ SOURCE_SUFFIXES = frozenset({".py", ".yaml", ".yml", ".json", ".html", ".css", "
 ROOT = Path(__file__).resolve().parents[2]  # the four packages lie side by side, in a checkout as when installed
 
 
-def source_files(packages: Sequence[str] = PACKAGES, *, root: Path = ROOT) -> list[Path]:
-    """Return the sources and data files of packages, sorted by path; FileNotFoundError if a package is not there."""
+def source_files(*, root: Path = ROOT) -> list[Path]:
+    """Return the sources and data files of all four packages, sorted by path; FileNotFoundError if one is not there."""
     files: list[Path] = []
-    for package in sorted(packages):
+    for package in PACKAGES:
         if not (root / package / "__init__.py").is_file():
             raise FileNotFoundError(f"package {package} has no sources in {root}: install seedsweep from its folder")
         files += [

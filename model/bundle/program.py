@@ -46,8 +46,10 @@ TAIL = """if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], SETTINGS, {code_bytes}))
 """
 # Latin-1 makes a character of every byte, so that compressed bytes can stand in a string nearly as they are.
-LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("{payload}".encode("latin-1")))\n'
-ESCAPED = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
+LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("""{payload}""".encode("latin-1")))\n'
+# Between three quotes only these need an escape; a line feed and a lone quote stand for themselves.
+ESCAPED = re.compile(r'[\\\r\0]|"(?="")|"\Z')
+ESCAPES = {"\r": "\\r", "\0": "\\x00"}
 
 
 NUM_PROGRAMS, NUM_MODULES = 8, 512  # that a process keeps
@@ -226,13 +228,13 @@ def _running_imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
         yield from _running_imports(node)
 
 
-def raw(text: str) -> str:
+def quote_raw(text: str) -> str:
     """Return text as a literal in which it can be read as it is."""
     return f"r{QUOTES}{text}{QUOTES}"
 
 
 def render(
-    modules: Mapping[str, str], loader: str, settings: str, *, code_bytes: str, quoted: Callable[[str], str] = raw
+    modules: Mapping[str, str], loader: str, settings: str, *, code_bytes: str, quoted: Callable[[str], str] = quote_raw
 ) -> str:
     """Return a program's text: settings, modules between quotes, and the loader that imports them."""
     texts = "\n\n".join(f'MODULES["{name}"] = {quoted(text)}' for name, text in modules.items())
@@ -279,6 +281,10 @@ def pack(text: str) -> bytes:
     """Return a self-extracting file that does what text does."""
     import brotli
 
-    compressed = brotli.compress(text.encode(), mode=brotli.MODE_TEXT, quality=11, lgwin=24).decode("latin-1")
-    payload = "".join(ESCAPED.get(character, character) for character in compressed)
-    return LAUNCHER.format(payload=payload).encode("latin-1")
+    compressed = brotli.compress(text.encode(), mode=brotli.MODE_TEXT, quality=11, lgwin=24)
+    return LAUNCHER.format(payload=escape(compressed)).encode("latin-1")
+
+
+def escape(data: bytes) -> str:
+    """Return what stands for data between three double quotes of a Latin-1 source."""
+    return ESCAPED.sub(lambda found: ESCAPES.get(found[0], f"\\{found[0]}"), data.decode("latin-1"))

@@ -95,84 +95,6 @@ class SelfTest:
             "false_alarms": [result.probe for result in self.false_alarms],
         }  # fmt: skip
 
-    def rows(self) -> tuple[list[list[str]], list[list[str]]]:
-        """Return the cells of the two tables: probes on the healthy run, and controls."""
-        what = {name: words for name, (words, _) in PROBES.items()} | {"network_block": "ways out of the fresh process"}
-        healthy = [
-            [r.probe, r.rule, what[r.probe], r.result, _figure(r.measured), _figure(r.limit), r.unit]
-            for r in self.healthy
-        ]
-        broken = [
-            [x.control, x.broken, x.probe, "caught" if x.is_caught else f"MISSED ({x.result.result})",
-             _figure(x.result.measured), _figure(x.result.limit)] for x in self.lines
-        ]  # fmt: skip
-        return healthy, broken
-
-    def render(self, *, is_markdown: bool) -> str:
-        """Return both tables as text, or as the page docs/audit.md."""
-        healthy, broken = self.rows()
-        heads = ("probe", "rule", "looks at", "healthy run", "measured", "limit", "unit"), (
-            "control", "what is broken", "probe", "verdict", "measured", "limit")  # fmt: skip
-        verdict = f"{sum(x.is_caught for x in self.lines)} of {len(self.lines)} controls caught"
-        if self.unproven:
-            verdict += f"; without a caught control: {', '.join(self.unproven)}"
-        if self.false_alarms:
-            verdict += f"; the healthy run did not pass {', '.join(r.probe for r in self.false_alarms)}"
-        if is_markdown:
-            return PAGE.format(
-                healthy=_markdown(heads[0], healthy), broken=_markdown(heads[1], broken), verdict=verdict
-            )
-        columns = [0, 3, 4], [0, 2, 3, 4]
-        blocks = [
-            "\n".join(_align([[row[c] for c in chosen] for row in (list(head), *rows)]))
-            for head, rows, chosen in zip(heads, (healthy, broken), columns, strict=True)
-        ]
-        return "\n\n".join([*blocks, f"{verdict}, {self.seconds:.0f} s"])
-
-
-PAGE = """# Audit
-
-`seedsweep audit DIR` runs every probe below on the finished runs of a sweep and writes `audit.json` beside each.
-`seedsweep audit --self-test` shows that each probe passes a healthy system and catches one that is broken on purpose.
-This page is made by `seedsweep audit --self-test --format markdown > docs/audit.md`; do not edit it by hand.
-
-A result is pass, fail or could-not-run, and the last is never a pass. Exit code 1 says that something failed. Each
-result in `audit.json` also names its sample and what it did not check.
-
-## Probes, on the healthy system
-
-{healthy}
-
-## Negative controls
-
-{broken}
-
-{verdict}.
-
-## The ledgers
-
-Always on, in the run directory. Measured at 0.17 % of the time of test-time training with the demo's model on one CPU
-core; an event costs 3 microseconds, and the larger the model, the smaller its share.
-
-- `ledger/STAGE.json`: `spans` (monotonic seconds by phase and rank; every kernel compilation is a span of its own,
-  `compile`) and `reads` (file, phase, rank, sha256 where known). `declared` counts opens that the code announced,
-  `seen` those that the interpreter's audit hook saw: a read that nobody announced has `declared` 0.
-  `earlier` in `ledger/train.json` holds rank 0's spans of the attempts before a resume, each up to the checkpoint that
-  training went on from.
-- `ttt_scores.npz`: one row an event of test-time training (`rank`, `kind` 0 score or 1 update, `document`,
-  `first_prediction`, `end_prediction`, `num_updates_before`, `loss_sum`), `nll` of every target, and `chain_heads`.
-  The chain: sha256("seedsweep score ledger 1" + rank as 8 bytes little-endian), then for each event of the rank
-  sha256(link before + the seven values above as six little-endian int64 and one float64). Only each rank's last link
-  is kept; the stage record's `score_chain` is the sha256 over them.
-- The stage record counts `targets_scored_once` against `num_targets`.
-"""
-
-
-def run_self_test(report: Callable[[str, int, int | None, Mapping[str, Any]], None]) -> SelfTest:
-    """Make the micro run, audit it, break it in every way, and return what was found."""
-    with micro_run() as audit:
-        return examine(audit, report)
-
 
 def examine(audit: Audit, report: Callable[[str, int, int | None, Mapping[str, Any]], None]) -> SelfTest:
     """Run every probe on a healthy run, and every control."""
@@ -247,19 +169,6 @@ def micro_config(tokenizer: Path) -> RunConfig:
         runtime=RuntimeConfig(device="cpu", checkpoint_every_s=0.0),
         seed=SEED,
     )  # fmt: skip
-
-
-def _figure(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _ignore(_phase: str, _step: int, _total: int | None, _metrics: Mapping[str, Any]) -> None:

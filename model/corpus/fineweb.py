@@ -24,7 +24,8 @@ from model.corpus.writer import Corpus, SplitCounts, hold_folder
 from model.data.manifest import Manifest, describe_file, read_manifest, scan_shard, write_manifest
 from model.data.tokenizer import load_tokenizer
 from model.fields import require
-from model.files.atomic import READ_BYTES, file_sha256
+from model.files.atomic import file_sha256
+from model.files.linked import READ_BYTES
 from model.report import Report
 
 NAME = "fineweb"

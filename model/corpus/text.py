@@ -96,11 +96,6 @@ class Inputs:
         return lines
 
 
-def find_inputs(paths: Sequence[Path]) -> list[Path]:
-    """Return the files behind paths, as gather_inputs finds them."""
-    return gather_inputs(paths).files
-
-
 def gather_inputs(paths: Sequence[Path]) -> Inputs:
     """Find the files behind paths in the order given; a folder stands for its files, sorted by path.
 
@@ -210,7 +205,7 @@ def build_text(paths: Sequence[Path], out: Path, options: TextOptions, report: R
     none it sees the validation documents, and the manifest says so.
     Raises ValueError or FileNotFoundError as the functions above do, and if a split asked for stays empty.
     """
-    files = find_inputs(paths)
+    files = gather_inputs(paths).files
     with claim_folder(out, options.name):
         source: dict[str, object] = {"kind": "text", "inputs": [path.name for path in files][:1000]}
         if options.tokenizer is not None:

@@ -57,7 +57,6 @@ class SpanLoader:
         micro_batch_tokens: int,
         span_group: int,
         vocab_size: int,
-        bos_id: int = BOS_ID,
         on_open: Callable[[Path], None] | None = None,
     ) -> None:
         if not shards:
@@ -65,7 +64,6 @@ class SpanLoader:
         self.micro_batch_tokens = micro_batch_tokens
         self.span_group = span_group
         self.vocab_size = vocab_size
-        self.bos_id = bos_id
         self.shards = [Path(path) for path in shards]
         self._tokens: list[np.memmap] = []
         self._first_bos: list[int] = []
@@ -75,9 +73,9 @@ class SpanLoader:
             if on_open is not None:
                 on_open(path)
             tokens = open_shard(path)
-            first_bos = find_first_bos(tokens, bos_id=bos_id)
+            first_bos = find_first_bos(tokens)
             if first_bos is None:
-                raise ValueError(f"shard {path} has no BOS (id {bos_id}); it was made with another tokenizer")
+                raise ValueError(f"shard {path} has no BOS (id {BOS_ID}); it was made with another tokenizer")
             if tokens.size - first_bos < group_tokens:
                 raise ValueError(
                     f"shard {path} has {tokens.size - first_bos} tokens from its first BOS on, fewer than one group of "
@@ -130,7 +128,7 @@ class SpanLoader:
     def batch(self, index: int, *, max_segment: int, max_seqlen: int | None = None) -> Batch:
         """Return span index with its packing; max_segment and max_seqlen as pack_row takes them."""
         inputs, targets = self.span(index)
-        packing = pack_row(inputs, bos_id=self.bos_id, max_segment=max_segment, max_seqlen=max_seqlen)
+        packing = pack_row(inputs, max_segment=max_segment, max_seqlen=max_seqlen)
         return Batch(inputs, targets, packing)
 
 

@@ -22,7 +22,8 @@ import numpy as np
 from model.config import DataConfig, canonical_json
 from model.data import remembered
 from model.data.shards import BOS_ID, HEADER_BYTES, TOKEN_DTYPE, list_shards, read_num_tokens
-from model.files.atomic import READ_BYTES, file_sha256, replace_file
+from model.files.atomic import file_sha256, replace_file
+from model.files.linked import READ_BYTES
 from model.report import Report
 
 MANIFEST_NAME = "manifest.json"

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.data.shards import BOS_ID
+
 # T tokens of a row, S entries of cu_seqlens
 ENTRY_BUCKET = 64  # the published code pads the list of starts to a multiple of this
 
@@ -68,19 +70,18 @@ def cu_seqlens_from_bos(
 def pack_row(
     tokens: np.ndarray | Tensor,
     *,
-    bos_id: int,
     max_segment: int,
     bucket: int = ENTRY_BUCKET,
     max_seqlen: int | None = None,
 ) -> Packing:
-    """Return the packing of a row of input tokens, a segment at every bos_id.
+    """Return the packing of a row of input tokens, a segment at every BOS.
 
     tokens (T,) or (1, T), any integer type. max_seqlen replaces the longest segment that occurs (training passes
     seq_len, as published: one number for every row). Raises ValueError if a segment is longer than it.
     """
     row = tokens.cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     row = row.reshape(-1)
-    packing = cu_seqlens_from_bos(np.flatnonzero(row == bos_id), row.size, max_segment=max_segment, bucket=bucket)
+    packing = cu_seqlens_from_bos(np.flatnonzero(row == BOS_ID), row.size, max_segment=max_segment, bucket=bucket)
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
     if max_seqlen is not None:
         if longest > max_seqlen:

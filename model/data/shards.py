@@ -84,18 +84,18 @@ def token_blocks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         yield offset, tokens[offset : offset + SCAN_TOKENS]
 
 
-def find_first_bos(tokens: np.ndarray, *, bos_id: int = BOS_ID) -> int | None:
-    """Return the index of the first bos_id, or None; reads no further than that."""
+def find_first_bos(tokens: np.ndarray) -> int | None:
+    """Return the index of the first BOS, or None; reads no further than that."""
     for offset, block in token_blocks(tokens):
-        is_bos = block == bos_id
+        is_bos = block == BOS_ID
         if is_bos.any():
             return offset + int(is_bos.argmax())
     return None
 
 
-def find_documents(tokens: np.ndarray, *, bos_id: int = BOS_ID) -> np.ndarray:
-    """Return the index of every bos_id, (D,) int64."""
-    found = [offset + np.flatnonzero(block == bos_id) for offset, block in token_blocks(tokens)]
+def find_documents(tokens: np.ndarray) -> np.ndarray:
+    """Return the index of every BOS, (D,) int64."""
+    found = [offset + np.flatnonzero(block == BOS_ID) for offset, block in token_blocks(tokens)]
     return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 

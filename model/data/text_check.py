@@ -65,7 +65,7 @@ def text_fault(tokenizer: Tokenizer, validation: ValidationSet) -> str:
     fault = unknown_fault(tokenizer, validation)
     if fault:
         return fault
-    for first, documents in batches(validation):
+    for first, documents in batch_documents(validation):
         counts = count_bytes(tokenizer, documents)
         texts = tokenizer.decode_documents(documents)
         for index, text, counted in zip(range(first, first + len(texts)), texts, counts.tolist(), strict=True):
@@ -108,7 +108,7 @@ def count_unknown(tokenizer: Tokenizer, tokens: np.ndarray) -> tuple[int, int]:
     return total, place
 
 
-def batches(validation: ValidationSet) -> Iterator[tuple[int, list[np.ndarray]]]:
+def batch_documents(validation: ValidationSet) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield the number of a document, and the own tokens (BOS first) of it and of those after it, a batch at a time."""
     bounds = [*validation.document_starts.tolist(), validation.tokens.size]
     first, waiting, size = 0, [], 0

@@ -51,7 +51,6 @@ def load_validation(
     shards: Sequence[Path],
     *,
     vocab_size: int,
-    bos_id: int = BOS_ID,
     val_documents: int | None = None,
     val_tokens: int | None = None,
     on_open: Callable[[Path], None] | None = None,
@@ -69,14 +68,14 @@ def load_validation(
         if on_open is not None:
             on_open(path)
         tokens = open_shard(path)
-        if find_first_bos(tokens, bos_id=bos_id) is None:
-            raise ValueError(f"shard {path} has no BOS (id {bos_id}); it was made with another tokenizer")
+        if find_first_bos(tokens) is None:
+            raise ValueError(f"shard {path} has no BOS (id {BOS_ID}); it was made with another tokenizer")
         check_token_range(tokens, vocab_size, path)
         parts.append(tokens)
     stream = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if stream[0] != bos_id:
-        raise ValueError(f"validation shard {shards[0]} starts with token {stream[0]}, not with BOS (id {bos_id})")
-    starts = find_documents(stream, bos_id=bos_id)
+    if stream[0] != BOS_ID:
+        raise ValueError(f"validation shard {shards[0]} starts with token {stream[0]}, not with BOS (id {BOS_ID})")
+    starts = find_documents(stream)
     num_tokens = int(stream.size)
     if val_documents is not None and val_documents < starts.size:
         num_tokens = int(starts[val_documents])

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, cast
 
-READ_BYTES = 1 << 22
 NOT_THERE = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTTY})
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # the disk, the user's share of it, the file
 

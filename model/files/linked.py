@@ -14,7 +14,6 @@ from pathlib import Path
 
 from model.files.atomic import (
     NOT_THERE,
-    READ_BYTES,
     aside_folder,
     file_sha256,
     move_file,
@@ -22,6 +21,7 @@ from model.files.atomic import (
     replace_file,
 )
 
+READ_BYTES = 1 << 22  # of a file at a time
 NO_LINK = NOT_THERE | {errno.EXDEV, errno.EMLINK, errno.EACCES}  # this pair of places takes no hard link
 
 

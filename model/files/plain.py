@@ -27,6 +27,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """Return a JSON mapping, {} where there is no file. Raises ValueError if it is damaged."""
+    return read_json(path) if path.exists() else {}
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an npz file; nothing in it is unpickled. Raises FileNotFoundError or ValueError."""
     import numpy as np
@@ -38,3 +43,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to do its stage again") from None
+
+
+def read_arrays_if_any(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file, {} where there is none. Raises ValueError if it is damaged."""
+    return read_arrays(path) if path.exists() else {}

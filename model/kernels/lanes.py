@@ -17,8 +17,6 @@ from model.kernels.dispatch import uses_triton
 from model.kernels.residual import Mix, Skip, Stream, plain_value, rows_of
 from model.layers import merge_skip, rms_norm, token_factor
 
-NUM_ROUTES = 8  # numbers a layer, of which six count: whole pieces of 16 bytes for the kernels
-
 
 class Lanes(NamedTuple):
     """The second half's residual streams: one until parallel_start_layer, then one for attention and one for the MLPs.
@@ -41,7 +39,7 @@ class CrossedLanes(NamedTuple):
     mlp: Tensor  # (B, T, D) lane 1, which MLPs read
     from_attention: Tensor  # (B, T, D)
     from_mlp: Tensor  # (B, T, D)
-    routes: Tensor  # (8,)
+    routes: Tensor  # (8,), of which six count: whole pieces of 16 bytes for the kernels
     gate: Tensor | None = None  # (P,)
 
 

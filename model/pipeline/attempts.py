@@ -6,13 +6,13 @@ threads and instruction set of a CPU, the attention kernel. Another node of the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from model.config import ATTENTION_BACKENDS
 from model.files.checkpoint import write_json
+from model.files.plain import read_json
 from model.pipeline.run import Run
 
 RUN_FILE = "run.json"
@@ -71,13 +71,13 @@ def list_attempt(run: Run) -> None:
     if not run.is_listed:
         run.is_listed = True
         attempt = {"started_at": time.time(), "code_hash": run.hashes["code_hash"], **run.surroundings}
-        content = json.loads((run.workdir / RUN_FILE).read_text())
+        content = read_json(run.workdir / RUN_FILE)
         write_run(run, {**content, LATER: [*content.get(LATER, []), attempt]})
 
 
 def note_attention(run: Run, name: str) -> None:
     """Write into run.json with which kernel this run trains, so that a later attempt goes on with it."""
-    content = json.loads((run.workdir / RUN_FILE).read_text())
+    content = read_json(run.workdir / RUN_FILE)
     if content.get("attention") != name:
         write_run(run, {**content, "attention": name})
 

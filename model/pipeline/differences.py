@@ -17,7 +17,7 @@ def settings_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         {k: v for k, v in flatten(plain).items() if k.split(".")[0] not in NOT_SCORED} for plain in (before, now)
     )
     names = [name for name in (*old, *(name for name in new if name not in old)) if old.get(name) != new.get(name)]
-    return shorten([f"{name} {shown(old, name)}, now {shown(new, name)}" for name in names])
+    return shorten([f"{name} {show_setting(old, name)}, now {show_setting(new, name)}" for name in names])
 
 
 def data_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -28,7 +28,7 @@ def data_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """
     words = []
     for split in (name for name in ("train", "val") if name in before and name in now):
-        old, new = (by_name(data.get(split)) for data in (before, now))
+        old, new = (key_by_name(data.get(split)) for data in (before, now))
         words += [f"{split} {name} is new" for name in new if name not in old]
         words += [f"{split} {name} is gone" for name in old if name not in new]
         words += [f"{split} {name} differs" for name in new if name in old and old[name] != new[name]]
@@ -69,12 +69,12 @@ def as_json(value: Any) -> Any:
     return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def by_name(files: object) -> dict[str, Any]:
+def key_by_name(files: object) -> dict[str, Any]:
     """Return sha256 by file name."""
     return {PurePath(path).name: sha for path, sha in files.items()} if isinstance(files, Mapping) else {}
 
 
-def shown(settings: Mapping[str, Any], name: str) -> str:
+def show_setting(settings: Mapping[str, Any], name: str) -> str:
     """Return a setting's value, short."""
     return str(settings[name])[:60] if name in settings else "not set"
 

@@ -74,7 +74,7 @@ def _documents(config: RunConfig, num_tokens: int) -> np.ndarray:
 def _packed_row(config: RunConfig, num_tokens: int, seq_len: int) -> Batch:
     """Return a row of num_tokens inputs, packed as in training and evaluation, on the CPU."""
     inputs, targets = inputs_and_targets(_documents(config, num_tokens + 1))
-    packing = pack_row(inputs, bos_id=BOS_ID, max_segment=seq_len, max_seqlen=seq_len)
+    packing = pack_row(inputs, max_segment=seq_len, max_seqlen=seq_len)
     return Batch(inputs, targets, packing)
 
 
@@ -93,7 +93,7 @@ def _quantize(model: GPT, config: RunConfig) -> None:
     windows, packing = torch.from_numpy(_documents(config, ROW_TOKENS)).to(device).view(4, -1), None
     if config.quant.calibration_documents == "masked":
         windows = windows.view(1, -1)
-        packing = pack_row(windows[0].cpu(), bos_id=BOS_ID, max_segment=config.quant.calibration_seq_len).to(device)
+        packing = pack_row(windows[0].cpu(), max_segment=config.quant.calibration_seq_len).to(device)
     model.visit(windows, is_looped=True, packing=packing)
     if config.quant.on_oversize == "fit":
         model(windows, windows, is_looped=True, packing=packing, reduction="none")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
+from model.data.tokenizer import ByteTable, target_bytes
+from model.data.validation import ValidationSet
 from model.files.ledger import Ledger
 from model.pipeline.inputs import (
     EVALUATED,
@@ -21,7 +24,7 @@ from model.pipeline.inputs import (
 )
 from model.pipeline.rehearsal import compile_kernels
 from model.pipeline.run import Run
-from model.score.bpb import DocumentScores, order0_bpb
+from model.score.bpb import DocumentScores, bits_per_byte
 from model.score.identity import describe_validation
 from model.score.plain import RowScorer, evaluate_plain
 
@@ -70,3 +73,13 @@ def read_counts(run: Run, ledger: Ledger) -> np.ndarray:
     ledger.opened(run.workdir / TRAIN_COUNTS)
     with np.load(run.workdir / TRAIN_COUNTS, allow_pickle=False) as arrays:
         return arrays["count"]
+
+
+def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:
+    """Return the bits per byte of the validation targets under the token frequencies counts (V,) of the training part.
+
+    Every token gets one count more than it has, so that an unseen one is possible.
+    """
+    log_probs = np.log(counts + 1.0) - math.log(float((counts + 1.0).sum()))
+    nats = -float(log_probs[validation.tokens[1:]].sum())
+    return bits_per_byte(nats, int(target_bytes(table, validation.tokens).sum(dtype=np.int64)))

@@ -26,7 +26,7 @@ def synthetic_row(config: RunConfig) -> tuple[np.ndarray, Packing]:
     lengths = generator.exponential(TYPICAL_DOCUMENT, size=train.micro_batch_tokens).astype(np.int64) + 2
     starts = np.concatenate(([0], np.cumsum(lengths)))
     tokens[starts[starts < tokens.size]] = BOS_ID
-    return tokens, pack_row(tokens[:-1], bos_id=BOS_ID, max_segment=train.seq_len, max_seqlen=train.seq_len)
+    return tokens, pack_row(tokens[:-1], max_segment=train.seq_len, max_seqlen=train.seq_len)
 
 
 def choose_attention(config: RunConfig, dist: Dist) -> Choice | None:

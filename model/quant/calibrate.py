@@ -40,9 +40,9 @@ def draw_windows(loader: SpanLoader, config: QuantConfig, *, seed: int, batch: i
     return np.stack(rows)
 
 
-def window_packing(windows: np.ndarray, *, bos_id: int = BOS_ID) -> Packing:
+def window_packing(windows: np.ndarray) -> Packing:
     """Return the packing of windows laid end to end: a segment at every window's start and at every BOS."""
-    starts = np.flatnonzero(windows.ravel() == bos_id)
+    starts = np.flatnonzero(windows.ravel() == BOS_ID)
     edges = np.arange(0, windows.size, windows.shape[1])
     return cu_seqlens_from_bos(np.union1d(starts, edges), windows.size, max_segment=windows.shape[1])
 

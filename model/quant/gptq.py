@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from model.quant.low_rank import SMALLEST_HALF
-from model.quant.quantized import QuantizedWeight
 
 # Shapes: N matrices of one batch, R rows (out), C columns (in), K columns of one block
 
@@ -113,37 +112,3 @@ def round_batch(
     inverse = factor.order.argsort(dim=-1)
     codes = columns.to(torch.int8).take_along_dim(inverse[:, :, None], dim=1)
     return codes.transpose(1, 2).contiguous(), scales
-
-
-def quantize_weights(
-    weights: Tensor, hessians: Tensor, *, bits: int, clip_sigmas: float, damping_frac: float, block_columns: int
-) -> list[QuantizedWeight]:
-    """Round matrices of one shape together: quantize_weight for weights (N, out, in) and hessians (N, in, in)."""
-    assert hessians.shape == (weights.shape[0], weights.shape[2], weights.shape[2]), (weights.shape, hessians.shape)
-    qmax = largest_code(bits)
-    factor = factor_hessians(hessians.float(), damping_frac=damping_frac)
-    codes, scales = round_batch(
-        weights.float(), factor, qmax=qmax, clip_sigmas=clip_sigmas, block_columns=block_columns
-    )
-    return [QuantizedWeight(codes[i], scales[i], bits) for i in range(weights.shape[0])]
-
-
-def quantize_weight(
-    weight: Tensor, hessian: Tensor, *, bits: int, clip_sigmas: float, damping_frac: float, block_columns: int
-) -> QuantizedWeight:
-    """Round weight to integers column by column, pushing each error onto the columns still to come.
-
-    weight (out, in) float32; hessian (in, in), sum of x x^T over calibration tokens.
-    Returns codes (out, in) int8 and scales (out,) float16.
-    Raises ValueError if bits is outside 2..8 or the damped hessian is not positive definite.
-    Source: GPTQ, arXiv:2210.17323; row-sigma clipping as in the reference record.
-    """
-    [quantized] = quantize_weights(
-        weight[None],
-        hessian[None],
-        bits=bits,
-        clip_sigmas=clip_sigmas,
-        damping_frac=damping_frac,
-        block_columns=block_columns,
-    )
-    return quantized

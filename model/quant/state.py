@@ -196,22 +196,3 @@ def correct(weight: QuantizedWeight, original: Tensor, config: QuantConfig) -> Q
     """Return weight with a low-rank correction of what rounding changed of original (out, in) float32."""
     a, b = factor_error(original - weight.dequantize(), rank=config.lqer_rank)
     return weight._replace(correction=pack_factors(a, b, group=config.lqer_group))
-
-
-def quantize_state(
-    state: dict[str, Tensor],
-    hessians: dict[str, Tensor],
-    config: QuantConfig,
-    *,
-    looped: Collection[int] = (),
-    clips: Mapping[str, float] | None = None,
-) -> QuantizedState:
-    """Quantize a model's state dict: large matrices by GPTQ, everything else to float16.
-
-    hessians: `layers.<i>.<qkv|o|up|down>` and `embedding` -> (in, in) float32, as HessianCollector gives them.
-    looped: layers of the repeated block. clips: clip_sigmas by group, in place of config's. A matrix of at most
-    config.keep_float_numel numbers stays float16.
-    Raises ValueError naming a tensor with infinities, or a Hessian that cannot be factored.
-    """
-    quantizer = StateQuantizer(state, hessians, config, looped=looped)
-    return quantizer.quantize(configured_clips(config) if clips is None else clips)

@@ -81,13 +81,3 @@ def add_nats(
     # in float64, so that others can add the same losses up in another order and compare
     nats = np.array([nll[a:b].sum(dtype=np.float64) for a, b in zip(starts, ends)])
     return DocumentScores(ends - starts, num_bytes, nats, seconds)
-
-
-def order0_bpb(counts: np.ndarray, validation: ValidationSet, table: ByteTable) -> float:
-    """Return the bits per byte of the validation targets under the token frequencies counts (V,) of the training part.
-
-    Every token gets one count more than it has, so that an unseen one is possible.
-    """
-    log_probs = np.log(counts + 1.0) - math.log(float((counts + 1.0).sum()))
-    nats = -float(log_probs[validation.tokens[1:]].sum())
-    return bits_per_byte(nats, int(target_bytes(table, validation.tokens).sum(dtype=np.int64)))

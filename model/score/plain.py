@@ -15,7 +15,6 @@ from torch import Tensor
 from model.config import EvalConfig
 from model.data.loader import Batch, inputs_and_targets, prefetch_batches
 from model.data.packing import Packing, pack_row
-from model.data.shards import BOS_ID
 from model.data.tokenizer import ByteTable
 from model.data.validation import ValidationSet
 from model.distributed import Dist
@@ -74,8 +73,6 @@ def score_rows(
     report: Report,
     *,
     is_looped: bool = True,
-    bos_id: int = BOS_ID,
-    label: str = "evaluate",
     scorer: RowScorer | None = None,
 ) -> np.ndarray:
     """Return the nll (N,) float32 of every target, NaN where the tail is dropped; rows are shared over the ranks.
@@ -93,9 +90,7 @@ def score_rows(
     def make_row(number: int) -> Batch:
         start, end = bounds[number]
         inputs, targets = inputs_and_targets(validation.tokens[start : end + 1])
-        packing = pack_row(
-            inputs, bos_id=bos_id, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES
-        )
+        packing = pack_row(inputs, max_segment=config.seq_len, max_seqlen=config.seq_len, bucket=ROW_ENTRIES)
         return Batch(inputs, targets, packing)
 
     mine, pace = range(dist.rank, len(bounds), dist.world_size), Pace(dist.device)
@@ -104,7 +99,7 @@ def score_rows(
         for number, row in zip(mine, rows, strict=True):
             nll[slice(*bounds[number])] = scorer.score(row, dist.device)
             pace.step()
-            report(label, number + 1, len(bounds), {})
+            report("evaluate", number + 1, len(bounds), {})
     dist.meet()
     scored = dist.all_reduce_(nll).cpu().numpy()
     # NaN, so that a target nobody scored cannot pass for one of loss 0
@@ -121,8 +116,6 @@ def evaluate_plain(
     dist: Dist,
     report: Report,
     *,
-    is_looped: bool = True,
-    label: str = "evaluate",
     scorer: RowScorer | None = None,
 ) -> DocumentScores:
     """Score the validation stream once and return the sums per document."""
@@ -136,6 +129,6 @@ def evaluate_plain(
     with ThreadPoolExecutor(max_workers=1) as pool:  # bytes are counted while the device scores
         counting = pool.submit(document_bytes, validation, table, num_scored=num_scored)
         started = time.monotonic()
-        nll = score_rows(model, validation, config, dist, report, is_looped=is_looped, label=label, scorer=scorer)
+        nll = score_rows(model, validation, config, dist, report, scorer=scorer)
         seconds = time.monotonic() - started
         return add_nats(counting.result(), validation, nll, num_scored=num_scored, seconds=seconds)

@@ -28,6 +28,12 @@ def read_events(arrays: dict[str, np.ndarray]) -> Events:
     return Events(np.stack(columns, axis=1), loss_sum, heads)
 
 
+def choose_events(events: Events, kind: int) -> Events:
+    """Return the events of one kind, SCORE or UPDATE; the heads stay."""
+    chosen = events.column("kind") == kind
+    return Events(events.rows[chosen], events.loss_sum[chosen], events.heads)
+
+
 def broken_chains(events: Events) -> list[int]:
     """Return the ranks whose events do not lead to their stored last link."""
     # the ranks' events may lie mixed; each is hashed onto its own rank's chain
@@ -50,7 +56,7 @@ def times_scored(events: Events, document_starts: Iterable[int], num_targets: in
     names a document or a range that the stream does not have.
     """
     starts = np.asarray(list(document_starts), dtype=np.int64)
-    scores = events.of_kind(SCORE)
+    scores = choose_events(events, SCORE)
     documents, first, end = (scores.column(n) for n in ("document", "first_prediction", "end_prediction"))
     if documents.size and not (documents.min() >= 0 and documents.max() < starts.size):
         raise ValueError(f"score ledger names document {documents.max()}, the stream has {starts.size}")

@@ -36,11 +36,6 @@ class Events(NamedTuple):
         """Return one column (E,) int64."""
         return np.asarray(self.rows[:, EVENT_COLUMNS.index(name)])
 
-    def of_kind(self, kind: int) -> Events:
-        """Return the events of one kind; the heads stay."""
-        chosen = self.column("kind") == kind
-        return Events(self.rows[chosen], self.loss_sum[chosen], self.heads)
-
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the columns by name, as the score log stores them."""
         columns = {name: self.column(name) for name in EVENT_COLUMNS}

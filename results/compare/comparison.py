@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 RECORD_MARGIN_NATS = 0.005  # what a new record must gain, per token
 ALPHA = 0.01
-POWER = 0.8
 DOCUMENT_COLUMNS = {"pre_ttt": "nats_plain", "ttt_lr0": "nats_lr0", "post_ttt": "nats_ttt"}
 
 
@@ -199,4 +198,4 @@ def smallest_gain(result: Comparison) -> float | None:
     std, counts = pooled_std(result), (len(result.a.bpb), len(result.b.bpb))
     if not std or min(counts) < 2 or not result.method.startswith("Welch"):
         return None
-    return minimum_detectable_gain(std=std, n_a=counts[0], n_b=counts[1], alpha=ALPHA, target=POWER)
+    return minimum_detectable_gain(std=std, n_a=counts[0], n_b=counts[1], alpha=ALPHA)

@@ -8,6 +8,7 @@ of freedom are averaged over, not replaced by their value at the true spreads, w
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from functools import cache
@@ -18,6 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+POWER = 0.8  # the usual one to plan for
 MAX_SEEDS = 1000  # beyond this the answer is "no affordable number of seeds"
 NODES = 48  # of the quadrature over each side's sample variance; 1e-4 in power against 20,000 simulated pairs
 
@@ -98,15 +100,13 @@ def _paired_reach(std: float, n: int, alpha: float) -> tuple[float, NDArray[np.f
     return error, special.stdtrit(n - 1, 1 - alpha) * np.sqrt(ratios) * error, weights
 
 
-def seeds_needed(
-    *, gain: float, std: float, margin: float = 0.0, alpha: float = 0.01, target: float = 0.8
-) -> int | None:
-    """Return the seeds per side for the target power; None if the gain is within margin or MAX_SEEDS are too few."""
+def seeds_needed(*, gain: float, std: float, margin: float = 0.0, alpha: float = 0.01) -> int | None:
+    """Return the seeds per side for the usual power; None if the gain is within margin or MAX_SEEDS are too few."""
 
     def is_enough(n: int) -> bool:
-        return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= target
+        return power(gain=gain, std_a=std, std_b=std, n_a=n, n_b=n, margin=margin, alpha=alpha) >= POWER
 
-    return None if gain <= margin else fewest(is_enough)
+    return None if gain <= margin else find_fewest(is_enough)
 
 
 def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> float:
@@ -120,35 +120,29 @@ def paired_power(*, gain: float, std: float, n: int, alpha: float = 0.01) -> flo
     return float(np.sum(weights * special.ndtr((gain - reach) / error)))
 
 
-def pairs_needed(*, gain: float, std: float, alpha: float = 0.01, target: float = 0.8) -> int | None:
-    """Return the seeds that a paired test needs for the target power; None for no gain or over MAX_SEEDS."""
-    return None if gain <= 0 else fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= target)
+def pairs_needed(*, gain: float, std: float, alpha: float = 0.01) -> int | None:
+    """Return the seeds that a paired test needs for the usual power; None for no gain or over MAX_SEEDS."""
+    return None if gain <= 0 else find_fewest(lambda n: paired_power(gain=gain, std=std, n=n, alpha=alpha) >= POWER)
 
 
-def fewest(is_enough: Callable[[int], bool]) -> int | None:
+def find_fewest(is_enough: Callable[[int], bool]) -> int | None:
     """Return the smallest number of seeds, 2 or more, that is enough; None if MAX_SEEDS are not."""
-    if not is_enough(MAX_SEEDS):
-        return None
-    too_few, enough = 1, MAX_SEEDS
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if is_enough(middle) else (middle, enough)
-    return enough
+    counts = range(2, MAX_SEEDS + 1)
+    place = bisect.bisect_left(counts, True, key=is_enough) if is_enough(MAX_SEEDS) else len(counts)
+    return counts[place] if place < len(counts) else None
 
 
-def minimum_detectable_gain(
-    *, std: float, n_a: int, n_b: int, margin: float = 0.0, alpha: float = 0.01, target: float = 0.8
-) -> float:
-    """Return the smallest true gain that the test shows with the target power, margin included."""
+def minimum_detectable_gain(*, std: float, n_a: int, n_b: int, alpha: float = 0.01) -> float:
+    """Return the smallest true gain that the test, without a margin, shows with the usual power."""
     from scipy import optimize
 
     def shortfall(gain: float) -> float:
-        return power(gain=gain, std_a=std, std_b=std, n_a=n_a, n_b=n_b, margin=margin, alpha=alpha) - target
+        return power(gain=gain, std_a=std, std_b=std, n_a=n_a, n_b=n_b, alpha=alpha) - POWER
 
-    highest = margin + std
+    highest = std
     while shortfall(highest) < 0:
-        highest = margin + 2 * (highest - margin)
-    return float(optimize.brentq(shortfall, margin, highest, xtol=1e-9 * std))
+        highest *= 2
+    return float(optimize.brentq(shortfall, 0.0, highest, xtol=1e-9 * std))
 
 
 @cache

@@ -127,7 +127,10 @@ def _cells(record: Record) -> tuple[list[str], list[list[str]]]:
     shown = [entry for entry in COLUMNS if content["summary"][entry[1]]["n"]]
     header = ["seed", *(heading for heading, _, _ in shown)]
     rows = [
-        ["?" if row["seed"] is None else str(row["seed"]), *(fixed(row[key], places) for _, key, places in shown)]
+        [
+            "?" if row["seed"] is None else str(row["seed"]),
+            *(fixed(row[key], places) for _, key, places in shown),
+        ]
         for row in content["seeds"]
     ]
     entries = [(Summary(**content["summary"][key]), places) for _, key, places in shown]

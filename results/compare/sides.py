@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from results.published.records import (
     Record,
     find_record,
-    imported_record,
     one_run_a_seed,
+    read_imported_record,
     recompute,
     record_number,
     text_bytes,
@@ -70,7 +70,7 @@ def open_side(spec: str, stage: str | None = None, seeds: list[int] | None = Non
         return _only_seeds(side_of_record(find_record(spec), stage), seeds)
     spec, variant = split_variant(spec)
     folder = Path(spec)
-    record = None if "://" in spec else imported_record(folder)
+    record = None if "://" in spec else read_imported_record(folder)
     if record is not None:  # as the folder it was imported from: logs round the size of their text differently
         return _only_seeds(side_of_record(record, stage), seeds)
     has_results = any((folder / name).is_dir() for name in ("results/runs", "runs"))

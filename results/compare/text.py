@@ -6,14 +6,14 @@ import json
 import math
 from typing import Any
 
-from results.compare.comparison import ALPHA, POWER, Comparison, pooled_std, smallest_gain
-from results.compare.power import pairs_needed, seeds_needed
+from results.compare.comparison import ALPHA, Comparison, pooled_std, smallest_gain
+from results.compare.power import POWER, pairs_needed, seeds_needed
 from results.compare.sides import Side
 from results.render import csv_table
 from results.stats import Difference, summarize
 
 
-def meaning(result: Comparison) -> list[str]:
+def explain(result: Comparison) -> list[str]:
     """Return what the p values mean, a sentence for each margin."""
     return [_sentence(result, margin, p) for margin, p in result.margins.items()]
 
@@ -42,7 +42,7 @@ def _advice(result: Comparison, margin: float) -> str:
     std = pooled_std(result)
     if std is None or std == 0:
         return "there is no spread to plan with"
-    needed = seeds_needed(gain=gain, std=std, margin=margin * scale, alpha=ALPHA, target=POWER)
+    needed = seeds_needed(gain=gain, std=std, margin=margin * scale, alpha=ALPHA)
     if needed is None:
         return f"no affordable number of seeds would have power {POWER:g} at this gain and spread"
     fewest = min(len(result.a.bpb), len(result.b.bpb))
@@ -59,7 +59,7 @@ def _advice_for_pairs(result: Comparison, gain: float) -> str:
     if not error or freedom is None:
         return "there is no spread to plan with"
     pairs = int(freedom) + 1
-    needed = pairs_needed(gain=gain, std=error * math.sqrt(pairs), alpha=ALPHA, target=POWER)
+    needed = pairs_needed(gain=gain, std=error * math.sqrt(pairs), alpha=ALPHA)
     if needed is None:
         return f"no affordable number of seeds would have power {POWER:g} at this gain and spread"
     more = max(1, needed - pairs)
@@ -80,7 +80,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
         "difference_nats": None if result.nats is None else _difference_json(result.nats),
         "p_values": {f"p_margin_{margin:g}": p for margin, p in result.margins.items()},
         "p_equivalent": None if result.equivalence is None else result.equivalence[1],
-        "meaning": meaning(result),
+        "meaning": explain(result),
         "forced": result.forced,
         "notes": result.notes,
     }
@@ -158,7 +158,7 @@ def _p_lines(result: Comparison) -> list[str]:
         verdict = "equivalent" if p is not None and p < ALPHA else "not shown to be equivalent"
         lines.append(f"p_equivalent_{band:g} = {said} ({verdict} within +-{band:g} nats at p < {ALPHA:g})")
     gain = smallest_gain(result)
-    lines += meaning(result)
+    lines += explain(result)
     if gain is not None:
         unit = "nats per token" if result.unit == "nats" else "bpb"
         lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from results.compare.comparison import ALPHA, POWER, pooled_std_of
+from results.compare.comparison import ALPHA, pooled_std_of
 from results.compare.power import pairs_needed, seeds_needed
 from results.compare.sides import text_of_rows
 from results.render import MIXED, mixed_devices
@@ -170,9 +170,9 @@ def _needed(effect: Effect, baseline: str, tables: dict[str, SeedTable], alpha: 
         return None
     if effect.method == "paired":
         count = len(effect.seeds)
-        needed = pairs_needed(gain=gain, std=error * count**0.5, alpha=alpha, target=POWER)
+        needed = pairs_needed(gain=gain, std=error * count**0.5, alpha=alpha)
     else:
         sides = [list(scores_of(tables[name]).values()) for name in (effect.variant, baseline)]
         count = min(map(len, sides))
-        needed = seeds_needed(gain=gain, std=pooled_std_of(sides) or error, alpha=alpha, target=POWER)
+        needed = seeds_needed(gain=gain, std=pooled_std_of(sides) or error, alpha=alpha)
     return None if needed is None else max(needed, count + 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from results.compare.comparison import ALPHA, POWER
+from results.compare.comparison import ALPHA
+from results.compare.power import POWER
 from results.compare.variants import Ablation, Effect
 from results.render import MISSING, csv_table, markdown_table, signed, text_table
 from results.schema import FINISHED

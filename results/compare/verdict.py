@@ -20,8 +20,16 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from results.compare.comparison import POWER, pooled_std_of
-from results.compare.power import equivalence_power, fewest, paired_equivalence_power, pairs_needed, power, seeds_needed
+from results.compare.comparison import pooled_std_of
+from results.compare.power import (
+    POWER,
+    equivalence_power,
+    find_fewest,
+    paired_equivalence_power,
+    pairs_needed,
+    power,
+    seeds_needed,
+)
 from results.compare.sides import Side
 from results.stats import Difference, paired, summarize, welch
 from results.validation_text import relate, why_not_comparable
@@ -158,15 +166,15 @@ def _plan(rerun: Side, claimed: Side, difference: Difference, margin: float, is_
 def _pairs(gap: float, std: float, margin: float) -> int | None:
     """Return the pairs that would decide."""
     if gap:
-        return pairs_needed(gain=gap - margin, std=std, alpha=ALPHA, target=POWER)
-    return fewest(lambda n: paired_equivalence_power(gap=0, std=std, n=n, margin=margin, alpha=ALPHA) >= POWER)
+        return pairs_needed(gain=gap - margin, std=std, alpha=ALPHA)
+    return find_fewest(lambda n: paired_equivalence_power(gap=0, std=std, n=n, margin=margin, alpha=ALPHA) >= POWER)
 
 
 def _both(gap: float, std: float, margin: float) -> int | None:
     """Return the seeds on each side that would decide."""
     if gap:
-        return seeds_needed(gain=gap, std=std, margin=margin, alpha=ALPHA, target=POWER)
-    return fewest(lambda n: _show_equal(std, margin, n, n) >= POWER)
+        return seeds_needed(gain=gap, std=std, margin=margin, alpha=ALPHA)
+    return find_fewest(lambda n: _show_equal(std, margin, n, n) >= POWER)
 
 
 def _reruns(gap: float, std: float, margin: float, num_claimed: int) -> int | None:
@@ -174,10 +182,10 @@ def _reruns(gap: float, std: float, margin: float, num_claimed: int) -> int | No
     if num_claimed < 2:
         return None
     if gap:
-        return fewest(
+        return find_fewest(
             lambda n: power(gain=gap, std_a=std, std_b=std, n_a=n, n_b=num_claimed, margin=margin, alpha=ALPHA) >= POWER
         )
-    return fewest(lambda n: _show_equal(std, margin, n, num_claimed) >= POWER)
+    return find_fewest(lambda n: _show_equal(std, margin, n, num_claimed) >= POWER)
 
 
 def _show_equal(std: float, margin: float, n_a: int, n_b: int) -> float:
@@ -186,10 +194,10 @@ def _show_equal(std: float, margin: float, n_a: int, n_b: int) -> float:
 
 def predicted_range(side: Side) -> tuple[float, float] | None:
     """Return the mean of a side and how far from it one more seed of the same spread falls in 95 % of cases."""
-    from scipy import stats
+    from scipy import special
 
     entry = summarize(list(side.bpb.values()))
     if entry.mean is None or entry.std_ddof1 is None:
         return None
-    reach = float(stats.t.ppf(0.975, entry.n - 1)) * entry.std_ddof1 * math.sqrt(1 + 1 / entry.n)
+    reach = float(special.stdtrit(entry.n - 1, 0.975)) * entry.std_ddof1 * math.sqrt(1 + 1 / entry.n)
     return entry.mean, reach

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from results.compare.comparison import POWER
+from results.compare.power import POWER
 from results.compare.sides import Pace, Side
 from results.compare.verdict import (
     ALPHA,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from results.export.evidence import EVIDENCE, copy_evidence
 from results.export.log import train_log
-from results.export.readme import readme
+from results.export.readme import write_readme
 from results.published.track import SIZE_LIMIT_BYTES, TIME_LIMIT_S
 from results.schema import FINISHED, READS_TRAINING_S
 from results.stats import population_std, summarize
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRACK = "10min_16mb"
-TRAIN_LIMIT_S = EVAL_LIMIT_S = TIME_LIMIT_S
 REQUIRED = ("post_ttt_bpb", "post_ttt_nats_per_token", "artifact_bytes", "steps", "train_s")
 # a requirement only where the distribution's name is what pip calls it
 PIP_NAMES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "ray", "triton", "huggingface_hub", "pyyaml")
@@ -83,14 +82,14 @@ def render_submission(
     runs = finished.sort_values(["seed", "repeat"]).drop_duplicates("seed")
     _require_figures(runs)
     notes = [*rows.notes, *rows.problems, *_not_exported(rows.frame, runs)]
-    submission = submission_json(runs, author)
+    submission = make_submission_json(runs, author)
     files = {}
     for _, run in runs.iterrows():
         steps = read_attempt(out, "steps", run, ["step", "loss", "elapsed_s", "tokens_per_s", "is_looped"])
         files[f"train_seed{run['seed']}.log"] = train_log(run, steps)
     files["submission.json"] = json.dumps(submission, indent=2) + "\n"
-    files["requirements.txt"] = requirements(runs)
-    files["README.md"] = readme(out, runs, submission, notes, against)
+    files["requirements.txt"] = list_requirements(runs)
+    files["README.md"] = write_readme(out, runs, submission, notes, against)
     return Submission(files, runs, notes)
 
 
@@ -101,7 +100,7 @@ def folder_name(runs: pd.DataFrame) -> str:
     return f"{_date(runs)}_{''.join(word[:1].upper() + word[1:] for word in words)}"
 
 
-def submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
+def make_submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
     """Return the content of submission.json; scores carry eight decimals, as the logs do."""
     bpb, nats = (summarize(runs[f"post_ttt_{name}"].tolist()) for name in ("bpb", "nats_per_token"))
     sizes = [int(size) for size in runs["artifact_bytes"]]
@@ -120,25 +119,25 @@ def submission_json(runs: pd.DataFrame, author: Author) -> dict[str, Any]:
         **({"variant": str(runs["variant"].iloc[0])} if is_named(runs.iloc[0]) else {}),
         "seeds": [int(seed) for seed in runs["seed"]],
         "seed_results": {str(run["seed"]): _seed_result(run) for _, run in runs.iterrows()},
-        "hardware": hardware(runs),
+        "hardware": describe_hardware(runs),
         "pytorch_version": _first(runs["torch_version"]),
         "bytes_total": max(sizes),
         "bytes_code": _whole(_first(runs["code_bytes"])),
         "bytes_code_convention": _first(runs["code_bytes_convention"]),
         "bytes_code_readable": _whole(_first(runs["code_bytes_readable"])),
         "git_commit": _first(runs["git_commit"]),
-        "compliance": compliance(runs),
+        "compliance": judge_compliance(runs),
     }
 
 
-def compliance(runs: pd.DataFrame) -> dict[str, bool | None]:
+def judge_compliance(runs: pd.DataFrame) -> dict[str, bool | None]:
     """Return what the figures themselves show; None where a figure is missing (never a pass)."""
     train = _training_s(runs)
     evaluation = runs["evaluate_s"] + runs["ttt_s"]
     hashes = [runs[name] for name in ("config_hash", "data_hash", "code_hash")]
     return {
-        "train_under_600s": _all_within(train, TRAIN_LIMIT_S),
-        "eval_under_600s": _all_within(evaluation, EVAL_LIMIT_S),
+        "train_under_600s": _all_within(train, TIME_LIMIT_S),
+        "eval_under_600s": _all_within(evaluation, TIME_LIMIT_S),
         "artifact_under_16mb": _all_within(runs["artifact_bytes"], SIZE_LIMIT_BYTES),
         "three_seeds": len(runs) >= 3,
         "one_configuration": None if any(column.isna().any() for column in hashes)
@@ -155,7 +154,7 @@ def _training_s(runs: pd.DataFrame) -> pd.Series:
     return runs[list(READS_TRAINING_S)].fillna(0.0).sum(axis=1).where(is_known)
 
 
-def hardware(runs: pd.DataFrame) -> str:
+def describe_hardware(runs: pd.DataFrame) -> str:
     """Return the machine of one seed in words."""
     run = runs.iloc[0]
     if pd.notna(run["num_gpus"]) and run["num_gpus"] > 0:
@@ -165,7 +164,7 @@ def hardware(runs: pd.DataFrame) -> str:
     return f"{int(run['num_cpus'])} CPU core{'s' if run['num_cpus'] > 1 else ''}"
 
 
-def requirements(runs: pd.DataFrame) -> str:
+def list_requirements(runs: pd.DataFrame) -> str:
     """Return the packages the runs used, pinned, one a line."""
     versions = json.loads(_first(runs["versions_json"]) or "{}")
     lines = [f"{name}=={versions[name].partition('+')[0]}" for name in PIP_NAMES if versions.get(name)]

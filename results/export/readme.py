@@ -24,7 +24,9 @@ DIAGNOSTIC_COLUMNS = (
 )  # fmt: skip
 
 
-def readme(out: str, runs: pd.DataFrame, submission: dict[str, Any], notes: list[str], against: str | None) -> str:
+def write_readme(
+    out: str, runs: pd.DataFrame, submission: dict[str, Any], notes: list[str], against: str | None
+) -> str:
     """Return README.md of a submission folder."""
     rows = runs.assign(
         gain=runs["post_ttt_bpb"] - runs["pre_ttt_bpb"],

@@ -39,7 +39,7 @@ def cell_meaning(column: str, cell: object) -> str | None:
     return f"{stage} bpb" if stage and is_score else None
 
 
-def readings(meaning: str, column: str, cell: Any) -> list[tuple[float, float]]:
+def read_cell(meaning: str, column: str, cell: Any) -> list[tuple[float, float]]:
     """Return how a cell can be read as a figure of this kind: values with their tolerance, [] when it holds none.
 
     A size in "MB" may be MiB; a duration may be cut instead of rounded.
@@ -89,7 +89,7 @@ def _sizes(meaning: str, column: str, text: str, numbers: list[tuple[float, floa
 
 def fits(meaning: str, column: str, cell: object, actual: Iterable[float], log_half_unit: float = 0.0) -> bool | None:
     """Return whether a cell is one of these values, None when it cannot be told: no such number, or no such value."""
-    ways = readings(meaning, column, cell)
+    ways = read_cell(meaning, column, cell)
     values = [abs(value) if meaning == "TTT gain" else value for value in actual]
     if not ways or not values:
         return None
@@ -97,7 +97,7 @@ def fits(meaning: str, column: str, cell: object, actual: Iterable[float], log_h
     return any(is_near(said, value, tolerance + slack) for said, tolerance in ways for value in values)
 
 
-def allowed(run: Run, meaning: str, record: Record) -> list[float]:
+def list_allowed(run: Run, meaning: str, record: Record) -> list[float]:
     """Return the log's values of a figure, with the nominal budget and the files of the folder where they may stand."""
     values = log_values(run, meaning)
     if meaning == "code bytes" and values:

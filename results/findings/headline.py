@@ -18,7 +18,7 @@ KEYS = {
     "bpb": ("val_bpb", "mean_val_bpb", "val_bpb_mean", "mean_bpb", "bpb"),
     "nats": ("val_loss", "mean_val_loss", "val_loss_mean", "mean_val_loss_nats", "mean_nats"),
 }
-STAGES = ("post_ttt", "sliding", "post_quant")  # that a record may be scored on
+SCORED_STAGES = ("post_ttt", "sliding", "post_quant")  # that a record may be scored on
 MEAN_ROUNDING = 1e-8  # logs carry eight decimals
 SEEDS_DIFFER_FRAC = 0.01  # seeds of one record are ten times closer
 MAX_CHOICES = 64  # of one log each where a seed has several
@@ -106,7 +106,7 @@ def _means(kind: str, record: Record, runs: list[Run], said: Any) -> Iterator[fl
     groups.append([run for run in record["runs"] if run.get("final_bpb") is not None])
     decimals = {len(text_of(said).partition(".")[2]), 4, 5}
     for group in groups:
-        for values in (_column(group, kind, stage) for stage in (None, *STAGES)):
+        for values in (_column(group, kind, stage) for stage in (None, *SCORED_STAGES)):
             if values:
                 yield _mean(values) or 0.0
                 for places in decimals:
@@ -150,7 +150,7 @@ def _seed_with_score(score: Score, runs: list[Run]) -> int | None:
         return None
     value, half_unit = printed_score(score.said)
     for run in runs:
-        shown = [values[0] for stage in (None, *STAGES) if (values := _column([run], score.kind, stage))]
+        shown = [values[0] for stage in (None, *SCORED_STAGES) if (values := _column([run], score.kind, stage))]
         if value is not None and any(is_near(value, actual, half_unit + MEAN_ROUNDING) for actual in shown):
             return int(run["seed"])
     return None

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from results.findings.code_files import read_code
+from results.findings.findings import Finding
 from results.findings.readme_tables import read_spreads, read_tables, read_values
-from results.findings.review import Finding, find_disagreements, review
+from results.findings.review import find_disagreements, review
 from results.published.joins import join_logs, leave_aside, promote_variants, settle_seeds
 from results.published.layout import Layout, lay_out
 from results.published.log import Log, parse_runs
@@ -78,11 +79,6 @@ def read_submission(folder: Path) -> Submission:
     return Submission(record, {log.run["log_file"]: log for log in logs}, list(dict.fromkeys(notes)))
 
 
-def findings_of(record: Record) -> list[Finding]:
-    """Return every disagreement inside an imported record."""
-    return find_disagreements(record)
-
-
 def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding]]:
     """Write a submission folder's figures into OUT/results and the record with its disagreements into OUT/record.json.
 
@@ -93,7 +89,7 @@ def import_submission(folder: Path, out: Path) -> tuple[Submission, list[Finding
         if not (out / RECORD_FILE).is_file():
             raise ValueError(f"out={out} holds the results of runs; import into another folder")
         shutil.rmtree(out / "results")
-    findings = findings_of(submission.record)
+    findings = find_disagreements(submission.record)
     out.mkdir(parents=True, exist_ok=True)
     content = {
         "record": submission.record,

@@ -6,7 +6,8 @@ import re
 from itertools import combinations
 from typing import Any
 
-from results.published.records import STAGES, Run
+from results.published.records import Run
+from results.published.stages import STAGES
 from results.stats import summarize
 
 SCORE_STAGES = ("post_ttt", "sliding", "ttt_lr0", "post_quant", "post_ema")
@@ -166,7 +167,7 @@ def _times(run: Run, meaning: str) -> list[float]:
 
 def evaluation_seconds(run: Run) -> dict[str, float]:
     """Return the seconds of each evaluation pass of a log, by stage or label."""
-    passes = {stage: run[stage]["seconds"] for stage in (*STAGES, "ttt_lr0") if run.get(stage)}
+    passes = {stage: run[stage]["seconds"] for stage in STAGES if run.get(stage)}
     passes |= {stage: ms / 1000 for stage, ms in (run.get("eval_times") or {}).items() if ms is not None}
     for other in run.get("other_scores") or []:
         if other.get("time_ms"):
@@ -186,7 +187,7 @@ def _gains(run: Run) -> list[float]:
     return [gain for gain in gains if gain is not None] + [after["val_bpb"] - score for score in before]
 
 
-def means(runs: list[Run], meaning: str) -> list[float]:
+def average_runs(runs: list[Run], meaning: str) -> list[float]:
     """Return the mean over the seeds of each value that a figure of this meaning may have; [] unless all show it."""
     per_seed = [log_values(run, meaning) for run in runs]
     if not per_seed or any(len(values) != len(per_seed[0]) for values in per_seed):

@@ -26,11 +26,6 @@ from results.schema import RUN_COLUMNS, SCORES
 from results.stats import bits_per_byte
 
 RESULTS_FILE = "results.json"
-# the keys that docs/running.md documents; STAGE is one of SCORES. Other figures of the runs table are taken, too.
-RESULT_KEYS = (
-    "STAGE_bpb", "STAGE_nats", "STAGE_tokens", "STAGE_bytes", "STAGE_s", "steps", "train_s", "model_bytes",
-    "code_bytes", "val_documents_hash",
-)  # fmt: skip
 MAX_RESULTS_BYTES = 1 << 20
 SCORE_FORM = "quantized val_loss:1.2 val_bpb:0.5"
 # what the runner knows better than any program
@@ -195,7 +190,7 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{RESULTS_FILE} must be a mapping of names to figures")
     found = {
-        name: checked_figure(name, value) for name, value in content.items() if name in FIGURES and value is not None
+        name: check_figure(name, value) for name, value in content.items() if name in FIGURES and value is not None
     }
     left = [str(name) for name in content if name not in FIGURES and name not in NOT_FIGURES]
     if left:
@@ -211,7 +206,7 @@ def read_results(path: Path, notes: list[str]) -> dict[str, Any]:
     return found
 
 
-def checked_figure(name: str, value: Any) -> Any:
+def check_figure(name: str, value: Any) -> Any:
     """Return a figure as its column has it. Raises ValueError naming it."""
     kind = FIGURES[name]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,16 +13,10 @@ from collections.abc import Callable, Iterator
 from results.findings import code_files, log_checks, text_checks
 from results.findings.findings import Finding, Review, merge_claims, say_unchecked
 from results.findings.headline import check_headline
-from results.findings.meanings import column_meaning
-from results.findings.readme_tables import seed_column
 from results.findings.said import compare_said, missing_seeds
 from results.findings.spread import check_stds
-from results.published.printed import agrees, printed_number
+from results.published.printed import printed_number
 from results.published.records import Record, one_run_a_seed
-
-__all__ = [
-    "Finding", "Review", "agrees", "column_meaning", "find_disagreements", "printed_number", "review", "seed_column",
-]  # fmt: skip
 
 SAME_IN_ALL_SEEDS_EXCEPT = re.compile(
     r"seed|run_id|run_name|logfile|path|dir|files|rank|wandb|port|host|device|time_stamp"

@@ -6,9 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from results.findings.cells import Seeds, allowed, cell_meaning, fits, half_unit_of_log, readings, stage_with_value
+from results.findings.cells import (
+    Seeds,
+    cell_meaning,
+    fits,
+    half_unit_of_log,
+    list_allowed,
+    read_cell,
+    stage_with_value,
+)
 from results.findings.findings import Claim, Finding
-from results.findings.meanings import column_meaning, means
+from results.findings.meanings import average_runs, column_meaning
 from results.findings.readme_tables import AGGREGATE, seed_column, seed_in_cell, turn_table
 from results.published.printed import agrees, is_near, printed_numbers, text_of
 from results.published.records import Record, Run
@@ -102,21 +110,23 @@ def _judge_record(record: Record, runs: list[Run], where: Place, said: Said) -> 
     """Compare a figure of the whole record with every seed's and with their mean; add a claim. Returns the verdict."""
     source, place, key, value = where
     meaning = None if isinstance(value, bool) else cell_meaning(key, value)
-    ways = readings(meaning, key, value) if meaning else []
+    ways = read_cell(meaning, key, value) if meaning else []
     if meaning is None or not ways:
         return None
-    actual = [number for run in record["runs"] for number in allowed(run, meaning, record)]
+    actual = [number for run in record["runs"] for number in list_allowed(run, meaning, record)]
     if not actual:
         said.unchecked.append((meaning, f"{place} {text_of(value)}"))
         return None
     slack = 0.51 if meaning in WHOLE_NUMBERS else 1e-8
-    is_mean = any(is_near(way, abs(mean), max(half, slack)) for way, half in ways for mean in means(runs, meaning))
+    is_mean = any(
+        is_near(way, abs(mean), max(half, slack)) for way, half in ways for mean in average_runs(runs, meaning)
+    )
     log_half = max(half_unit_of_log(run, meaning) for run in runs)
     is_known = is_mean or _follows_from_seeds(meaning, key, value, record, said)
     if is_known or fits(meaning, key, value, actual, log_half):
         return True
     only = runs[0]["seed"] if len(runs) == 1 else None
-    shown = [values[0] for run in runs if (values := allowed(run, meaning, record))]
+    shown = [values[0] for run in runs if (values := list_allowed(run, meaning, record))]
     said.claims.append(Claim(only, meaning, source, place, value, shown))
     return False
 
@@ -126,7 +136,7 @@ def _follows_from_seeds(meaning: str, key: str, value: Any, record: Record, said
     own = []
     for figures in submitted_figures(record.get("submission_json")).values():
         for name, figure in figures.items():
-            ways = readings(meaning, name, figure) if column_meaning(name) == meaning else []
+            ways = read_cell(meaning, name, figure) if column_meaning(name) == meaning else []
             own += [way[0] for way in ways[:1]]
     is_claimed = any(claim.figure == meaning for claim in said.claims)
     return is_claimed and bool(own) and bool(fits(meaning, key, value, [*own, round(sum(own) / len(own))]))
@@ -149,9 +159,9 @@ def _judge(record: Record, seed: int, logs: list[Run], where: Place, said: Said)
     """Compare one cell with the logs of its seed; add a claim, or what could not be checked. Returns the verdict."""
     source, place, heading, cell = where
     meaning = cell_meaning(heading, cell)
-    if meaning is None or not readings(meaning, heading, cell):
+    if meaning is None or not read_cell(meaning, heading, cell):
         return None
-    actual = [value for run in logs for value in allowed(run, meaning, record)]
+    actual = [value for run in logs for value in list_allowed(run, meaning, record)]
     verdict = fits(meaning, heading, cell, actual, max(half_unit_of_log(run, meaning) for run in logs))
     if verdict is None:
         said.unchecked.append((f"{meaning} of seed {seed}", f"{place} {text_of(cell)}"))
@@ -171,7 +181,7 @@ def _what_it_is(meaning: str, cell: Any, logs: list[Run]) -> dict[str, Any]:
 
 def _likeliest(logs: list[Run], meaning: str, record: Record) -> list[float]:
     """Return what the log that counts shows, one value for each other log."""
-    shown = [values[0] for run in logs if (values := allowed(run, meaning, record))]
+    shown = [values[0] for run in logs if (values := list_allowed(run, meaning, record))]
     return list(dict.fromkeys(shown))
 
 
@@ -236,7 +246,7 @@ def _without_gains_that_follow(row: dict[str, str], claims: list[Claim], name: s
     has_wrong_score = any(claim.figure.endswith(" bpb") for claim in claims)
     kept = []
     for claim in claims:
-        gains = readings(claim.figure, claim.place, claim.said) if claim.figure == "TTT gain" else []
+        gains = read_cell(claim.figure, claim.place, claim.said) if claim.figure == "TTT gain" else []
         follows = any(
             is_near(abs(a - b), gain, tolerance + half_a + half_b)
             for gain, tolerance in gains
@@ -252,12 +262,12 @@ def _means_row(name: str, row: dict[str, str], rows: list[dict[str, str]], runs:
     """Compare a row of means with the means over the logs, or over the README's own rounded cells."""
     for column, cell in row.items():
         meaning = cell_meaning(column, cell)
-        ways = readings(meaning, column, cell) if meaning else []
+        ways = read_cell(meaning, column, cell) if meaning else []
         if meaning is None or not ways:
             continue
-        averages = means(runs, meaning)
+        averages = average_runs(runs, meaning)
         own = summarize(
-            [way[0][0] if (way := readings(meaning, column, other.get(column, ""))) else None for other in rows]
+            [way[0][0] if (way := read_cell(meaning, column, other.get(column, ""))) else None for other in rows]
         ).mean
         slack = 0.51 if meaning in WHOLE_NUMBERS else 1e-8
         choices = [abs(mean) for mean in (*averages, own) if mean is not None]

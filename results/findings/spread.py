@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from results.findings.cells import cell_meaning, readings
+from results.findings.cells import cell_meaning, read_cell
 from results.findings.findings import Finding, Review
-from results.findings.meanings import means
+from results.findings.meanings import average_runs
 from results.findings.readme_tables import AGGREGATE, seed_column, seed_in_cell, turn_table
 from results.published.printed import is_near, printed_number, printed_numbers, text_of
 from results.published.records import Record, Run, one_run_a_seed
@@ -134,8 +134,8 @@ def _in_table(name: str, table: dict[str, Any], runs: list[Run]) -> Iterator[Sta
                     meaning, f'{name} "{column}" of {first}', str(cell), _own_cells(table, key, column, meaning)
                 )
             elif "±" in str(cell).replace("+-", "±").replace("+/-", "±") and len(numbers) > 1:
-                mean = readings(meaning, column, cell)
-                averages = means(runs, meaning)
+                mean = read_cell(meaning, column, cell)
+                averages = average_runs(runs, meaning)
                 if mean and any(is_near(mean[0][0], other, max(mean[0][1], 1e-8)) for other in averages):
                     own = _own_cells(table, key, column, meaning)
                     yield Stated(meaning, f'{name} "{column}" of {first}', _after_sign(str(cell)), own)
@@ -144,7 +144,7 @@ def _in_table(name: str, table: dict[str, Any], runs: list[Run]) -> Iterator[Sta
 def _own_cells(table: dict[str, Any], key: str, column: str, meaning: str) -> list[float]:
     """Return the scores of a column as the table prints them, where they are not those of the logs to the digit."""
     rows = [row for row in table["rows"] if seed_in_cell(str(row.get(key, ""))) is not None]
-    ways = [readings(meaning, column, row.get(column, "")) for row in rows]
+    ways = [read_cell(meaning, column, row.get(column, "")) for row in rows]
     return [way[0][0] for way in ways if way]
 
 

@@ -14,11 +14,11 @@ from results.findings.known_texts import (
     text_of_tokenizer,
 )
 from results.published.records import Record, Run, one_run_a_seed
+from results.published.stages import STAGES
 
 WHOLE_TEXT_BYTES = 151.08e6  # of the challenge, under every tokenizer
 SAME_SIZE_FRAC = 2e-3
 FEWEST_DECIMALS = 4
-STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
 
 def check_nats_per_bpb(record: Record) -> Iterator[Finding]:

@@ -39,7 +39,7 @@ from results.published.lines import (
 from results.published.names import seed_in_name
 from results.published.runs import SEED_HEADING, split_runs
 from results.published.sizes import Size, choose_sizes, read_sizes
-from results.published.stages import ScoreBoard
+from results.published.stages import STAGES, ScoreBoard
 from results.published.text_files import clean_lines
 
 LOOP_LINE = re.compile(r"layer_loop:\s*enabled\s+step:\s*(\d{1,12})")
@@ -66,7 +66,6 @@ SINGLE_FIGURES: dict[str, tuple[re.Pattern[str], Any]] = {
     "train_shards": (re.compile(r"\btrain_shards:\s*(\d{1,12})"), int),
     "model_params": (re.compile(rf"^\s*(?:model|num|total)_params(?:eters)?\s*[:=]\s*{COUNT}"), count_of),
 }
-STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
 # what a reader of the log expects: figure -> the line that would show it
 EXPECTED = {

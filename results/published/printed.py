@@ -78,7 +78,7 @@ def printed_score(said: object) -> tuple[float | None, float]:
     return value, half_unit
 
 
-def agrees(said: object, actual: float | None, log_half_unit: float = 0.0) -> bool:
+def agrees(said: object, actual: float | None) -> bool:
     """Return whether a printed score is `actual` rounded to the printed decimals.
 
     log_half_unit: what the log itself rounded away.
@@ -86,7 +86,7 @@ def agrees(said: object, actual: float | None, log_half_unit: float = 0.0) -> bo
     value, half_unit = printed_score(said)
     if value is None or actual is None:
         return value is None and actual is None
-    return is_near(value, actual, half_unit + log_half_unit)
+    return is_near(value, actual, half_unit)
 
 
 def is_near(value: float, actual: float, tolerance: float) -> bool:

@@ -21,7 +21,6 @@ from results.published.submitted import submitted_figures
 from results.stats import Summary, bits_per_byte, population_std, summarize
 
 RECORD_FILE = "record.json"  # where an imported folder's record lies, beside its tables
-STAGES = ("post_ema", "post_quant", "sliding", "post_ttt")
 KEPT_FIELDS = (
     "pr", "folder", "merged_on_head", "date_folder", "track", "leaderboard", "submission_json", "readme_seed_tables",
     "pr_text", "source_file_bytes_in_folder", "std_convention", "runs",
@@ -156,7 +155,7 @@ def text_bytes(runs: list[Run]) -> float | None:
     return float(sizes[0]) if is_one else None
 
 
-def imported_record(out: Path) -> Record | None:
+def read_imported_record(out: Path) -> Record | None:
     """Return the record of a directory that `import-logs` wrote, None for any other directory."""
     path = out / RECORD_FILE
     if not path.is_file():

@@ -9,6 +9,7 @@ from typing import Any
 from results.published.labels import base_label, meaning_of
 from results.published.lines import Score
 
+# the scoring passes that a log may show, in their order
 STAGES = ("post_ema", "post_quant", "sliding", "ttt_lr0", "post_ttt")
 
 

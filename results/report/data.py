@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from results.findings.review import Finding
+from results.findings.findings import Finding
 from results.schema import FINISHED
 from results.stats import bits_per_byte, paired_documents
 from results.store.announced import announced_price, rows_of_variant

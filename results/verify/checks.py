@@ -46,7 +46,7 @@ class Formulas(NamedTuple):
     is_twin: Callable[[str, bytes], bool | None]  # readable program, packed one; None: cannot be told here
 
 
-def guarded(where: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
+def run_checks(where: str, check: Callable[[], Iterator[Check]]) -> list[Check]:
     """Return the checks of a part; content that cannot be read is a disagreement, not the end of the report."""
     found: list[Check] = []
     try:

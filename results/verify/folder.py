@@ -25,8 +25,8 @@ from results.verify.checks import (
     Formulas,
     _shown,
     compare,
-    guarded,
     read_json,
+    run_checks,
 )
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def verify_folder(folder: Path, formulas: Formulas) -> list[Check]:
         raise FileNotFoundError(f"{folder}: no such folder")
     if not (folder / EVIDENCE).is_dir():
         raise ValueError(f"{folder} has no {EVIDENCE}/ folder; export it with this version of seedsweep")
-    checks = [*check_sums(folder), *guarded("rendered files", lambda: check_rendered(folder))]
-    rows = guarded_rows(folder, checks)
+    checks = [*check_sums(folder), *run_checks("rendered files", lambda: check_rendered(folder))]
+    rows = read_finished_rows(folder, checks)
     for row in rows:
         where = f"seed={row['seed']}"
-        checks += guarded(where, lambda row=row: check_seed(folder, row, formulas))  # type: ignore[misc]
-    checks += guarded("sweep", lambda: check_sweep(folder, rows))
+        checks += run_checks(where, lambda row=row: check_seed(folder, row, formulas))  # type: ignore[misc]
+    checks += run_checks("sweep", lambda: check_sweep(folder, rows))
     return checks
 
 
@@ -131,7 +131,7 @@ def _without(text: str, heading: str | None) -> str:
     return re.sub(rf"(?ms)^{re.escape(heading)}$.*?(?=^## |\Z)", "", text)
 
 
-def guarded_rows(folder: Path, checks: list[Check]) -> list[dict[str, Any]]:
+def read_finished_rows(folder: Path, checks: list[Check]) -> list[dict[str, Any]]:
     """Return the finished rows of the folder's evidence; files that cannot be read are noted in checks."""
     from results.store.reader import latest_attempts, read_runs
 

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import lzma
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from results.export.evidence import EVIDENCE, PROGRAMS
 from results.schema import column_names
+from results.stats import bits_per_byte
 from results.store.guard import file_sha256
 from results.store.names import name_of_row
 from results.verify.checks import AGREES, DIFFERS, UNCHECKED, Check, Formulas, compare, read_arrays, read_json
@@ -178,7 +178,7 @@ def check_scores(seed: str, workdir: Path, row: Mapping[str, Any]) -> Iterator[C
         arrays = read_arrays(workdir / name)
         nats, tokens, num_bytes = float(arrays[column].sum()), int(arrays["tokens"].sum()), int(arrays["bytes"].sum())
         figures = {
-            "nats": nats, "tokens": tokens, "bytes": num_bytes, "bpb": nats / math.log(2) / num_bytes,
+            "nats": nats, "tokens": tokens, "bytes": num_bytes, "bpb": bits_per_byte(nats, num_bytes),
             "nats_per_token": nats / tokens,
         }  # fmt: skip
         for figure, value in figures.items():

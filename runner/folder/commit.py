@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.files import plain
+from model.files.plain import read_arrays_if_any, read_json_if_any
 from model.report import STAGES
 from runner.life.states import Run, State
 from runner.spec.sweep import SweepSpec
@@ -42,10 +42,10 @@ def commit_run(
     """
     from results.store.writer import commit_attempt
 
-    record = {**record, **read_json(workdir / "attempt.json")}
+    record = {**record, **read_json_if_any(workdir / "attempt.json")}
     is_done = run.state in (State.COMMITTING, State.DONE)
     names = STAGES if spec.program is None else (PROGRAM_STAGE,) * is_done  # a program is finished or has no figures
-    stages = [read_json(path) for stage in names if (path := workdir / "stages" / f"{stage}.json").exists()]
+    stages = [read_json_if_any(path) for stage in names if (path := workdir / "stages" / f"{stage}.json").exists()]
     if spec.program is not None and is_done and not stages:
         raise ValueError(f"{workdir}: the program ended, and its stages/program.json is not there; nothing to commit")
     for stage in stages:
@@ -55,7 +55,7 @@ def commit_run(
             )
     row = run_row(spec, run, record, stages, node_label=node_label)
     # surroundings count as code does; a run that failed may have done so over this very file
-    is_changed = is_done and read_json(workdir / "run.json").get("code_changed") is True
+    is_changed = is_done and read_json_if_any(workdir / "run.json").get("code_changed") is True
     is_changed |= any(stage["metrics"].get("code_changed") is True for stage in stages)
     commit_attempt(
         spec.out,
@@ -115,7 +115,7 @@ def step_rows(workdir: Path) -> dict[str, np.ndarray]:
     """Return the columns of the steps table; each step has the newest sample of the GPUs that was taken by then."""
     import numpy as np
 
-    steps, samples = read_arrays(workdir / "steps.npz"), read_arrays(workdir / "gpu.npz")
+    steps, samples = read_arrays_if_any(workdir / "steps.npz"), read_arrays_if_any(workdir / "gpu.npz")
     if not steps or not len(samples.get("step", ())):
         return steps
     newest = np.searchsorted(samples["step"], steps["step"], side="right") - 1
@@ -130,19 +130,9 @@ def document_rows(workdir: Path) -> dict[str, np.ndarray]:
     """
     import numpy as np
 
-    plain, adapted = (read_arrays(workdir / name) for name in DOCUMENT_FILES)
+    plain, adapted = (read_arrays_if_any(workdir / name) for name in DOCUMENT_FILES)
     if plain and adapted:
         for name in ("index", "tokens", "bytes"):
             if not np.array_equal(plain[name], adapted[name]):
                 raise ValueError(f"{workdir}: evaluate.npz and ttt.npz differ in {name}; remove both stages' records")
     return {**plain, **adapted}
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz file, {} where there is none. Raises ValueError if it is damaged."""
-    return plain.read_arrays(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON mapping, {} where there is no file. Raises ValueError if it is damaged."""
-    return plain.read_json(path) if path.exists() else {}

@@ -172,7 +172,7 @@ def changed_files(place: Path, hashes: Mapping[str, str]) -> list[str]:
     return changed
 
 
-def new_files(place: Path, hashes: Mapping[str, str], *, not_in: tuple[str, ...] = ()) -> dict[str, Path]:
+def new_files(place: Path, hashes: Mapping[str, str]) -> dict[str, Path]:
     """Return by relative path the files that a program wrote into its folder: new ones, and changed ones of its own.
 
     Links are not followed: they lead to inputs.
@@ -183,7 +183,7 @@ def new_files(place: Path, hashes: Mapping[str, str], *, not_in: tuple[str, ...]
         for name in sorted(files):
             path = Path(folder) / name
             relative = path.relative_to(place).as_posix()
-            if path.is_symlink() or not path.is_file() or relative.startswith(not_in or ("\0",)):
+            if path.is_symlink() or not path.is_file():
                 continue
             if relative not in hashes or file_sha256(path) != hashes[relative]:
                 found[relative] = path

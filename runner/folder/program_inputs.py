@@ -6,20 +6,17 @@ lies does not count.
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from model.data import remembered
-
-READ_BYTES = 1 << 22
-LOOK_S = 1.0
+from model.files.linked import READ_BYTES
+from model.files.locks import lock_beside
 
 
 def input_problems(inputs: Mapping[str, str]) -> list[str]:
@@ -68,7 +65,10 @@ def hash_once(path: Path, tick: Callable[[], None]) -> str:
     if base is None:
         return hash_file(path, tick)
     place = base.with_name(f"bytes-{base.name}")
-    with waiting_for(place, tick):
+    lock: AbstractContextManager[object] = nullcontext()
+    with suppress(OSError):  # a home that takes no files costs only time
+        lock = lock_beside(place, tick)
+    with lock:
         known = remembered.recall(place)
         if known is not None and isinstance(known.get("sha256"), str):
             return str(known["sha256"])
@@ -86,23 +86,3 @@ def hash_file(path: Path, tick: Callable[[], None]) -> str:
             digest.update(block)
             tick()
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def waiting_for(place: Path, tick: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock beside a place, calling tick while another process holds it; without one where none can be made."""
-    lock: FileLock | None = None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_name(f"{place.name}.lock"))
-        while not lock.is_locked:
-            with contextlib.suppress(Timeout):
-                lock.acquire(timeout=LOOK_S)
-            tick()
-    except OSError:  # a home that takes no files costs only time
-        lock = None
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,8 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
+from model.files.locks import lock_beside
 from runner.errors import PreflightError, first_line
 
 MARK = "seedsweep-complete"  # written last into an environment
@@ -46,17 +44,9 @@ def make_environment(requirements: Path, tick: Callable[[], None], *, root: Path
     cannot be had: without a network, or because there are none of that name and version.
     """
     place = (root or environments_root()) / environment_name(requirements)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.with_name(f"{place.name}.lock"))
-    while not lock.is_locked:
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=LOOK_S)
-        tick()
-    try:
+    with lock_beside(place, tick):
         if not (place / MARK).is_file():
             fill_environment(place, requirements, tick)
-    finally:
-        lock.release()
     return place / "bin" / "python"
 
 

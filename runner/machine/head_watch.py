@@ -38,11 +38,11 @@ class HeadWatch:
         while in_vain < KNOCKS:
             if self.is_over.wait(KNOCK_EVERY_S):
                 return
-            in_vain = 0 if answers(self.address) else in_vain + 1
+            in_vain = 0 if is_answering(self.address) else in_vain + 1
         self.on_silence(self.address)
 
 
-def answers(address: str) -> bool:
+def is_answering(address: str) -> bool:
     """Return whether host:port accepts a connection, or refuses it: a head that died is no silence, Ray sees it too."""
     host, _, port = address.rpartition(":")
     try:

@@ -73,9 +73,9 @@ def draft_spec(found: FoundProgram, *, folder: str) -> Draft:
     name = _name_of(found.folder)
     pen.write("# Written by seedsweep program init. Read every line: CHECK was guessed or is not on this machine,")
     pen.write("# NOT FOUND is said nowhere in the folder. Then: seedsweep plan THIS_FILE")
-    pen.write(f"name: {scalar(name)}")
+    pen.write(f"name: {quote(name)}")
     pen.write("program:")
-    pen.write(f"  folder: {scalar(folder)}")
+    pen.write(f"  folder: {quote(folder)}")
     _write_command(pen, found)
     _write_env(pen, found)
     _write_seed_env(pen, found)
@@ -86,13 +86,13 @@ def draft_spec(found: FoundProgram, *, folder: str) -> Draft:
     else:
         pen.write("seeds: []", None, Remark(NOT_FOUND, "seeds", "no log, submission.json or command names a seed"))
     _write_gang(pen, found)
-    pen.write(f"out: {scalar(_out(folder, name))}")
+    pen.write(f"out: {quote(_out(folder, name))}")
     for note in found.notes:
         pen.note("", Remark(CHECK, "folder", note))
     return Draft("\n".join(pen.lines) + "\n", pen.remarks, bool(found.seeds) and found.script is not None)
 
 
-def scalar(value: str) -> str:
+def quote(value: str) -> str:
     """Return text as YAML that reads back as the same text, in quotes where plain words would not."""
     if PLAIN.fullmatch(value) and not WORDS_WITH_A_MEANING.fullmatch(value):
         return value
@@ -130,7 +130,7 @@ def _write_command(pen: _Pen, found: FoundProgram) -> None:
         words, source = list(_safe_words(found, remarks)), found.command.source
         if found.commands > 1:
             remarks.append(Remark(CHECK, "program.command", f"the folder has {found.commands} different commands"))
-    pen.write(f"  command: [{', '.join(scalar(_escape(word)) for word in words)}]", source, *remarks)
+    pen.write(f"  command: [{', '.join(quote(_escape(word)) for word in words)}]", source, *remarks)
     if words[:1] == ["torchrun"]:
         pen.write("  launcher: torchrun")
 
@@ -190,14 +190,14 @@ def _write_env(pen: _Pen, found: FoundProgram) -> None:
 def _write_variable(pen: _Pen, name: str, value: str) -> None:
     remarks = []
     if RUN_ID.fullmatch(name):
-        pen.write(f"    {name}: {scalar('{run_id}')}")
+        pen.write(f"    {name}: {quote('{run_id}')}")
         return
     if "$" in value:
         remarks.append(Remark(CHECK, f"program.env.{name}", "nothing here sets the variable in it"))
     elif os.path.isabs(value) and re.search(r"OUT|LOG|SAVE|CKPT|CHECKPOINT|CACHE|RESULT", name):
         words = "runs at the same time would share this place; {out} is a folder of the run's own"
         remarks.append(Remark(CHECK, f"program.env.{name}", words))
-    pen.write(f"    {name}: {scalar(_escape(value))}", None, *remarks)
+    pen.write(f"    {name}: {quote(_escape(value))}", None, *remarks)
 
 
 def _write_seed_env(pen: _Pen, found: FoundProgram) -> None:
@@ -241,8 +241,8 @@ def _write_inputs(pen: _Pen, found: FoundProgram) -> None:
     for link, (place, fact, remark) in links.items():
         if any(link != other and link.startswith(f"{other}/") for other in links):
             continue  # lies in another one
-        shown = f"{scalar(link.lstrip('/').replace('/', '-') if os.path.isabs(link) else link)}: {scalar(place)}"
-        pen.write(f"    {shown}" if is_linked else f"    - {scalar(place)}", fact.source, *([remark] if remark else []))
+        shown = f"{quote(link.lstrip('/').replace('/', '-') if os.path.isabs(link) else link)}: {quote(place)}"
+        pen.write(f"    {shown}" if is_linked else f"    - {quote(place)}", fact.source, *([remark] if remark else []))
 
 
 def _without_glob(path: str) -> str:
@@ -267,12 +267,12 @@ def _write_files(pen: _Pen, found: FoundProgram) -> None:
     """Write packages, artifact, code and log."""
     if found.requirements:
         remark = Remark(CHECK, "program.requirements", "it does not name torch, and only what it names is installed")
-        pen.write(f"  requirements: {scalar(found.requirements)}", None, *[remark] * _lacks_torch(found))
+        pen.write(f"  requirements: {quote(found.requirements)}", None, *[remark] * _lacks_torch(found))
     else:
         words = "no requirements.txt: it runs with the packages installed here"
         pen.write("  requirements: null", None, Remark(NOT_FOUND, "program.requirements", words))
-    model = ", ".join(scalar(_escape(name)) for name in found.artifacts)
-    code = ", ".join(map(scalar, found.code))
+    model = ", ".join(quote(_escape(name)) for name in found.artifacts)
+    code = ", ".join(map(quote, found.code))
     remarks = []
     if not found.artifacts:
         words = "which files are the artifact is not said; without them its size is what the log says"
@@ -282,7 +282,7 @@ def _write_files(pen: _Pen, found: FoundProgram) -> None:
     pen.write(f"  outputs: {{model: [{model}], code: [{code}]}}", None, *remarks)
     has_run_id = found.command is not None and any(RUN_ID.fullmatch(name) for name in found.command.env)
     if found.log and (has_run_id or "RUN_ID" in found.reads):
-        pen.write(f"  log: [{scalar(found.log)}]")
+        pen.write(f"  log: [{quote(found.log)}]")
 
 
 def _lacks_torch(found: FoundProgram) -> bool:

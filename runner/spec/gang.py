@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from model.fields import check_keys, updated
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.labels import ACCELERATOR_LABEL, parse_require, words
 
 MAX_RANKS = 8  # on one host
@@ -88,7 +88,7 @@ def parse_gang(given: object) -> Gang:
     """Return the checked gang that a spec, or sweep.json, holds. Raises ValueError naming the key that does not fit."""
     values = dict(check_keys("gang", given, [item.name for item in dataclasses.fields(Gang)]))
     require = parse_require(values.pop("require", None) or {})
-    return replace(updated(Gang(), values, "gang"), require=require)
+    return replace(update_fields(Gang(), values, "gang"), require=require)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Literal
 
-from model.fields import check_keys, checked, describe, nearest
+from model.fields import check_value, describe, nearest
+from runner.spec.keys import check_keys
 from runner.spec.places import absolute_path, is_uri
 from runner.spec.secrets import has_shape_of_secret, looks_like_secret
 
@@ -78,17 +79,17 @@ def parse_program(given: object) -> Program:
     launcher = parse_launcher(section.get("launcher"), command)
     env, secrets = parse_env(section.get("env"))
     seed_env = section.get("seed_env", "SEED")
-    seed_env = "" if seed_env is None else checked(seed_env, str, "program.seed_env")
+    seed_env = "" if seed_env is None else check_value(seed_env, str, "program.seed_env")
     if seed_env and not VARIABLE.fullmatch(seed_env):
         raise ValueError(f"program.seed_env={seed_env!r} is no name of a variable; write one such as SEED")
     if seed_env in env:
         raise ValueError(f"program.env.{seed_env} is what program.seed_env sets for each run; remove it")
     model, code = parse_outputs(section.get("outputs"))
     return Program(
-        folder=absolute_path(checked(section["folder"], str, "program.folder")), command=command, env=env,
+        folder=absolute_path(check_value(section["folder"], str, "program.folder")), command=command, env=env,
         secrets=secrets, seed_env=seed_env, inputs=parse_inputs(section.get("inputs")), model=model, code=code,
-        requirements=inside(section.get("requirements") or "", "program.requirements"),
-        log=tuple(inside(item, "program.log") for item in as_list(section.get("log"), "program.log")),
+        requirements=check_inside(section.get("requirements") or "", "program.requirements"),
+        log=tuple(check_inside(item, "program.log") for item in as_list(section.get("log"), "program.log")),
         launcher=launcher,
     )  # fmt: skip
 
@@ -168,12 +169,12 @@ def parse_secret(given: Mapping[Any, Any], path: str) -> str:
 def parse_inputs(given: object) -> dict[str, str]:
     """Return what must exist on the node: a list of paths, or names of links in the working folder and their paths."""
     if isinstance(given, Mapping):
-        named = {inside(name, "program.inputs"): path for name, path in given.items()}
+        named = {check_inside(name, "program.inputs"): path for name, path in given.items()}
     else:
         named = {str(path): path for path in as_list(given, "program.inputs")}
     found = {}
     for name, path in named.items():
-        text = checked(path, str, f"program.inputs.{name}")
+        text = check_value(path, str, f"program.inputs.{name}")
         if not text or is_uri(text):
             raise ValueError(f"program.inputs: {text!r} must be a file or a folder on the node")
         if isinstance(given, Mapping) and re.search(r"[*?\[]", text):
@@ -189,12 +190,13 @@ def parse_outputs(given: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
     section = given if isinstance(given, Mapping) else {"model": given}
     check_keys("program.outputs", section, ("model", "code"))
     model = tuple(
-        checked(item, str, "program.outputs.model") for item in as_list(section.get("model"), "program.outputs.model")
+        check_value(item, str, "program.outputs.model")
+        for item in as_list(section.get("model"), "program.outputs.model")
     )
     for item in model:
         check_placeholders(item, "program.outputs.model")
     code = as_list(section.get("code"), "program.outputs.code")
-    return model, tuple(inside(item, "program.outputs.code") for item in code)
+    return model, tuple(check_inside(item, "program.outputs.code") for item in code)
 
 
 def as_list(given: object, path: str) -> list[Any]:
@@ -205,7 +207,7 @@ def as_list(given: object, path: str) -> list[Any]:
         return [given]
     if not isinstance(given, list | tuple):
         raise ValueError(f"{path} must be text or a list of texts, not {describe(given)}")
-    return [checked(item, str, path) for item in given]
+    return [check_value(item, str, path) for item in given]
 
 
 def as_text(given: object, path: str) -> str:
@@ -220,9 +222,9 @@ def as_text(given: object, path: str) -> str:
     raise ValueError(f"{path} must be text or a number, not {describe(given)}")
 
 
-def inside(given: object, path: str) -> str:
+def check_inside(given: object, path: str) -> str:
     """Return a relative path without ways out of its folder."""
-    text: str = checked(given, str, path)
+    text: str = check_value(given, str, path)
     check_placeholders(text, path)
     if os.path.isabs(text) or ".." in PurePath(text).parts:
         raise ValueError(f"{path}={text!r} must be a path inside the program's folder")

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from model.config import DataConfig, RunConfig
-from model.fields import check_keys, checked, describe, nearest, updated
+from model.fields import check_value, describe, nearest
 from model.presets import PRESETS
 from runner.spec.gang import Limits, parse_gang
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.places import absolute_path, is_uri
 from runner.spec.plain_yaml import SpecLoader
 from runner.spec.program import parse_program
@@ -81,7 +82,7 @@ def parse_spec(plain: object, *, out: str | None = None) -> SweepSpec:
     data, fetch = parse_data(given.get("data", {}))
     base = replace(PRESETS[preset](), data=data, seed=0)
     overrides = check_keys("overrides", given.get("overrides") or {}, OVERRIDE_SECTIONS)
-    baseline = updated(base, overrides, "")
+    baseline = update_fields(base, overrides, "")
     ablation = parse_variants(given, baseline)
     spec = SweepSpec(
         name=check_name(given["name"]),
@@ -129,10 +130,10 @@ def check_apart(out: str, folder: str) -> None:
 
 def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
     """Return what every sweep has, whatever its gangs do: seeds, repeats, gang, folder, trackers and price."""
-    repeats = checked(given.get("repeats", 1), int, "repeats")
+    repeats = check_value(given.get("repeats", 1), int, "repeats")
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
-    place = absolute_path(out if out is not None else checked(given.get("out", ""), str, "out"))
+    place = absolute_path(out if out is not None else check_value(given.get("out", ""), str, "out"))
     if not place:
         raise ValueError("out is missing; name a folder (or pass --out DIR)")
     gang = parse_gang(given.get("gang") or {})
@@ -141,7 +142,7 @@ def parse_course(given: Mapping[str, Any], out: str | None) -> dict[str, Any]:
         "seeds": check_seeds(given["seeds"]), "repeats": repeats, "gang": gang, "out": place, "track": track,
         "price_per_gpu_hour": parse_price(given.get("price_per_gpu_hour")),
         "priority": parse_priority(given.get("priority", 0)),
-        "preemptible": checked(given.get("preemptible", False), bool, "preemptible"),
+        "preemptible": check_value(given.get("preemptible", False), bool, "preemptible"),
     }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def parse_limits(given: Mapping[str, Any]) -> Limits:
             if name in limits:
                 raise ValueError(f"{name} is given twice, at the top and under limits; keep one")
             limits[name] = given[name]
-    return updated(Limits(), limits, "limits")
+    return update_fields(Limits(), limits, "limits")
 
 
 def parse_track(given: object) -> dict[str, str]:
@@ -183,7 +184,7 @@ def parse_track(given: object) -> dict[str, str]:
 
 def parse_priority(given: object) -> int:
     """Return the priority of a sweep among those of its cluster."""
-    priority: int = checked(given, int, "priority")
+    priority: int = check_value(given, int, "priority")
     if abs(priority) > MAX_PRIORITY:
         raise ValueError(f"priority={priority} must be between -{MAX_PRIORITY} and {MAX_PRIORITY}; 0 is the default")
     return priority
@@ -206,8 +207,8 @@ def parse_data(given: object) -> tuple[DataConfig, Mapping[str, Any] | None]:
     if fetch is not None:
         fetch = dict(check_keys("data.fetch", fetch, ("repo", "variant", "revision", "shards", "endpoint")))
         for name, value in fetch.items():
-            checked(value, int if name == "shards" else str, f"data.fetch.{name}")
-    data = updated(DataConfig(), section, "data")
+            check_value(value, int if name == "shards" else str, f"data.fetch.{name}")
+    data = update_fields(DataConfig(), section, "data")
     for name in ("train", "val", "tokenizer"):
         if not getattr(data, name):
             raise ValueError(f"data.{name} is missing; name the {'file' if name == 'tokenizer' else 'shards (a glob)'}")

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from model.config import RunConfig, config_hash
-from model.fields import check_keys, checked, describe, plain_settings, updated
+from model.fields import check_value, describe, plain_settings
+from results.schema import BASE
+from results.store.names import run_name
 from runner.spec.gang import Gang, Limits, parse_gang
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.program import Program, parse_program
 
-BASE = "base"  # the one variant of a sweep that names none
 MAX_SEED = 2**32 - 1  # numpy's generators take no more
 SHOWN_VARIANTS = 12  # in one line
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -30,8 +32,7 @@ class RunKey:
     @property
     def name(self) -> str:
         """The run's folder and the stem of its result files."""
-        prefix = f"variant={self.variant}-" if self.variant else ""
-        return f"{prefix}seed={self.seed}-repeat={self.repeat}"
+        return run_name(self.variant, self.seed, self.repeat)
 
     @property
     def variant_name(self) -> str:
@@ -140,14 +141,15 @@ class SweepSpec:
         return cls(
             name=check_name(plain["name"]),
             preset=str(plain["preset"]),
-            config=updated(RunConfig(), plain["config"], ""),
+            config=update_fields(RunConfig(), plain["config"], ""),
             seeds=check_seeds(plain["seeds"]),
-            repeats=checked(plain["repeats"], int, "repeats"),
+            repeats=check_value(plain["repeats"], int, "repeats"),
             ablation=tuple(
-                Variant(name=str(item["name"]), config=updated(RunConfig(), item["config"], "")) for item in ablation
+                Variant(name=str(item["name"]), config=update_fields(RunConfig(), item["config"], ""))
+                for item in ablation
             ),
             gang=parse_gang(plain["gang"]),
-            limits=updated(Limits(), plain["limits"], "limits"),
+            limits=update_fields(Limits(), plain["limits"], "limits"),
             fetch=plain["fetch"],
             track=dict(plain.get("track") or {}),  # like the price, not in what earlier versions wrote
             price_per_gpu_hour=plain.get("price_per_gpu_hour"),

@@ -9,17 +9,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from model.config import HASHED_SECTIONS, RunConfig
-from model.fields import check_keys, describe, nearest, updated
+from model.fields import describe, nearest
+from results.store.names import VARIANT_PATTERN
+from runner.spec.keys import check_keys, update_fields
 from runner.spec.sweep import Variant
 
 MAX_VARIANTS = 200
-VARIANT_PATTERN = re.compile(r"[A-Za-z0-9_+=,][A-Za-z0-9._+=,-]{0,79}")
 SWEEP_WIDE = {  # what somebody may want to vary, and where it belongs
     "seed": "seeds are listed at the top of the spec, and every variant runs all of them",
     "data": "scores on other data cannot be compared; make it another sweep",
@@ -73,7 +73,7 @@ def override(base: RunConfig, overrides: object, path: str) -> RunConfig:
         if name in SWEEP_WIDE:
             raise ValueError(f"{path}: {name} may not vary between variants; {SWEEP_WIDE[name]}")
     try:
-        config = updated(base, given, "")
+        config = update_fields(base, given, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     section, name = TOKENIZERS

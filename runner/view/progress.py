@@ -142,7 +142,7 @@ def waiting_for(run: Run) -> str:
     return "a node" if run.state is State.STARTING and run.metrics.get("note") else ""
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def make_cells(row: Row) -> tuple[str, ...]:
     """Return a row as text, one cell for each name in HEADER."""
     is_working = row.state in {str(state) for state in WORKING}
     steps = "" if not is_working else f"{row.step}" if row.total is None else f"{row.step}/{row.total}"
@@ -156,8 +156,8 @@ def tabulate(rows: Iterable[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]
     """Return the header and the cells of rows; the variant stands first where the sweep names any."""
     shown = list(rows)
     if not any(row.variant for row in shown):
-        return HEADER, [cells(row) for row in shown]
-    return ("variant", *HEADER), [(row.variant, *cells(row)) for row in shown]
+        return HEADER, [make_cells(row) for row in shown]
+    return ("variant", *HEADER), [(row.variant, *make_cells(row)) for row in shown]
 
 
 def duration(seconds: float | None) -> str:
@@ -177,7 +177,7 @@ def plain_line(row: Row) -> str:
     variant = [f"variant={row.variant}"] if row.variant else []
     words = [*variant, f"seed={row.seed}", *([f"repeat={row.repeat}"] if row.repeat else []), row.state]
     names = ("step", "", "tokens/s", "eta", "attempt", "node", "")
-    for name, cell in zip(names, cells(row)[2:]):
+    for name, cell in zip(names, make_cells(row)[2:]):
         if cell:
             words.append(f"{name}={cell}" if name else cell.replace(" ", "=") if cell == row.score else f"({cell})")
     return " ".join(words)

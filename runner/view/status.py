@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from model.fields import nearest
 from results.render import mixed_devices
+from results.schema import BASE
 from runner.folder.directory import SweepDirectory, run_from_json, run_to_json, utc
 from runner.folder.lease import BEAT_EVERY_S, LEASE_TTL_S, Owner
 from runner.folder.storage import open_storage
 from runner.life.states import FINAL, WORKING, Run, State
-from runner.spec.sweep import BASE, RunKey
+from runner.spec.sweep import RunKey
 from runner.view.progress import Paces, Row, duration, row_of
 
 GIVEN_UP = FINAL - {State.DONE}
@@ -60,11 +61,11 @@ def look(out: str) -> Picture:
     directory = SweepDirectory(open_storage(out))
     state = directory.read_state()
     if not state:
-        raise FileNotFoundError(what_is_there(directory))
+        raise FileNotFoundError(describe_folder(directory))
     now = time.time()
     owner = directory.read_owner()
     runs = [run_from_json(plain) for plain in state["runs"]]
-    is_driven = owner is not None and (owner.is_alive(now) or moves(directory, owner, runs))
+    is_driven = owner is not None and (owner.is_alive(now) or is_moving(directory, owner, runs))
     if is_driven and owner is not None:
         driver = f"driven by {owner.describe(now)}"
         if owner.process_lives() is False:
@@ -91,7 +92,7 @@ def look(out: str) -> Picture:
     )
 
 
-def what_is_there(directory: SweepDirectory) -> str:
+def describe_folder(directory: SweepDirectory) -> str:
     """Return why there is no picture of a sweep, in one line."""
     shown, record = directory.storage.shown, directory.read_json("sweep.json")
     if not record:
@@ -104,7 +105,7 @@ def what_is_there(directory: SweepDirectory) -> str:
     )
 
 
-def moves(directory: SweepDirectory, owner: Owner, runs: list[Run]) -> bool:
+def is_moving(directory: SweepDirectory, owner: Owner, runs: list[Run]) -> bool:
     """Return whether a driver that seems dead by the clock alone lives after all: hosts' clocks differ."""
     is_seen_dead = owner.process_lives() is False
     if is_seen_dead or not owner.is_heard or all(run.is_final for run in runs):

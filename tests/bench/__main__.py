@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.bench.command import DEFAULT_REPEATS, show_report, timed
-from jobs.bench.figures import Report, check_out, environment
+from jobs.bench.figures import Report, check_out, describe_environment
 from jobs.bench.process import Bench, MeasurementFailed
 from tests.bench.laptop import bench_laptop
 from tests.bench.results import bench_results
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_out(args.out)
         command = shlex.join(["python", "-m", "tests.bench", *(sys.argv[1:] if argv is None else argv)])
-        report = Report(args.mode, {"command": command, "repeats": args.repeats}, environment())
+        report = Report(args.mode, {"command": command, "repeats": args.repeats}, describe_environment())
         with timed(report), tempfile.TemporaryDirectory(prefix="seedsweep-bench-") as folder:
             measure(Bench(report, Path(folder), args.repeats, {"folder": folder, "preset": "tiny"}), args)
     except MeasurementFailed as error:

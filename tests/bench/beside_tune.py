@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import yaml
 
-from jobs.bench.figures import environment
+from jobs.bench.figures import describe_environment
 from runner.gang.rank import Rank
 from tests import stub_work
 from tests.house import ROOT
@@ -193,7 +193,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="seedsweep-tune-") as name:
         figures = measure(Path(name))
     command = "python -m tests.bench.beside_tune --out docs/bench/beside_tune.json"
-    report = {"command": command, "environment": environment(), **figures}
+    report = {"command": command, "environment": describe_environment(), **figures}
     text = json.dumps(report, indent=1, default=str)
     if out is not None:
         out.write_text(text + "\n", encoding="utf-8")

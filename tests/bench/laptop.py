@@ -90,7 +90,7 @@ def _quantize_tiny(probe: Probe) -> None:
 
     from model.banks import KINDS_OF_HESSIAN, parameter_shapes, tensor_shapes
     from model.presets import tiny
-    from model.quant.state import quantize_state
+    from tests.rounding import quantize_state
 
     config = tiny()
     generator = torch.Generator().manual_seed(0)

@@ -300,7 +300,7 @@ class TokenizerCase(Case):
         tokenizer = load_tokenizer(path)
         rng = random.Random(len(content))
         text = "".join(chr(rng.choice((rng.randrange(1, 0x300), rng.randrange(0x2000, 0x3100)))) for _ in range(99))
-        tokenizer.decode(tokenizer.encode_document(text))
+        tokenizer.decode(tokenizer.encode_documents([text])[0])
         assert tokenizer.byte_table.base_bytes.size == tokenizer.vocab_size
 
 
