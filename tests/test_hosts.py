@@ -153,12 +153,13 @@ def test_ranks_lie_on_the_hosts_in_their_order(tmp_path: Path, monkeypatch: pyte
     (event,) = gang.poll()
     assert event == states.Placed(key=KEY, group=1, node="10.0.0.a, 10.0.0.b", node_id="a", peers=("b",))
     assert gang.meeting == ("10.0.0.a", "10.0.0.b")
-    gang.facts = [{"rank": rank, "gpus": [gpu]} for rank, gpu in enumerate(["10", "9", "0", "1"])]
+    gang.gpus = [("10", "9"), ("0", "1")]
     assert [gang.gpus_of(gang.host_of(rank)) for rank in range(4)] == [("9", "10")] * 2 + [("0", "1")] * 2
     job = replace(make_rank(tmp_path).job, world_size=4, hosts=2)
     assert [job.place_of(rank) for rank in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert "GLOO_SOCKET_IFNAME" not in ray_facts.rank_environment(job)
-    assert ray_facts.rank_environment(replace(job, hosts=1))["GLOO_SOCKET_IFNAME"] == ray_facts.LOOPBACK_INTERFACE
+    assert "GLOO_SOCKET_IFNAME" not in ray_facts.rank_environment(gang.shape)
+    environment = ray_facts.rank_environment(Gang(cpus=3))
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["OMP_NUM_THREADS"]) == (ray_facts.LOOPBACK_INTERFACE, "3")
 
 
 def test_one_host_asks_for_one_node_and_meets_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,19 @@ def load_target(dotted: str) -> Callable[[Rank], object]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
+def import_ahead(target: str) -> None:
+    """Import the module of a target and what it names in IMPORTS: what a rank would import once it has its job.
+
+    Raises RuntimeError if that leaves more behind than modules, by what the module's `find_traces` says.
+    """
+    module = importlib.import_module(target.partition(":")[0])
+    for name in getattr(module, "IMPORTS", ()):
+        importlib.import_module(name)
+    traces = module.find_traces() if hasattr(module, "find_traces") else ""
+    if traces:
+        raise RuntimeError(f"imports alone have {traces}")
+
+
 def redirect_output(path: Path) -> None:
     """Send everything this process prints, C code included, and its logging, to a file of its own.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,11 @@ class Beat:
     def where(self) -> str:
         """The place in words."""
         return f"{self.phase or 'start'} step {self.step}"
+
+    @property
+    def excused(self) -> Beat:
+        """This beat, one from before the ranks met without the time in which it got no further."""
+        return replace(self, idle_s=0.0) if self.is_starting else self
 
     @property
     def is_starting(self) -> bool:
