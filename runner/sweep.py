@@ -33,7 +33,7 @@ from runner.folder.storage import check_writable, open_storage
 from runner.life.capacity import count_slots, why_infeasible
 from runner.life.states import Run, State
 from runner.machine.node import this_machine
-from runner.machine.packages import missing_packages, missing_trackers
+from runner.machine.packages import keep_arrow_small, missing_packages, missing_trackers
 from runner.machine.signals import raise_interrupt, signals_end
 from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
@@ -280,21 +280,20 @@ def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_
 def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
     """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
     from results.schema import FINISHED
-    from results.store.reader import read_runs
+    from results.store.reader import read_run_table
 
     try:
-        rows = read_runs(spec.out, columns=["attempt"])
+        table, problems = read_run_table(spec.out, columns=["attempt"])
     except FileNotFoundError:
         return {}
-    for problem in rows.problems:
+    for problem in problems:
         logger.warning("%s (counts as not done)", problem)
-    frame = rows.frame[rows.frame["state"] == FINISHED]
     keys = {(key.variant_name, key.seed, key.repeat): key for key in spec.keys}
     found: dict[RunKey, int] = {}
-    for *name, attempt in zip(frame["variant"], frame["seed"], frame["repeat"], frame["attempt"]):
-        key = keys.get((str(name[0]), int(name[1]), int(name[2])))
-        if key is not None:
-            found[key] = max(found.get(key, 0), int(attempt))
+    for row in table.to_pylist():
+        key = keys.get((str(row["variant"]), int(row["seed"]), int(row["repeat"])))
+        if key is not None and row["state"] == FINISHED:
+            found[key] = max(found.get(key, 0), int(row["attempt"]))
     return found
 
 
@@ -309,6 +308,8 @@ def drive(
     if all(run.is_final for run in runs):
         directory.write_state(spec.name, runs, time.time() - time.monotonic())
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
+    if not options.is_local:
+        keep_arrow_small()
     with open_backend(spec, options) as (backend, grace_s):
         is_endless = options.is_local and spec.program is None
         limits = replace(spec.limits, **LOCAL_LIMITS) if is_endless else spec.limits

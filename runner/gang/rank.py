@@ -187,16 +187,18 @@ def load_target(dotted: str) -> Callable[[Rank], object]:
 
 
 def import_ahead(target: str) -> None:
-    """Import the module of a target and what it names in IMPORTS: what a rank would import once it has its job.
+    """Import the module of a target, what it names in IMPORTS, and so on: what a rank imports once it has its job.
 
-    Raises RuntimeError if that leaves more behind than modules, by what the module's `find_traces` says.
+    Raises RuntimeError if that leaves more behind than modules, as far as `find_traces` of these modules can see.
     """
-    module = importlib.import_module(target.partition(":")[0])
-    for name in getattr(module, "IMPORTS", ()):
-        importlib.import_module(name)
-    traces = module.find_traces() if hasattr(module, "find_traces") else ""
-    if traces:
-        raise RuntimeError(f"imports alone have {traces}")
+    names = [target.partition(":")[0]]
+    for name in names:
+        module = importlib.import_module(name)
+        names += [further for further in getattr(module, "IMPORTS", ()) if further not in names]
+    for module in map(sys.modules.__getitem__, names):
+        traces = module.find_traces() if hasattr(module, "find_traces") else ""
+        if traces:
+            raise RuntimeError(f"imports alone have {traces}")
 
 
 def redirect_output(path: Path) -> None:
