@@ -58,8 +58,10 @@ class FakeRay:
         """Return the references that are ready, and the rest."""
         return [ref for ref in refs if ref.is_ready], [ref for ref in refs if not ref.is_ready]
 
-    def get(self, ref: Ref, timeout: float | None = None) -> Any:
-        """Return a value, or raise it."""
+    def get(self, ref: Ref | list[Ref], timeout: float | None = None) -> Any:
+        """Return a value, or those of several references, or raise it."""
+        if isinstance(ref, list):
+            return [self.get(one) for one in ref]
         if isinstance(ref.value, Exception):
             raise ref.value
         return ref.value

@@ -66,7 +66,6 @@ class RayGang:
             [shape.share] * shape.hosts, strategy="STRICT_PACK" if shape.hosts == 1 else "STRICT_SPREAD",
             name=f"{key.name}-group={serial}", _soft_target_node_id=prefer or None, bundle_label_selector=selector,
         )  # fmt: skip
-        self.phase = Phase.WAITING
         self.node_ids: tuple[str, ...] = ()  # of its hosts, in the order of their ranks
         self.addresses: tuple[str, ...] = ()
         self.job: Job | None = None
@@ -91,7 +90,7 @@ class RayGang:
         self.late: set[int] = set()  # ranks whose next answer may be from before the ranks met
         self.inquest: Answer | None = None  # what the gang's nodes are asked once it hangs or lost a rank
         self.dead: dict[int, RayError] = {}
-        self.since = time.monotonic()
+        self.turn(Phase.WAITING)
 
     def poll(self) -> list[states.Event]:
         """Return what happened since the last call."""
@@ -175,7 +174,8 @@ class RayGang:
     def start_afresh(self, rank: int, error: RayError) -> None:
         """Put a fresh process in the place of one that waited and then could not begin."""
         assert self.job is not None
-        self.actors[rank], words = self.waiting.replace(self.node_ids[self.host_of(rank)], self.job, error)
+        actor, node_id = self.actors[rank], self.node_ids[self.host_of(rank)]
+        self.actors[rank], words = self.waiting.replace(actor, node_id, self.job, error)
         self.is_ahead[rank], self.cold_words = False, self.cold_words or words
         self.hellos[rank] = self.begin(rank)
 

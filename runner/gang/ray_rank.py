@@ -66,6 +66,8 @@ class RankActor(Rank):
             self.keeper = Keeper(job.workdir)
         self.watch = start_watch(job.end_path(rank))
         self.stacks = listen_for_stacks()
+        if self.code_hash is not None:
+            logger.info("this process has waited for its job, with all that imports need")
         return self.hello()
 
     def watch_drivers(self) -> threading.Event:
@@ -141,8 +143,9 @@ class WaitingRanks:
             return self.actors[node_id].pop(0), True
         return make_actor(node_id, self.shape, job), False
 
-    def replace(self, node_id: str, job: Job, error: RayError) -> tuple[Any, str]:
+    def replace(self, actor: Any, node_id: str, job: Job, error: RayError) -> tuple[Any, str]:
         """Return a fresh actor for one that could not begin, and why it could not: "" where that was said before."""
+        ray.kill(actor, no_restart=True)
         text = str(getattr(error, "cause", "") or error)
         words = f"a process that waited could not be used ({first_line(text.splitlines()[-1])}); a fresh one starts"
         is_new = words not in self.faults

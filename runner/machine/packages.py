@@ -54,11 +54,11 @@ def keep_arrow_small() -> None:
     pa.set_memory_pool(pa.system_memory_pool())
     finder = NoPandas()
     if "pandas" not in sys.modules:
-        sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, finder)
         try:
             pa.array([])
         finally:
-            sys.meta_path.remove(finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(finder)
 
 
 def missing_trackers(names: Iterable[str]) -> str:
