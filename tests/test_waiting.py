@@ -180,18 +180,19 @@ def test_traces_of_more_than_imports_are_seen(tmp_path: Path, monkeypatch: pytes
 
 CLEAN = """
 import json, os, random, sys, threading
+import numpy
 from runner.gang.ray_rank import RankActor
 from runner.life.job import PIPELINE
-variables, folder, drawn = dict(os.environ), os.getcwd(), random.getstate()
+variables, folder, drawn = dict(os.environ), os.getcwd(), [random.getstate(), str(numpy.random.get_state())]
 actor = RankActor(sys.argv[1], 0, PIPELINE)
-import numpy, torch
+import torch
 from runner.gang.worker import find_traces
 print(json.dumps({
     "modules": [name in sys.modules for name in ("torch", "torch._dynamo", "model.gpt", "model.train.trainer")],
     "traces": find_traces(), "cuda": torch.cuda.is_initialized(), "grad": torch.is_grad_enabled(),
     "threads": [thread.name for thread in threading.enumerate() if thread.name != "MainThread" and thread.is_alive()],
     "changed": sorted(name for name, value in os.environ.items() if variables.get(name) != value),
-    "same": [os.getcwd() == folder, random.getstate() == drawn, numpy.random.get_state()[2] == 624],
+    "same": [os.getcwd() == folder, [random.getstate(), str(numpy.random.get_state())] == drawn],
     "dtype": str(torch.get_default_dtype()), "deterministic": torch.are_deterministic_algorithms_enabled(),
     "code_hash": actor.code_hash,
 }))
@@ -210,8 +211,8 @@ def test_a_process_that_waits_has_imported_torch_and_touched_nothing(tmp_path: P
     assert found["modules"] == [True] * 4
     assert (found["traces"], found["cuda"], found["grad"]) == ("", False, True)
     assert found["threads"] == []
-    assert set(found["changed"]) <= {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "KMP_DUPLICATE_LIB_OK"}
-    assert found["same"] == [True] * 3
+    assert set(found["changed"]) <= {"TORCHINDUCTOR_CACHE_DIR"}  # by torch, with its compiler, in a fresh process too
+    assert found["same"] == [True, True]
     assert (found["dtype"], found["deterministic"]) == ("torch.float32", False)
     assert len(found["code_hash"]) == 64
 
