@@ -12,23 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from ray.exceptions import RayActorError, RayTaskError
 
 from model.files.plain import read_arrays
-from runner.gang import ray_backend, ray_gang, ray_rank, worker
+from runner.gang import ray_gang, ray_rank, worker
 from runner.gang.ray_gang import Phase, RayGang
 from runner.gang.ray_rank import RankActor, WaitingRanks
 from runner.life import states
-from runner.life.job import PIPELINE
 from runner.scheduler import transition
 from runner.spec.gang import Gang
-from runner.spec.read import parse_spec
 from runner.spec.sweep import RunKey
-from runner.sweep import run_sweep
-from runner.work import Options
 from tests.house import ROOT
-from tests.ray_tools import our_processes, wait_until
 from tests.small_run import SEEDS, SPEC, seed_directory, small_sweep
 from tests.test_gang_polls import FakeRay, Ref
 from tests.test_runner_worker import make_rank
@@ -228,22 +222,27 @@ def bits_of(folder: Path) -> dict[str, Any]:
     return {**artifact, **{name: bits for name, bits in arrays.items() if name not in TIMES}}
 
 
+ONE_CPU = """
+import os, sys
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from jobs.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
-def test_a_seed_in_a_process_that_waited_has_the_bits_of_a_fresh_one_and_nothing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, fresh = our_processes(), small_sweep()
-    data = {"train": f"{fresh.parent}/data/toy_train_*.bin", "val": f"{fresh.parent}/data/toy_val_*.bin"}
-    spec = yaml.safe_load(SPEC)
-    spec |= {"data": {**data, "tokenizer": str(ROOT / "tests" / "data" / "fineweb_8192_bpe.model")}}
-    monkeypatch.setattr(ray_backend, "usable_cpus", lambda: 1)  # one seed after the other
-    plain = {**spec, "out": str(tmp_path), "seeds": list(SEEDS), "gang": {"cpus": 1}}
-    assert run_sweep(parse_spec(plain), Options(progress="plain", target=PIPELINE)) == 0
-    waited = {seed for seed in SEEDS for log in seed_directory(tmp_path, seed).glob("logs/*.log")
+def test_a_seed_in_a_process_that_waited_has_the_bits_of_a_fresh_one(tmp_path: Path) -> None:
+    fresh, out = small_sweep(), tmp_path / "out"
+    data = {split: f"{fresh.parent}/data/toy_{split}_*.bin" for split in ("train", "val")}
+    tokenizer = str(ROOT / "tests" / "data" / "fineweb_8192_bpe.model")
+    spec = tmp_path / "small.yaml"
+    spec.write_text(f"{SPEC}data: {json.dumps({**data, 'tokenizer': tokenizer})}\nout: {out}\n")
+    command = [sys.executable, "-c", ONE_CPU, "run", str(spec), "--progress", "plain"]  # one seed after the other
+    assert subprocess.run(command, cwd=ROOT, timeout=250, check=False).returncode == 0
+    waited = {seed for seed in SEEDS for log in seed_directory(out, seed).glob("logs/*.log")
               if "this process has waited" in log.read_text()}  # fmt: skip
     assert len(waited) == 1, "the second seed's process has not waited, or the first one's has"
     for seed in SEEDS:
-        ours, theirs = bits_of(seed_directory(tmp_path, seed)), bits_of(seed_directory(fresh, seed))
+        ours, theirs = bits_of(seed_directory(out, seed)), bits_of(seed_directory(fresh, seed))
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if ours[name] != theirs[name]] == []
-    wait_until(lambda: our_processes() <= before, 20, "processes are left")
