@@ -45,6 +45,7 @@ CLAIMS_EVERY_S = 1.0  # looks at what the other sweeps of the cluster wait for
 STATE_EVERY_S = 1.0  # a picture of 1,000 runs takes tens of milliseconds; the events have every transition at once
 POLL_S = 0.2
 EXIT_INFEASIBLE = 2
+UNPLACED = frozenset({State.PLANNED, State.QUEUED, State.RETRY_WAIT})
 LOST_NODES_S = 60.0  # how long a sweep that had room waits for a node to come back, at least
 
 
@@ -65,6 +66,9 @@ class Backend(Protocol):
 
     def release(self, command: Release) -> None:
         """Kill the ranks and give their place back."""
+
+    def expect(self, num_runs: int) -> None:
+        """Take note of how many runs have no place yet, so as to have things ready for their gangs."""
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return what happened, waiting up to timeout_s where nothing has."""
@@ -143,6 +147,7 @@ class Scheduler:
         self.sharing_seen = self.sharing.version
         for command in commands:
             self.give(command, situation)
+        self.backend.expect(sum(run.state in UNPLACED for run in self.runs.values()))
         return sum(not isinstance(command, Wait) for command in commands)
 
     def situation(self) -> Situation:
@@ -316,6 +321,8 @@ def is_news_of_stages(before: Run, run: Run) -> bool:
 def transition(before: Run, run: Run, wall: float, why: str) -> dict[str, Any]:
     """Return the line of events.jsonl for a new state."""
     reason = why if run.state is State.INFEASIBLE or run.held_back else ""
+    if before.state is State.STARTING:
+        reason = str(run.facts.get("cold", ""))  # the gang works, though not as it was meant to start
     if run.failure is not None and run.state in (State.TEARDOWN, State.RETRY_WAIT, State.FAILED):
         reason = run.failure.one_line
     return {

@@ -36,7 +36,7 @@ from runner.life.capacity import count_slots, why_infeasible
 from runner.life.claims import Board
 from runner.life.states import Run
 from runner.machine.node import this_machine
-from runner.machine.packages import missing_packages, missing_trackers
+from runner.machine.packages import keep_arrow_small, missing_packages, missing_trackers
 from runner.machine.signals import raise_interrupt, signals_end
 from runner.provenance import code_hash, data_files, data_hash, data_problems, git_state, machine, package_versions
 from runner.scheduler import EXIT_INFEASIBLE, Backend, Scheduler, View, exit_code
@@ -273,6 +273,8 @@ def drive(
     if all(run.is_final for run in runs):
         directory.write_state(spec.name, runs, time.time() - time.monotonic())
         return exit_code({run.key: run for run in runs}, is_interrupted=False)
+    if not options.is_local:
+        keep_arrow_small()
     with open_backend(spec, options) as (backend, grace_s):
         is_endless = options.is_local and spec.program is None
         limits = replace(spec.limits, **LOCAL_LIMITS) if is_endless else spec.limits

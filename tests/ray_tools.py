@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -130,10 +131,21 @@ def in_use(address: str) -> dict[str, float]:
         ray.shutdown()
 
 
+def ranks_below(process: psutil.Process) -> list[psutil.Process]:
+    """Return the ranks below a process, at work or waiting, that have not ended."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RankActor" in " ".join([child.name(), *child.cmdline()]) and not is_zombie(child):
+                found.append(child)
+    return found
+
+
 def assert_nothing_is_left(address: str, *, within_s: float = 10.0) -> None:
-    """Assert that no GPU, CPU or group is held any more."""
+    """Assert that no GPU, CPU or group is held any more, and that no process of a rank is there, waiting ones too."""
     nothing = {"GPU": 0, "CPU": 0, "groups": 0}
     wait_until(lambda: in_use(address) == nothing, within_s, f"still held: {in_use(address)}")
+    wait_until(lambda: not ranks_below(psutil.Process()), within_s, "ranks are left")
 
 
 __all__ = ["GANG_TARGET", "TARGET", "cluster"]

@@ -139,6 +139,9 @@ class SimulatedCluster:
         """Return the stages that a run has finished by now."""
         return [stage for stage, at in self.records.get(key, {}).items() if at <= self.clock.now + 1e-6]
 
+    def expect(self, num_runs: int) -> None:
+        """Have nothing ready."""
+
     def stop(self, command: Stop) -> None:
         """Let the ranks stop at once, if they listen."""
         if self.obeys_stop:

@@ -236,7 +236,7 @@ def cut_short_pipeline(rank: Rank) -> None:
     def report(phase: str, step: int, total: int | None, metrics: Any) -> None:
         heard(phase, step, total, metrics)
         if (rank.job.attempt, rank.rank, phase) == (1, rank.job.world_size - 1, "train") and step >= CUT_SHORT_STEP:
-            commit_fault({"do": "kill"})
+            commit_fault({"do": "kill"}, rank)
 
     rank.report = report  # type: ignore[method-assign]
     run_pipeline(rank)

@@ -13,17 +13,16 @@ from jobs.cli import main
 from results.compare.variants import Ablation, read_table
 from results.render import MIXED, mixed_devices
 from results.report.data import read_system
-from results.tables import seed_table
 from runner.folder.directory import SweepDirectory, run_from_json, run_to_json
 from runner.folder.storage import LocalStorage
 from runner.folder.takeover import take_over_run
-from runner.gang import local_backend, ray_rank
+from runner.gang import local_backend, ray_ask
 from runner.life import states
 from runner.life.states import Run, State, apply_event
 from runner.machine.gpus import Gpu
 from runner.spec.gang import Limits
 from runner.spec.sweep import RunKey
-from tests.fake_runs import FakeVariant, commit_fake, fake_ablation
+from tests.fake_runs import FakeVariant, commit_fake, fake_ablation, seed_table
 from tests.test_runner_worker import make_rank
 
 KEY = RunKey(seed=1)
@@ -104,7 +103,7 @@ def test_status_names_which_runs_are_on_what(tmp_path: Path, capsys: pytest.Capt
     assert MIXED not in capsys.readouterr().out
 
 
-def test_ranks_say_the_model_of_their_gpus_and_local_runs_that_of_the_first_they_see(
+def test_gangs_say_the_model_of_their_gpus_and_local_runs_that_of_the_first_they_see(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
@@ -125,12 +124,7 @@ def test_ranks_say_the_model_of_their_gpus_and_local_runs_that_of_the_first_they
         def get_accelerator_ids(self) -> dict[str, list[str]]:
             return {"GPU": ["5"]}
 
-        def get_node_id(self) -> str:
-            return "n"
-
-    monkeypatch.setattr(ray_rank, "query_gpus", query)
-    monkeypatch.setattr(ray_rank.ray, "get_runtime_context", Context)
-    rank = object.__new__(ray_rank.RankActor)
-    rank.__dict__.update(make_rank(tmp_path).__dict__, stacks=None, keeper=None)
-    assert rank.hello()["gpu_model"] == H100
+    monkeypatch.setattr(ray_ask, "query_gpus", query)
+    monkeypatch.setattr(ray_ask.ray, "get_runtime_context", Context)
+    assert ray_ask.gpus_here() == (("5",), H100)
     assert asked[-1] == ["5"]

@@ -16,9 +16,20 @@ from typing import Any
 import psutil
 import pytest
 
+from model.data.cpus import usable_cpus
 from runner.folder.lease import Owner
 from runner.view.status import look
-from tests.ray_tools import ROOT, assert_nothing_is_left, cluster, end, end_drivers, is_zombie, start_driver, wait_until
+from tests.ray_tools import (
+    ROOT,
+    assert_nothing_is_left,
+    cluster,
+    end,
+    end_drivers,
+    is_zombie,
+    ranks_below,
+    start_driver,
+    wait_until,
+)
 from tests.sweep_tools import grow_old, scores_of, state_of, write_faults
 
 pytestmark = pytest.mark.slow
@@ -121,11 +132,12 @@ def test_a_second_driver_refuses_and_names_the_first(cluster: Any, tmp_path: Pat
 
 
 def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(tmp_path: Path) -> None:
-    write_faults(tmp_path, {"seed": 42, "attempt": 1, "stage": "train", "step": 2, **WAIT})
-    driver = start_driver(tmp_path, None, gang={"cpus": 1})
-    wait_until(lambda: is_at(tmp_path, 42, "TRAIN"), 90, "seed 42 never trained")
-    ranks = [process for process in psutil.Process(driver.pid).children(recursive=True) if is_rank(process)]
-    assert ranks
+    seeds = list(range(usable_cpus() + 1))  # all at work but one, for which a process waits
+    write_faults(tmp_path, {"attempt": 1, "stage": "train", "step": 2, **WAIT})
+    driver = start_driver(tmp_path, None, gang={"cpus": 1}, seeds=seeds)
+    family = psutil.Process(driver.pid)
+    wait_until(lambda: len(ranks_below(family)) >= len(seeds), 120, "no process waits beside those at work")
+    ranks = ranks_below(family)
     driver.send_signal(signal.SIGSTOP)
     before = (tmp_path / "state.json").read_bytes()
     later = json.dumps(dataclasses.asdict(replace(Owner.me(), epoch=2)))
@@ -136,11 +148,6 @@ def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(tmp_path:
     assert driver.wait(timeout=60) != 0
     assert (tmp_path / "state.json").read_bytes() == before
     assert (tmp_path / "lease.json").read_text() == later
-
-
-def is_rank(process: psutil.Process) -> bool:
-    """Return whether a process is a rank."""
-    return "RankActor" in " ".join([process.name(), *process.cmdline()])
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:

@@ -17,9 +17,9 @@ from runner.errors import Kind
 from runner.gang import ray_ask
 from runner.gang import ray_gang as gang_module
 from runner.gang.rank import this_host
-from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_gang import RayGang
 from runner.life import states
-from runner.life.job import Beat, Job, Outcome
+from runner.life.job import Beat, Job, Outcome, Phase
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey
 from tests.ray_tools import wait_until
@@ -58,8 +58,10 @@ class FakeRay:
         """Return the references that are ready, and the rest."""
         return [ref for ref in refs if ref.is_ready], [ref for ref in refs if not ref.is_ready]
 
-    def get(self, ref: Ref, timeout: float | None = None) -> Any:
-        """Return a value, or raise it."""
+    def get(self, ref: Ref | list[Ref], timeout: float | None = None) -> Any:
+        """Return a value, or those of several references, or raise it."""
+        if isinstance(ref, list):
+            return [self.get(one) for one in ref]
         if isinstance(ref.value, Exception):
             raise ref.value
         return ref.value

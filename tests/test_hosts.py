@@ -23,11 +23,12 @@ from model.pipeline import seed
 from runner.errors import Failure, Kind, PreflightError
 from runner.gang import inquest, ray_facts, ray_gang, worker
 from runner.gang.rank import this_host
-from runner.gang.ray_ask import Answer
-from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_ask import Answer, Gpus
+from runner.gang.ray_gang import RayGang
 from runner.life import states
 from runner.life.capacity import HERE, Node, count_slots, why_infeasible
 from runner.life.decisions import Situation, overdue, place
+from runner.life.job import Phase
 from runner.life.states import Run, State
 from runner.machine import route
 from runner.plan import make_plan, slots_per_node
@@ -158,12 +159,13 @@ def test_ranks_lie_on_the_hosts_in_their_order(tmp_path: Path, monkeypatch: pyte
     (event,) = gang.poll()
     assert event == states.Placed(key=KEY, group=1, node="10.0.0.a, 10.0.0.b", node_id="a", peers=("b",))
     assert gang.meeting == ("10.0.0.a", "10.0.0.b")
-    gang.facts = [{"rank": rank, "gpus": [gpu]} for rank, gpu in enumerate(["10", "9", "0", "1"])]
+    gang.gpus = [Gpus(("10", "9"), ""), Gpus(("0", "1"), "")]
     assert [gang.gpus_of(gang.host_of(rank)) for rank in range(4)] == [("9", "10")] * 2 + [("0", "1")] * 2
     job = replace(make_rank(tmp_path).job, world_size=4, hosts=2)
     assert [job.place_of(rank) for rank in range(4)] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert "GLOO_SOCKET_IFNAME" not in ray_facts.rank_environment(job)
-    assert ray_facts.rank_environment(replace(job, hosts=1))["GLOO_SOCKET_IFNAME"] == ray_facts.LOOPBACK_INTERFACE
+    assert "GLOO_SOCKET_IFNAME" not in ray_facts.rank_environment(gang.shape)
+    environment = ray_facts.rank_environment(Gang(cpus=3))
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["OMP_NUM_THREADS"]) == (ray_facts.LOOPBACK_INTERFACE, "3")
 
 
 def test_one_host_asks_for_one_node_and_meets_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,11 @@ from runner.folder.directory import SweepDirectory
 from runner.folder.storage import LocalStorage
 from runner.gang import ray_backend, ray_gang
 from runner.gang.ray_facts import select_nodes
-from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_gang import RayGang
 from runner.life import states
 from runner.life.capacity import HERE, Node, count_slots, why_infeasible
 from runner.life.decisions import Situation, Submit, decide, place
+from runner.life.job import Phase
 from runner.life.placing import accelerator_of_sweep, gang_now
 from runner.life.states import Run, State
 from runner.plan import make_plan

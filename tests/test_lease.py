@@ -338,7 +338,10 @@ job = Job(
     key=RunKey(seed=1), attempt=1, config=tiny(), world_size=1, threads=1, uses_gpus=False, workdir=f"{out}/{call}",
     out=out, target="builtins:repr", epoch=1,
 )
-rank = RankActor(job, 0, "127.0.0.1")
+rank = RankActor(out, 1)
+rank.hello = lambda: {}  # there is no Ray here
+if call != "made":
+    rank.begin(job, 0, "127.0.0.1")
 if call == "worked":
     rank.run()
 Path(out, f"{call}-waits").touch()
@@ -349,16 +352,16 @@ time.sleep(60)
 def test_a_rank_without_work_ends_too_once_another_driver_has_come(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.write("drivers/1.json", b"{}")
-    calls = ("greeted", "worked")  # by a driver that was suspended before it gave the work, or heard of its end
+    calls = ("made", "greeted", "worked")  # by a driver that was suspended before the job, the work, or its end
     ranks = [subprocess.Popen([sys.executable, "-c", WAITING_RANK, str(tmp_path), call], cwd=ROOT) for call in calls]
     try:
         deadline = time.monotonic() + 60
         while not all((tmp_path / f"{call}-waits").exists() for call in calls):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert [rank.poll() for rank in ranks] == [None, None]
+        assert [rank.poll() for rank in ranks] == [None] * 3
         storage.write("drivers/2.json", b"{}")
-        assert [rank.wait(timeout=30) for rank in ranks] == [EXIT_SUPERSEDED, EXIT_SUPERSEDED]
+        assert [rank.wait(timeout=30) for rank in ranks] == [EXIT_SUPERSEDED] * 3
     finally:
         for rank in ranks:
             rank.kill()

@@ -12,7 +12,8 @@ import pytest
 
 from runner.gang.ray_backend import disconnect, join, living_nodes
 from runner.gang.ray_facts import RayStore
-from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_gang import RayGang
+from runner.life.job import Phase
 from runner.life.states import Run
 from runner.spec.gang import Gang
 from runner.spec.labels import ACCELERATOR_LABEL

@@ -60,6 +60,9 @@ class HandDriven:
         self.started.append((command.key, command.group))
         self.jobs[command.key, command.group] = job
 
+    def expect(self, num_runs: int) -> None:
+        """Have nothing ready."""
+
     def stop(self, command: Stop) -> None:
         """Ranks may or may not listen."""
 

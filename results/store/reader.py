@@ -46,10 +46,15 @@ def read_runs(out: object, columns: Sequence[str] | None = None) -> Rows:
     columns: a subset of the runs columns (the key columns and state always come along).
     Raises FileNotFoundError when there is no results folder.
     """
+    table, problems = read_run_table(out, columns)
+    return Rows(table.to_pandas(), problems, [])
+
+
+def read_run_table(out: object, columns: Sequence[str] | None = None) -> tuple[pa.Table, list[str]]:
+    """Return what read_runs does, without pandas: the driver of a sweep does without its memory."""
     location = results_location(out)
     wanted = list(dict.fromkeys([*_keys(), "state", *(columns or column_names("runs"))]))
-    table, problems = _read_files(location, "runs", list_parquet(location, "runs"), wanted)
-    return Rows(table.to_pandas(), problems, [])
+    return _read_files(location, "runs", list_parquet(location, "runs"), wanted)
 
 
 def latest_attempts(rows: Rows) -> Rows:

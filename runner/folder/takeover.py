@@ -41,19 +41,18 @@ def take_over_run(key: RunKey, earlier: Run | None, finished: int | None, *, is_
 def finished_attempts(spec: SweepSpec) -> dict[RunKey, int]:
     """Return the number of the newest finished attempt of every run that has one; damaged files are named."""
     from results.schema import FINISHED
-    from results.store.reader import read_runs
+    from results.store.reader import read_run_table
 
     try:
-        rows = read_runs(spec.out, columns=["attempt"])
+        table, problems = read_run_table(spec.out, columns=["attempt"])
     except FileNotFoundError:
         return {}
-    for problem in rows.problems:
+    for problem in problems:
         logger.warning("%s (counts as not done)", problem)
-    frame = rows.frame[rows.frame["state"] == FINISHED]
     keys = {(key.variant_name, key.seed, key.repeat): key for key in spec.keys}
     found: dict[RunKey, int] = {}
-    for *name, attempt in zip(frame["variant"], frame["seed"], frame["repeat"], frame["attempt"]):
-        key = keys.get((str(name[0]), int(name[1]), int(name[2])))
-        if key is not None:
-            found[key] = max(found.get(key, 0), int(attempt))
+    for row in table.to_pylist():
+        key = keys.get((str(row["variant"]), int(row["seed"]), int(row["repeat"])))
+        if key is not None and row["state"] == FINISHED:
+            found[key] = max(found.get(key, 0), int(row["attempt"]))
     return found

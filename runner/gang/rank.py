@@ -186,6 +186,21 @@ def load_target(dotted: str) -> Callable[[Rank], object]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
+def import_ahead(target: str) -> None:
+    """Import the module of a target, what it names in IMPORTS, and so on: what a rank imports once it has its job.
+
+    Raises RuntimeError if that leaves more behind than modules, as far as `find_traces` of these modules can see.
+    """
+    names = [target.partition(":")[0]]
+    for name in names:
+        module = importlib.import_module(name)
+        names += [further for further in getattr(module, "IMPORTS", ()) if further not in names]
+    for module in map(sys.modules.__getitem__, names):
+        traces = module.find_traces() if hasattr(module, "find_traces") else ""
+        if traces:
+            raise RuntimeError(f"imports alone have {traces}")
+
+
 def redirect_output(path: Path) -> None:
     """Send everything this process prints, C code included, and its logging, to a file of its own.
 

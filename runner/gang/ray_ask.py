@@ -8,10 +8,19 @@ from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from runner.gang.rank import this_host
 from runner.life.job import Job
+from runner.machine.gpus import query_gpus
+from runner.spec.gang import Gang
+
+
+class Gpus(NamedTuple):
+    """A gang's GPUs on one host: their ids for Ray, and their model where the driver there tells it, else ""."""
+
+    ids: tuple[str, ...]
+    model: str
 
 
 class Answer(NamedTuple):
@@ -40,6 +49,24 @@ def ask_node(
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
     ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(job, facts)
     return lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref)
+
+
+def ask_gpus(group: Any, host: int, shape: Gang) -> Any:
+    """Ask, in the bundle of a gang's host, which GPUs are the gang's there; return the reference to them."""
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=host, placement_group_capture_child_tasks=False
+    )
+    question = ray.remote(gpus_here).options(
+        num_cpus=0, num_gpus=shape.share["GPU"], max_retries=0, scheduling_strategy=strategy
+    )
+    return question.remote()
+
+
+def gpus_here() -> Gpus:
+    """Return the GPUs that Ray has given to the task that calls this."""
+    ids = tuple(str(gpu) for gpu in ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    models = [gpu.model for gpu in query_gpus(list(ids))] if ids else []
+    return Gpus(ids, models[0] if models else "")
 
 
 def do_aside(function: Callable[..., Any], *arguments: object) -> Future[Any]:

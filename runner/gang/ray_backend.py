@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import time
+from collections import Counter
 from typing import Any
 
 import ray
@@ -14,11 +15,12 @@ from ray.exceptions import RayError
 from model.data.cpus import usable_cpus
 from runner.errors import Kind, SweepError, first_line
 from runner.gang.ray_facts import draining_nodes
-from runner.gang.ray_gang import Phase, RayGang
+from runner.gang.ray_gang import RayGang
+from runner.gang.ray_rank import WaitingRanks
 from runner.gang.ray_start import Cluster, check_address, start_cluster
 from runner.life.capacity import Node
 from runner.life.decisions import Release, Start, Stop, Submit
-from runner.life.job import Job
+from runner.life.job import Job, Phase
 from runner.life.states import Draining, Event
 from runner.machine.head_watch import HeadWatch
 from runner.provenance import SOURCE_ROOT
@@ -99,6 +101,8 @@ class RayBackend:
         self.shape = shape
         self.gangs: dict[tuple[RunKey, int], RayGang] = {}  # by run and serial of its group
         self.looked_at = -math.inf  # for nodes that are being drained
+        self.waiting = WaitingRanks(shape)
+        self.num_expected = 0
 
     def nodes(self) -> tuple[Node, ...]:
         """Return the living nodes."""
@@ -117,7 +121,11 @@ class RayBackend:
 
     def start(self, command: Start, job: Job) -> None:
         """Start the ranks."""
-        self.find(command).start(job)
+        self.find(command).start(job, self.waiting)
+
+    def expect(self, num_runs: int) -> None:
+        """Let as many processes wait as gangs of these runs could use."""
+        self.num_expected = num_runs
 
     def stop(self, command: Stop) -> None:
         """Ask the ranks to stop."""
@@ -134,9 +142,19 @@ class RayBackend:
         while True:
             events = [event for gang in self.gangs.values() for event in gang.poll()] + self.look_for_drains()
             self.gangs = {name: gang for name, gang in self.gangs.items() if gang.phase is not Phase.GONE}
+            self.keep_waiting()
             if events or time.monotonic() >= deadline:
                 return events
             time.sleep(POLL_EVERY_S)
+
+    def keep_waiting(self) -> None:
+        """Have processes wait for the next gangs where gangs are at work now."""
+        at_work = [gang for gang in self.gangs.values() if gang.is_at_work]
+        ranks = Counter(
+            node_id for gang in at_work for node_id in gang.node_ids for _ in range(gang.shape.ranks_per_host)
+        )
+        job = at_work[0].job if at_work else None
+        self.waiting.keep(ranks, job, num_needed=self.num_expected * self.shape.world_size)
 
     def look_for_drains(self) -> list[Event]:
         """Tell every gang, once in a while, of a node of it that is being drained."""
@@ -152,6 +170,7 @@ class RayBackend:
 
     def close(self) -> None:
         """Kill whatever is left."""
+        self.waiting.close()
         for gang in self.gangs.values():
             gang.kill()
         self.gangs = {}

@@ -17,7 +17,7 @@ from ray.experimental import internal_kv as kv
 
 from runner.errors import first_line
 from runner.gang.rank import this_host
-from runner.life.job import Job
+from runner.spec.gang import Gang
 from runner.spec.labels import NODE_ID_LABEL
 
 logger = logging.getLogger(__name__)
@@ -29,19 +29,19 @@ PROBE_S = 0.5  # for a node's daemon to accept a connection
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
-def rank_environment(job: Job) -> dict[str, str]:
+def rank_environment(shape: Gang) -> dict[str, str]:
     """Return the environment of a rank: its threads, all GPUs of the gang visible later.
 
     The traffic of a gang on one host stays on loopback. Ranks of several look for their interface there.
     """
-    threads = str(job.threads)
+    threads = str(shape.cpus)
     loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
     return {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        **(loopback if job.hosts == 1 else {}),
+        **(loopback if shape.hosts == 1 else {}),
     }
 
 

@@ -1,7 +1,8 @@
 """One gang on Ray: a placement group of whole hosts and one actor per rank, polled without ever blocking.
 
-A gang moves from waiting to placed to starting to working to releasing to gone; `poll` says what happened since the
-last call. No actor is ever restarted: a restarted one would be blank and nobody told. A failed gang is killed whole
+The group holds what the gang uses. The actors stand beside it: a process that waited for a gang cannot be moved into a
+group. A gang moves from waiting to placed to starting to working to releasing to gone; `poll` says what happened since
+the last call. No actor is ever restarted: a restarted one would be blank and nobody told. A failed gang is killed whole
 and a fresh one takes its place.
 """
 
@@ -11,49 +12,33 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from runner.errors import Failure, Kind
 from runner.gang.inquest import End, learn_ends, write_stacks
 from runner.gang.rank import Rank
-from runner.gang.ray_ask import Answer, Lookout, ask_nodes
-from runner.gang.ray_facts import find_node, is_node_lost, is_running, rank_environment, ray_words, select_nodes
-from runner.gang.ray_rank import RankActor
+from runner.gang.ray_ask import Answer, Gpus, Lookout, ask_gpus, ask_nodes
+from runner.gang.ray_facts import find_node, is_node_lost, is_running, ray_words, select_nodes
+from runner.gang.ray_rank import WaitingRanks
 from runner.life import states
 from runner.life.causes import MUTE_S, Seen, last_words, most_idle, root_cause
-from runner.life.job import Beat, Job, Outcome
+from runner.life.job import Beat, Job, Outcome, Phase
 from runner.spec.gang import Gang
 from runner.spec.labels import ACCELERATOR_LABEL
 from runner.spec.sweep import RunKey
 
 BEAT_EVERY_S = 1.0
+START_BEAT_EVERY_S = 0.2  # until it trains
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
 ASLEEP_S = 5.0  # between two looks: this process was stopped, and answers from meanwhile are still on their way
 WAKE_S = 2.0  # for those to come in
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
 GONE_S = 15.0  # after a kill, for the processes to vanish
 LOOK_EVERY_S = 1.0  # for the place of a group that has waited for long
-
-
-class Phase(StrEnum):
-    """How far a gang is."""
-
-    WAITING = "waiting"
-    PLACED = "placed"
-    GREETING = "greeting"
-    OPENING = "opening"
-    WORKING = "working"
-    FAILING = "failing"
-    OVER = "over"
-    DUMPING = "dumping"
-    RELEASING = "releasing"
-    GONE = "gone"
 
 
 class RayGang:
@@ -69,15 +54,19 @@ class RayGang:
             [shape.share] * shape.hosts, strategy="STRICT_PACK" if shape.hosts == 1 else "STRICT_SPREAD",
             name=f"{key.name}-group={serial}", _soft_target_node_id=prefer or None, bundle_label_selector=selector,
         )  # fmt: skip
-        self.phase = Phase.WAITING
         self.next_look = 0.0  # for its place
         self.node_ids: tuple[str, ...] = ()  # of its hosts, in the order of their ranks
         self.addresses: tuple[str, ...] = ()
         self.job: Job | None = None
         self.actors: list[Any] = []
         self.pending: dict[Any, int] = {}  # run references still open -> rank
+        self.waiting = WaitingRanks(shape)
+        self.is_ahead: list[bool] = []  # of each rank, whether its process was made before the gang had its place
+        self.cold_words = ""  # why one that was could not be used
         self.hellos: list[Any] = []
         self.facts: list[dict[str, Any]] = []
+        self.gpu_refs: list[Any] = []
+        self.gpus: list[Gpus] = []  # those of the gang on each of its hosts
         self.port_ref: Any = None
         self.outcomes: dict[int, Outcome] = {}
         self.beats: dict[int, tuple[Any, float]] = {}  # rank -> (open reference, when it was sent)
@@ -90,7 +79,7 @@ class RayGang:
         self.late: set[int] = set()  # ranks whose next answer may be from before the ranks met
         self.inquest: Answer | None = None  # what the gang's nodes are asked once it hangs or lost a rank
         self.dead: dict[int, RayError] = {}
-        self.since = time.monotonic()
+        self.turn(Phase.WAITING)
 
     def poll(self) -> list[states.Event]:
         """Return what happened since the last call."""
@@ -135,35 +124,36 @@ class RayGang:
             )
         ]  # fmt: skip
 
-    def start(self, job: Job) -> None:
-        """Start one actor per rank, each in the bundle of its host."""
-        self.job = job
-        actor = ray.remote(RankActor)
-        env = rank_environment(job)
-        for rank in range(job.world_size):
-            host, _ = job.place_of(rank)
-            strategy = PlacementGroupSchedulingStrategy(
-                placement_group=self.group, placement_group_bundle_index=host, placement_group_capture_child_tasks=False
-            )
-            handle = actor.options(
-                num_cpus=self.shape.bundle["CPU"], num_gpus=self.shape.bundle.get("GPU", 0), max_concurrency=4,
-                max_restarts=0, scheduling_strategy=strategy, runtime_env={"env_vars": env},
-            ).remote(job, rank, self.addresses[host])  # fmt: skip
-            self.actors.append(handle)
-        self.hellos = [handle.hello.remote() for handle in self.actors]
+    def start(self, job: Job, waiting: WaitingRanks) -> None:
+        """Give one actor per rank its job, one that waits on the rank's host where there is one."""
+        self.job, self.waiting = job, waiting
+        taken = [waiting.take(self.node_ids[self.host_of(rank)], job) for rank in range(job.world_size)]
+        self.actors, self.is_ahead = [actor for actor, _ in taken], [is_ahead for _, is_ahead in taken]
+        self.hellos = [self.begin(rank) for rank in range(job.world_size)]
+        if self.shape.gpus:
+            self.gpu_refs = [ask_gpus(self.group, host, self.shape) for host in range(self.shape.hosts)]
         self.turn(Phase.GREETING)
 
+    def begin(self, rank: int) -> Any:
+        """Give the actor of a rank its job; return the reference to what it says then."""
+        return self.actors[rank].begin.remote(self.job, rank, self.addresses[self.host_of(rank)])
+
     def poll_hellos(self) -> list[states.Event]:
-        """See whether every rank's process answers."""
-        ready, waiting = ray.wait(self.hellos, num_returns=len(self.hellos), timeout=0)
+        """See whether every rank's process answers, and which GPUs they have."""
+        asked = [*self.hellos, *self.gpu_refs]
+        ready, waiting = ray.wait(asked, num_returns=len(asked), timeout=0)
         for ref in ready:
+            rank = asked.index(ref) if ref in self.hellos else 0
             try:
                 ray.get(ref)
             except RayError as error:
-                return self.lose(self.hellos.index(ref), error)
+                if ref not in self.hellos or not self.is_ahead[rank]:
+                    return self.lose(rank, error)
+                self.start_afresh(rank, error)
+                waiting = [ref]
         if waiting:
             return []
-        self.facts = ray.get(self.hellos)
+        self.facts, self.gpus = ray.get(self.hellos), ray.get(self.gpu_refs)
         meets_here = self.job is None or self.job.program is None  # a program's ranks meet by themselves
         if len(self.actors) > 1 and meets_here:
             self.port_ref = self.actors[0].open_store.remote(*self.meeting)
@@ -175,9 +165,22 @@ class RayGang:
         """The addresses by which the hosts of the gang meet; none where there is one, whose loopback is enough."""
         return self.addresses if len(self.addresses) > 1 else ()
 
+    def start_afresh(self, rank: int, error: RayError) -> None:
+        """Put a fresh process in the place of one that waited and then could not begin."""
+        assert self.job is not None
+        actor, node_id = self.actors[rank], self.node_ids[self.host_of(rank)]
+        self.actors[rank], words = self.waiting.replace(actor, node_id, self.job, error)
+        self.is_ahead[rank], self.cold_words = False, self.cold_words or words
+        self.hellos[rank] = self.begin(rank)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether its ranks do the work of a stage; until then they need this machine for themselves."""
+        return self.phase is Phase.WORKING and self.seen[0].phase in states.PHASES
+
     def gpus_of(self, host: int) -> tuple[str, ...]:
-        """Return the ids of all GPUs that the gang has on one of its hosts."""
-        found = {gpu for facts in self.facts if self.host_of(facts["rank"]) == host for gpu in facts["gpus"]}
+        """Return the ids of all GPUs that the gang has on one of its hosts, in their order."""
+        found = self.gpus[host].ids if self.gpus else ()
         return tuple(sorted(found, key=lambda gpu: (len(gpu), gpu)))
 
     def host_of(self, rank: int) -> int:
@@ -201,7 +204,10 @@ class RayGang:
         self.pending = {ref: rank for rank, ref in enumerate(refs)}
         self.seen = {rank: Beat() for rank in range(len(refs))}
         self.turn(Phase.WORKING)
-        facts = {"ranks": self.facts, "device": self.facts[0]["gpu_model"] if self.shape.gpus else states.CPU}
+        facts = {
+            "ranks": self.facts, "device": self.gpus[0].model if self.gpus else states.CPU,
+            "num_ahead": sum(self.is_ahead), "cold": self.cold_words,
+        }  # fmt: skip
         return [states.Started(key=self.key, group=self.serial, facts=facts)]
 
     def poll_work(self) -> list[states.Event]:
@@ -284,7 +290,7 @@ class RayGang:
 
     def death(self, error: RayError, rank: int, end: End) -> Failure:
         """Return the failure of a rank whose process ended without an outcome."""
-        tail = end.log_tail or self.tail(rank)
+        tail = end.log_tail or (Rank(self.job, rank).log_tail() if self.job is not None else "")
         words = end.words or ray_words(error)
         last = last_words(tail)
         message = f"process {words}" + f", last in its log: {last!r}" * bool(last)
@@ -294,10 +300,6 @@ class RayGang:
             node=self.addresses[host], message=message, at=self.seen[rank].where if rank in self.seen else "",
             advice=end.advice, log_tail=tail,
         )  # fmt: skip
-
-    def tail(self, rank: int) -> str:
-        """Return the end of a rank's log, where this host can read it."""
-        return Rank(self.job, rank).log_tail() if self.job is not None else ""
 
     def poll_beats(self) -> list[states.Event]:
         """Fetch the newest progress of the gang, and see who has not answered for how long."""
@@ -318,10 +320,10 @@ class RayGang:
                         self.forget_the_start(now)
                 is_late = rank in self.late
                 self.late.discard(rank)
-                self.seen[rank] = excused(beat) if is_late else beat
+                self.seen[rank] = beat.excused if is_late else beat
         silent = max(((now - sent, rank) for rank, (_, sent) in self.beats.items()), default=(0.0, None))
         if now >= self.next_beat:
-            self.next_beat = now + BEAT_EVERY_S
+            self.next_beat = now + (BEAT_EVERY_S if self.is_at_work else START_BEAT_EVERY_S)
             self.lookout.look(is_silent=silent[0] > MUTE_S)
             for rank in set(self.pending.values()) - set(self.beats):
                 self.beats[rank] = (self.actors[rank].beat.remote(), now)
@@ -347,7 +349,7 @@ class RayGang:
         """
         self.beats = {rank: (ref, now) for rank, (ref, _) in self.beats.items()}
         self.late = set(self.beats)
-        self.seen = {rank: excused(beat) for rank, beat in self.seen.items()}
+        self.seen = {rank: beat.excused for rank, beat in self.seen.items()}
 
     def last_beats(self) -> list[states.Event]:
         """Return rank 0's last progress, which may be newer than its last heartbeat."""
@@ -396,8 +398,3 @@ class RayGang:
         self.turn(Phase.GONE)
         self.actors, self.pending = [], {}
         return [states.Gone(key=self.key, group=self.serial)]
-
-
-def excused(beat: Beat) -> Beat:
-    """Return a beat, one from before the ranks met without the time in which it got no further."""
-    return replace(beat, idle_s=0.0) if beat.is_starting else beat

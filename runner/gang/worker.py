@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a rank imports at its first use: a process that waits for its job does so ahead. A third of it comes with the
+# first step of an optimizer, which torch guards against its compiler.
+IMPORTS = (
+    "model.pipeline.run", "model.pipeline.seed", "model.corpus.fineweb", "model.data.manifest", "torch._dynamo",
+)  # fmt: skip
+GPU_FILES = ("/dev/nvidia", "/dev/kfd")  # open in a process that has so much as counted GPUs
 LOOPBACK = "127.0.0.1"  # the ranks of a gang on one host meet here, where nobody else can
 RENDEZVOUS_S = 120.0
 MAX_USED_BYTES = 4 << 30  # of a GPU that counts as idle; the gang's own contexts take about half a GB each
@@ -86,6 +92,22 @@ def run_pipeline(rank: Rank) -> None:
     # Not after an error or a stop: leaving an NCCL group may wait for ranks that never come, and nobody would know.
     # The gang's processes are ended then anyway.
     dist.close()
+
+
+def find_traces() -> str:
+    """Return what imports have left in this process besides modules, in words; "" if only modules.
+
+    One that holds a GPU would take memory from whoever works on it, and would not see the GPUs that its gang gets.
+    """
+    unused = torch.Generator().manual_seed(torch.initial_seed())
+    files = [os.readlink(path) for path in Path("/proc/self/fd").glob("*") if path.is_symlink()]
+    found = {
+        "opened a GPU": any(file.startswith(GPU_FILES) for file in files),
+        "initialized CUDA": torch.cuda.is_initialized(),  # type: ignore[no-untyped-call]
+        "drawn random numbers": not torch.equal(torch.get_rng_state(), unused.get_state()),
+        "joined a process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+    }
+    return ", ".join(words for words, is_so in found.items() if is_so)
 
 
 def open_donors(job: Job) -> dict[str, Donor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -17,6 +18,21 @@ from runner.spec.sweep import RunKey
 PIPELINE = "runner.gang.worker:run_pipeline"
 PROGRAM = "runner.gang.program:run_program"
 PROGRAM_GRACE_S = 10.0  # from SIGTERM to SIGKILL, of a program that is asked to stop
+
+
+class Phase(StrEnum):
+    """How far a gang is."""
+
+    WAITING = "waiting"
+    PLACED = "placed"
+    GREETING = "greeting"
+    OPENING = "opening"
+    WORKING = "working"
+    FAILING = "failing"
+    OVER = "over"
+    DUMPING = "dumping"
+    RELEASING = "releasing"
+    GONE = "gone"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +119,11 @@ class Beat:
     def where(self) -> str:
         """The place in words."""
         return f"{self.phase or 'start'} step {self.step}"
+
+    @property
+    def excused(self) -> Beat:
+        """This beat, one from before the ranks met without the time in which it got no further."""
+        return replace(self, idle_s=0.0) if self.is_starting else self
 
     @property
     def is_starting(self) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Iterable
 
 from model.config import RunConfig
 
-ALWAYS = ("numpy", "safetensors", "sentencepiece", "brotli", "pyarrow", "pandas", "psutil")
-HEAVY = ("torch",)  # looked for, not imported: the driver of a gang does without it
+ALWAYS = ("numpy", "safetensors", "sentencepiece", "brotli", "pyarrow", "psutil")
+HEAVY = ("torch", "pandas")  # looked for, not imported: the driver of a gang does without them
 BY_ATTENTION = {
     "fa2": ("flash_attn", "flash-attn"),
     "fa3": ("flash_attn_interface", "FlashAttention 3 (from its sources)"),
@@ -32,6 +33,32 @@ def missing_packages(config: RunConfig, *, uses_gpus: bool) -> str:
         return ""
     what = "; ".join(f"{name} ({fault})" for name, fault in faults.items())
     return f"this machine lacks what the run needs: {what}; `python -m pip install {' '.join(faults)}` brings it"
+
+
+class NoPandas:
+    """A finder of modules that finds no pandas."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Raise ModuleNotFoundError for pandas and leave everything else to the other finders."""
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def keep_arrow_small() -> None:
+    """Keep pyarrow from importing pandas at its first array, and from a memory pool of its own: 35 MB in a driver.
+
+    Whoever asks it for a frame later still gets one. To be called before this process has threads that import.
+    """
+    import pyarrow as pa
+
+    pa.set_memory_pool(pa.system_memory_pool())
+    finder = NoPandas()
+    if "pandas" not in sys.modules:
+        sys.meta_path.insert(0, finder)
+        try:
+            pa.array([])
+        finally:
+            sys.meta_path.remove(finder)
 
 
 def missing_trackers(names: Iterable[str]) -> str:
