@@ -92,7 +92,8 @@ def growing_cluster(folder: Path) -> Iterator[str]:
             patch.setenv(name, value)
         cluster = Cluster(initialize_head=True, head_node_args={
             "num_cpus": 0, "node_ip_address": "127.0.0.1", "gcs_server_port": port, "temp_dir": str(folder),
-            "include_dashboard": False, "object_store_memory": STORE_BYTES, "autoscaling_config": str(config),
+            "include_dashboard": False, "dashboard_port": None,  # a number that is taken leaks a socket
+            "object_store_memory": STORE_BYTES, "autoscaling_config": str(config),
             "env_vars": ids,
         })  # fmt: skip
     try:
