@@ -351,3 +351,25 @@ def test_priority_and_preemptible_are_checked_and_change_no_hash(tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=words):
             parse_spec({**plain, **change})
+
+
+def test_a_cluster_that_keeps_no_claims_leaves_the_sweep_to_itself_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ray.exceptions import RaySystemError
+
+    from runner.gang import ray_facts
+
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise RaySystemError("permission denied")
+
+    for name in ("put", "get", "list", "del"):
+        monkeypatch.setattr(ray_facts.kv, f"_internal_kv_{name}", refuse)
+    monkeypatch.setattr(ray_facts, "available_resources_per_node", refuse)
+    monkeypatch.setattr(ray_facts, "REFUSALS", [])
+    board = Board(ray_facts.RayStore())
+    assert board.exchange(claim_with("low", waits_s=(9.0,))) == ()
+    assert board.free() == {}
+    board.close()
+    (record,) = caplog.records
+    assert "permission denied" in record.getMessage()
