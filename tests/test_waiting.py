@@ -183,7 +183,7 @@ actor = RankActor(sys.argv[1], 0, PIPELINE)
 import torch
 from runner.gang.worker import find_traces
 print(json.dumps({
-    "modules": [name in sys.modules for name in ("torch", "torch._dynamo", "model.gpt", "model.train.trainer")],
+    "modules": [name in sys.modules for name in ("torch", "model.gpt", "model.train.trainer", "torch._dynamo")],
     "traces": find_traces(), "cuda": torch.cuda.is_initialized(), "grad": torch.is_grad_enabled(),
     "threads": [thread.name for thread in threading.enumerate() if thread.name != "MainThread" and thread.is_alive()],
     "changed": sorted(name for name, value in os.environ.items() if variables.get(name) != value),
@@ -203,10 +203,10 @@ def test_a_process_that_waits_has_imported_torch_and_touched_nothing(tmp_path: P
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["modules"] == [True] * 4
+    assert found["modules"] == [True, True, True, False]  # nothing of a seed needs PyTorch's compiler
     assert (found["traces"], found["cuda"], found["grad"]) == ("", False, True)
     assert found["threads"] == []
-    assert set(found["changed"]) <= {"TORCHINDUCTOR_CACHE_DIR"}  # by torch, with its compiler, in a fresh process too
+    assert found["changed"] == []
     assert found["same"] == [True, True]
     assert (found["dtype"], found["deterministic"]) == ("torch.float32", False)
     assert len(found["code_hash"]) == 64

@@ -37,11 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a rank imports at its first use: a process that waits for its job does so ahead. A third of it comes with the
-# first step of an optimizer, which torch guards against its compiler.
-IMPORTS = (
-    "model.pipeline.run", "model.pipeline.seed", "model.corpus.fineweb", "model.data.manifest", "torch._dynamo",
-)  # fmt: skip
+# what a rank imports at its first use: a process that waits for its job does so ahead
+IMPORTS = ("model.pipeline.run", "model.pipeline.seed", "model.corpus.fineweb", "model.data.manifest")
 GPU_FILES = ("/dev/nvidia", "/dev/kfd")  # open in a process that has so much as counted GPUs
 LOOPBACK = "127.0.0.1"  # the ranks of a gang on one host meet here, where nobody else can
 RENDEZVOUS_S = 120.0
