@@ -53,7 +53,8 @@ test: lint
 
 test-slow: $(STAMP)
 	@echo "==> pytest (slow)"
-	@$(BIN)/python -m pytest -q -rs -m slow -n $(SLOW_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	@$(BIN)/python -m pytest -q -rs -m "slow and not alone" -n $(SLOW_WORKERS) --dist loadfile $(PYTEST_FLAGS); code=$$?; \
+		echo "==> pytest (slow, one after the other)"; $(BIN)/python -m pytest -q -rs -m "slow and alone" $(PYTEST_FLAGS) && exit $$code
 
 lint: $(STAMP)
 	@echo "==> ruff format --check"

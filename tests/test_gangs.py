@@ -57,6 +57,7 @@ def logs(out: Path, seed: int) -> Path:
     return out / "seeds" / f"seed={seed}-repeat=0" / "logs"
 
 
+@pytest.mark.alone
 def test_eight_gangs_that_outlive_the_limit_ten_times_are_left_alone(cluster: Any, tmp_path: Path) -> None:
     """Rank 1 waits longer than the limit four times over: a gang goes wrong where its ranks meet again, if at all."""
     seeds, rounds = list(range(8)), 4
