@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -14,6 +15,12 @@ from runner.gang.rank import this_host
 from runner.life.job import Job
 from runner.machine.gpus import query_gpus
 from runner.spec.gang import Gang
+
+
+@functools.cache
+def as_remote(called: Callable[..., Any]) -> Any:
+    """Return a function as Ray's task, or a class as Ray's actor; made anew for each use, a driver would keep all."""
+    return ray.remote(called)
 
 
 class Gpus(NamedTuple):
@@ -47,7 +54,7 @@ def ask_node(
         future = do_aside(question, job, facts)
         return future.done, future.result
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    ref = ray.remote(question).options(num_cpus=0, scheduling_strategy=where).remote(job, facts)
+    ref = as_remote(question).options(num_cpus=0, scheduling_strategy=where).remote(job, facts)
     return lambda: bool(ray.wait([ref], timeout=0)[0]), lambda: ray.get(ref)
 
 
@@ -56,7 +63,7 @@ def ask_gpus(group: Any, host: int, shape: Gang) -> Any:
     strategy = PlacementGroupSchedulingStrategy(
         placement_group=group, placement_group_bundle_index=host, placement_group_capture_child_tasks=False
     )
-    question = ray.remote(gpus_here).options(
+    question = as_remote(gpus_here).options(
         num_cpus=0, num_gpus=shape.share["GPU"], max_retries=0, scheduling_strategy=strategy
     )
     return question.remote()

@@ -21,6 +21,7 @@ from runner.errors import first_line
 from runner.folder.fence import watch_drivers
 from runner.gang.inquest import call_off, listen_for_stacks, start_watch
 from runner.gang.rank import Rank, import_ahead, redirect_output
+from runner.gang.ray_ask import as_remote
 from runner.gang.ray_facts import rank_environment
 from runner.life.job import Job, Outcome
 from runner.machine.kept import Keeper
@@ -118,7 +119,7 @@ def make_actor(node_id: str, shape: Gang, job: Job, *, target: str = "") -> Any:
 
     It asks nothing of Ray but the node: what its rank uses is held by the placement group of the gang.
     """
-    return ray.remote(RankActor).options(
+    return as_remote(RankActor).options(
         num_cpus=0, max_concurrency=4, max_restarts=0, runtime_env={"env_vars": rank_environment(shape)},
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
     ).remote(job.out, job.epoch, target)  # fmt: skip
