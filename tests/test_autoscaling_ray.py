@@ -111,10 +111,11 @@ def growing_cluster(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Watch:
-    """What `ray status` says and which nodes there are, look by look; a file is written once a node has gone."""
+    """What `ray status` says and which nodes there are, look by look; files say when all work, and when one has gone."""
 
     address: str
-    note: Path
+    all_work: Path
+    one_went: Path
     texts: list[str] = field(default_factory=list)
     num_nodes: list[int] = field(default_factory=list)  # besides the head
     addresses: set[str] = field(default_factory=set)  # that processes listen on
@@ -131,8 +132,10 @@ class Watch:
             self.num_nodes.append(len(status.active_nodes) + len(status.idle_nodes) - 1)
             if self.num_nodes[-1] == MAX_NODES:
                 self.addresses |= listening()
+            if len(status.active_nodes) == MAX_NODES:  # the head holds no gang
+                self.all_work.write_text("")
             if self.num_nodes[-1] < max(self.num_nodes):
-                self.note.write_text("")
+                self.one_went.write_text("")
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -157,10 +160,15 @@ def test_a_gang_that_no_node_type_can_hold_is_withdrawn_when_the_wait_is_over(ad
 
 
 def test_nodes_come_as_seeds_ask_for_them_and_one_that_goes_is_nobodys_failure(address: str, tmp_path: Path) -> None:
-    went = tmp_path / "a-node-went"
-    out = tmp_path / "grown"  # the last seed, alone by then, stays until the node that is idle has gone
-    write_faults(out, {"seed": SEEDS[2], "stage": "evaluate", "step": 1, "do": "await", "file": str(went)})
-    watch = Watch(address, went)
+    all_work, went = tmp_path / "all-nodes-work", tmp_path / "a-node-went"
+    out = tmp_path / "grown"
+    # the first seed stays until the second is placed as well, the last, alone by then, until the idle node has gone
+    stays = [(SEEDS[0], "train", all_work), (SEEDS[2], "evaluate", went)]
+    faults = [
+        {"seed": seed, "stage": stage, "step": 1, "do": "await", "file": str(file)} for seed, stage, file in stays
+    ]
+    write_faults(out, *faults)
+    watch = Watch(address, all_work, went)
     limits = replace(QUICK, wait_s=120.0, max_gangs=MAX_NODES)
     with watch.looking():
         assert sweep(out, address, gang=Gang(cpus=NODE_CPUS), limits=limits, seeds=SEEDS) == 0
