@@ -111,7 +111,7 @@ def growing_cluster(folder: Path) -> Iterator[str]:
 
 @dataclass
 class Watch:
-    """What `ray status` says and which nodes there are, look by look; files say when all work, and when one has gone."""
+    """What `ray status` says and which nodes there are, look by look. Files say when all work and when one has gone."""
 
     address: str
     all_work: Path
