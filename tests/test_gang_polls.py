@@ -88,6 +88,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     """Return a gang of two that has just begun to work, on the driver's host or on another."""
     monkeypatch.setattr(gang_module, "ray", FakeRay())
     monkeypatch.setattr(ray_ask, "ray", FakeRay())
+    monkeypatch.setattr(ray_ask, "as_remote", FakeRay().remote)  # which keeps what it made for the tests on real Ray
     monkeypatch.setattr(ray_ask, "NodeAffinitySchedulingStrategy", lambda *_arguments, **_options: None)
     for name in ("placement_group", "remove_placement_group"):
         monkeypatch.setattr(gang_module, name, lambda *_arguments, **_options: None)

@@ -23,7 +23,7 @@ from runner.spec.labels import NODE_ID_LABEL
 logger = logging.getLogger(__name__)
 
 CLAIM_SPACE, CLAIM_PREFIX = "seedsweep", "claim/"
-REFUSALS: list[type] = []  # of Ray, when it was asked for other sweeps
+REFUSALS: list[type] = []  # the first of Ray, when it was asked for other sweeps
 PROBE_S = 0.5  # for a node's daemon to accept a connection
 
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
@@ -123,7 +123,7 @@ def telling_once() -> Iterator[None]:
     except (RayError, RuntimeError, AssertionError) as error:
         if not REFUSALS:
             logger.warning("other sweeps of the cluster are not seen: %s", first_line(str(error)))
-        REFUSALS.append(type(error))
+            REFUSALS.append(type(error))
 
 
 def is_running(facts: Mapping[str, Any]) -> bool:
