@@ -31,7 +31,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     token = folder / "token"
     token.write_text("0123456789abcdef" * 4)
     token.chmod(0o600)
-    gcs, dashboard = free_port(), free_port()
+    gcs, dashboard, agent = free_port(), free_port(), free_port()  # the agent's own default is one for all clusters
     env = {
         **os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -41,7 +41,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     command = [
         "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--num-cpus=2",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={temp}",
-        "--object-store-memory=80000000", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={agent}", "--object-store-memory=80000000", "--disable-usage-stats",
     ]  # fmt: skip
     with (folder / "ray.log").open("w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log)

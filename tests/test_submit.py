@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jobs.cli import main
-from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, make_submission, pack
+from jobs.sweeps import ray_job
+from jobs.sweeps.ray_job import EXCLUDES, MAX_UPLOAD_BYTES, as_pattern, follow, make_submission, pack
 from runner.provenance import Git
 from runner.spec.read import load_spec
 
@@ -104,3 +106,60 @@ def test_no_cluster_is_asked_for_by_a_command_that_uses_none(
         main([*command, "--local", "--address", "10.0.0.1:6379"])
     assert ended.value.code == 2
     assert "argument --address: not allowed with argument --local" in capsys.readouterr().err
+
+
+class JobServer:
+    """A job server that answers questions about one finished job, after it has failed some of them."""
+
+    def __init__(self, *failures: Exception) -> None:
+        self.failures = list(failures)
+
+    def answer(self, value: Any) -> Any:
+        """Return value, or fail as planned."""
+        if self.failures:
+            raise self.failures.pop(0)
+        return value
+
+    def get_address(self) -> str:
+        return "http://cluster:8265"
+
+    def submit_job(self, **_: Any) -> Any:
+        return self.answer("raysubmit_1")
+
+    def get_job_status(self, _: str) -> Any:
+        return self.answer(SimpleNamespace(is_terminal=lambda: True))
+
+    def get_job_logs(self, _: str) -> Any:
+        return self.answer("seed=7 DONE\n")
+
+    def get_job_info(self, _: str) -> Any:
+        return self.answer(SimpleNamespace(status=SimpleNamespace(value="SUCCEEDED"), driver_exit_code=0))
+
+
+NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+
+def test_a_cluster_without_a_job_agent_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ray_job, "connect", lambda *_, **__: JobServer(RuntimeError(NO_AGENT)))
+    assert main(["submit", str(DEMO), "--address", "http://cluster:8265", "--working-dir", str(ROOT)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "--address http://cluster:8265: the cluster did not take the job" in said[0]
+    assert "--dashboard-agent-listen-port" in said[0]
+
+
+def test_following_outlives_a_job_server_that_is_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_job, "FOLLOW_EVERY_S", 0.0)
+    text: list[str] = []
+    assert follow(JobServer(ConnectionError("refused"), RuntimeError("502")), "raysubmit_1", text.append) == 0
+    assert text == ["seed=7 DONE\n"]
+
+
+def test_a_job_server_that_stays_away_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_job, "SILENT_S", 0.0)
+    with pytest.raises(
+        ray_job.JobServerFailed, match=r"not answered for 0 s \(refused\); the job may go on: `ray job logs"
+    ):
+        follow(JobServer(ConnectionError("refused")), "raysubmit_1")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 
@@ -42,7 +42,16 @@ CHECK_IGNORE = (
     "--",
 )  # as Ray reads .gitignore: tracked or not
 FOLLOW_EVERY_S = 2.0
+SILENT_S = 60.0  # that a job server may take to come back while its job is followed
 EXIT_CODES = {"SUCCEEDED": EXIT_OK, "FAILED": EXIT_FAILED, "STOPPED": EXIT_INTERRUPTED}
+
+Answer = TypeVar("Answer")
+
+
+class JobServerFailed(ValueError):
+    """A job server did not take a job or gives no answer; the message is one line that says what to do."""
+
+    exit_code = EXIT_FAILED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,22 +204,39 @@ def connect(address: str, *, is_verbose: bool = False) -> Any:
 
 
 def submit(client: Any, submission: Submission) -> str:
-    """Send the job and return its id."""
-    job_id: str = client.submit_job(
-        entrypoint=submission.entrypoint, runtime_env=submission.runtime_env, metadata=submission.metadata
-    )
+    """Send the job and return its id. Raises JobServerFailed if the cluster does not take it."""
+    try:
+        job_id: str = client.submit_job(
+            entrypoint=submission.entrypoint, runtime_env=submission.runtime_env, metadata=submission.metadata
+        )
+    except (OSError, RuntimeError) as error:
+        raise JobServerFailed(
+            f"--address {client.get_address()}: the cluster did not take the job "
+            f"({first_line(str(error))}){remedy(error)}"
+        ) from None
     return job_id
+
+
+def remedy(error: Exception) -> str:
+    """Return what to do about a job server's refusal, where the cause is known."""
+    if "No available agent" not in str(error):
+        return ""
+    return (
+        "; the head node's job agent does not run, dashboard_agent.log there says why: often its port 52365 belongs to "
+        "another cluster of that machine, then give `ray start` another --dashboard-agent-listen-port"
+    )
 
 
 def follow(client: Any, job_id: str, write: Callable[[str], object] = sys.stdout.write) -> int:
     """Print what the job prints until it ends, and return the exit code that its end means.
 
     SUCCEEDED is 0 and STOPPED 3. Ray reports any other exit as FAILED; its message has the sweep's own code.
+    Raises JobServerFailed if the job server gives no answer for SILENT_S.
     """
     for text in new_text(client, job_id):
         write(text)
         sys.stdout.flush()
-    info = client.get_job_info(job_id)
+    info = ask_patiently(lambda: client.get_job_info(job_id), client, job_id)
     status = str(info.status.value)
     if status == "FAILED" and info.driver_exit_code in (EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED):
         return int(info.driver_exit_code)
@@ -221,11 +247,31 @@ def new_text(client: Any, job_id: str) -> Iterator[str]:
     """Yield the job's output as it grows, the last of it after the job has ended."""
     shown = 0
     while True:
-        is_over = client.get_job_status(job_id).is_terminal()
-        text = client.get_job_logs(job_id)
+        is_over = ask_patiently(lambda: client.get_job_status(job_id), client, job_id).is_terminal()
+        text = ask_patiently(lambda: client.get_job_logs(job_id), client, job_id)
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
         if is_over:
             return
+        time.sleep(FOLLOW_EVERY_S)
+
+
+def ask_patiently(question: Callable[[], Answer], client: Any, job_id: str) -> Answer:
+    """Return the job server's answer; ask again while it gives none, since the job goes on without us.
+
+    Raises JobServerFailed after SILENT_S.
+    """
+    until = time.monotonic() + SILENT_S
+    while True:
+        try:
+            return question()
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() >= until:
+                address = client.get_address()
+                raise JobServerFailed(
+                    f"--address {address}: the job server has not answered for {SILENT_S:.0f} s "
+                    f"({first_line(str(error))}); the job may go on: "
+                    f"`ray job logs {job_id} --follow --address {address}`"
+                ) from None
         time.sleep(FOLLOW_EVERY_S)
