@@ -29,6 +29,7 @@ from runner.spec.sweep import Variant
 from tests.gpu_kit import ROOT, data_section, end_processes, start_process, write_archive
 
 WHOLE = ("base", "all")  # trained at full length, for every seed
+SWEEPS = ("final", "screening")
 TABLES = ("documents", "steps", "stages", "runs")  # runs last, as in a commit
 POLL_S = 0.25
 
@@ -109,25 +110,40 @@ def read_ablation(path: Path) -> tuple[dict[str, Any], dict[str, Variant]]:
     return plain, {variant.name: variant for variant in parse_spec(plain).variants}
 
 
-def make_jobs(variants: dict[str, Variant], seeds: Sequence[int]) -> list[Job]:
-    """Return every job, the most valuable first: whole trainings, what builds on them, then single parts.
+def make_jobs(variants: dict[str, Variant], seeds: Sequence[int], sweeps: Sequence[str] = SWEEPS) -> list[Job]:
+    """Return every job of the sweeps, the most valuable first: whole trainings, what builds on them, single parts.
 
-    What shares a training is two jobs: other roundings, and other adaptations of the same artifact.
+    What shares a training is two jobs: other roundings, and other adaptations of the same artifact. Without the final
+    sweep those of the base build on its screening.
     """
     trainings = {name: (variant.config.model, variant.config.train) for name, variant in variants.items()}
     groups = {whole: tuple(name for name in variants if trainings[name] == trainings[whole]) for whole in WHOLE}
     shared = {name for members in groups.values() for name in members}
-    first = [Job("final", seed, whole, (whole,), "train") for whole in WHOLE for seed in seeds]
-    more = []
-    for part, whole in ((part, whole) for part in ("roundings", "adaptations") for whole in WHOLE):
+    jobs = []
+    if "final" in sweeps:
+        jobs += [Job("final", seed, whole, (whole,), "train") for whole in WHOLE for seed in seeds]
+        jobs += share_trainings("final", variants, groups, seeds)
+    if "screening" in sweeps:
+        single = ["base", *(name for name in variants if name not in shared)]
+        screenings = [Job("screening", seed, name, (name,), "screen") for name in single for seed in seeds]
+        builds = [] if "final" in sweeps else share_trainings("screening", variants, {"base": groups["base"]}, seeds)
+        jobs += [*screenings[: len(seeds)], *builds, *screenings[len(seeds) :]]
+    return jobs
+
+
+def share_trainings(
+    sweep: str, variants: dict[str, Variant], groups: dict[str, tuple[str, ...]], seeds: Sequence[int]
+) -> list[Job]:
+    """Return the jobs that build on a whole training of a sweep."""
+    jobs = []
+    for part, whole in ((part, whole) for part in ("roundings", "adaptations") for whole in groups):
         rounding = variants[whole].config.quant
         rest = [name for name in groups[whole] if name != whole]
         rest = [name for name in rest if (variants[name].config.quant != rounding) == (part == "roundings")]
         if rest:
             kind = f"{part} of {whole}"
-            more += [Job("final", seed, whole, (whole, *rest), kind, f"final-{whole}-{seed}", part) for seed in seeds]
-    single = ["base", *(name for name in variants if name not in shared)]
-    return [*first, *more, *(Job("screening", seed, name, (name,), "screen") for name in single for seed in seeds)]
+            jobs += [Job(sweep, seed, whole, (whole, *rest), kind, f"{sweep}-{whole}-{seed}", part) for seed in seeds]
+    return jobs
 
 
 def spec_of(job: Job, plain: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +210,7 @@ def collect(sweep: str, work: Path, order: Sequence[str], target: Path) -> None:
 def keep(args: argparse.Namespace, order: Sequence[str], campaign: Campaign) -> None:
     """Write all rows, specs and logs so far into one archive in OUT, replacing the one before at once."""
     rows = args.work / "rows"
-    for sweep in ("final", "screening"):
+    for sweep in SWEEPS:
         collect(sweep, args.work, order, rows / sweep)
     summary = {"ended": campaign.ended, "took_s": campaign.took, "not_begun": [job.name for job in campaign.jobs]}
     (args.work / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -204,7 +220,7 @@ def keep(args: argparse.Namespace, order: Sequence[str], campaign: Campaign) -> 
 
 def show(args: argparse.Namespace) -> None:
     """Print the tables and leave them in OUT; reports are made of the same rows wherever they are needed."""
-    for sweep in ("final", "screening"):
+    for sweep in SWEEPS:
         rows = args.work / "rows" / sweep
         if (rows / "results").is_dir():
             command = [sys.executable, "-m", "seedsweep", "table", str(rows)]
@@ -250,6 +266,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=2, help="jobs at once where there is no GPU")
     parser.add_argument("--cpus", type=int, default=8, help="of each job on a GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 0, 1337])
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--preset", help="in place of the spec's")
     parser.add_argument("--steps", type=int, help="of the final trainings, in place of the preset's")
     parser.add_argument("--screen_steps", type=int, default=160, help="one epoch of 31.8 M tokens in steps of 196,608")
@@ -280,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True)
     plain, variants = read_ablation(args.spec)
     train_s, more_s, screen_s = args.guess_s
-    jobs = make_jobs(variants, args.seeds)
+    jobs = make_jobs(variants, args.seeds, args.sweeps)
     guesses = {job.kind: more_s * (len(job.variants) - 1) for job in jobs} | {"train": train_s, "screen": screen_s}
     campaign = Campaign(jobs, guesses, args.gpus or args.slots, args.limit_s)
     wanted = len(campaign.jobs)

@@ -55,6 +55,18 @@ def test_pairs_come_first_then_what_shares_them_then_each_part_over_all_seeds() 
     assert len({job.name for job in jobs}) == len(jobs)
 
 
+def test_without_the_final_sweep_the_bases_screening_is_rounded_and_adapted_otherwise() -> None:
+    jobs = make_jobs(read_ablation(SPEC)[1], [42, 0], ["screening"])
+    assert [job.name for job in jobs[:6]] == [
+        "screening-base-42", "screening-base-0", "screening-base-42-roundings", "screening-base-0-roundings",
+        "screening-base-42-adaptations", "screening-base-0-adaptations",
+    ]  # fmt: skip
+    assert {job.needs for job in jobs[2:6]} == {"screening-base-42", "screening-base-0"}
+    assert {"fit", "quant"} <= set(jobs[2].variants)
+    assert "ttt" in jobs[4].variants
+    assert {job.kind for job in jobs[6:]} == {"screen"}
+
+
 def test_no_job_begins_that_would_not_end_in_time_and_none_before_what_it_needs() -> None:
     begun = {name: now for now, name in simulate(campaign(400.0))}
     assert max(begun.values()) + 60.0 <= 400.0
