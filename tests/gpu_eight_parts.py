@@ -16,7 +16,15 @@ import yaml
 
 from tests.gpu_eight_gangs import ORDER, Order, measure_speed, read_killed
 from tests.gpu_eight_rows import PASSES, SLOWER_PERCENT, STAGES, waves
-from tests.gpu_kit import data_section, describe_samples, end_processes, rates_by_loop, read_fates, start_process
+from tests.gpu_kit import (
+    data_section,
+    describe_samples,
+    end_processes,
+    list_gpus,
+    rates_by_loop,
+    read_fates,
+    start_process,
+)
 
 if TYPE_CHECKING:
     from tests.gpu_eight import Session
@@ -117,7 +125,7 @@ class Watch:
         if self.session.args.device == "cuda":
             from runner.machine.gpus import query_gpus
 
-            used = [gpu.used_bytes for gpu in query_gpus([])][: self.session.args.gpus]
+            used = [gpu.used_bytes for gpu in query_gpus(list_gpus()[: self.session.args.gpus])]
             self.used = [max(pair) for pair in zip(used, self.used or used)]
         if time.monotonic() - self.said_at >= SAY_EVERY_S and (self.out / "state.json").exists():
             self.said_at = time.monotonic()
@@ -218,9 +226,10 @@ def run_wave(session: Session, wave: list[int], until: float) -> bool:
     """Measure these numbers of GPUs at once, each on GPUs of its own; return whether all were."""
     args, begun, told = session.args, session.now(), set()
     processes: dict[int, subprocess.Popen[bytes]] = {}
+    names = list_gpus() if args.device == "cuda" else [""] * args.gpus
     for gpus in wave:
         first = sum(processes)
-        visible = ",".join(map(str, range(first, first + gpus)))
+        visible = ",".join(names[first : first + gpus])
         processes[gpus] = start(args, bench_command(args, gpus), f"scale-{gpus}", CUDA_VISIBLE_DEVICES=visible)
 
     def look() -> None:

@@ -89,6 +89,18 @@ def start_process(command: Sequence[str], log: Path, **env: str) -> subprocess.P
         )  # fmt: skip
 
 
+def list_gpus() -> list[str]:
+    """Return the names (numbers or UUIDs) of the GPUs that this process may use, in order.
+
+    Where the environment names some, they are the only ones: another program may be at work on the others.
+    """
+    from runner.machine.gpus import VISIBLE, count_gpus
+
+    visible, count = os.environ.get(VISIBLE), count_gpus()
+    named = [str(number) for number in range(count)] if visible is None else visible.split(",")
+    return [name.strip() for name in named][:count]
+
+
 def end_processes(processes: Iterable[subprocess.Popen[bytes]], stop_s: float = STOP_S) -> None:
     """Ask the groups of processes that still run to end, and kill those that have not after stop_s seconds.
 

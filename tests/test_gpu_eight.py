@@ -17,7 +17,7 @@ from runner.spec.read import parse_spec
 from tests import gpu_eight, gpu_eight_gangs, gpu_eight_parts
 from tests import gpu_eight_rows as eight_rows
 from tests.gpu_eight_rows import Need, project_steps, read_rows, share_s, summarize, waves
-from tests.gpu_kit import ROOT, end_processes, read_fates, start_process
+from tests.gpu_kit import ROOT, end_processes, list_gpus, read_fates, start_process
 from tests.small_run import TOKENIZER, write_data
 from tests.smallest import smallest
 
@@ -385,3 +385,17 @@ def test_a_rehearsal_on_two_cpu_ranks_leaves_every_row_and_the_tables(
     assert [row["slots"] for row in rows if row["row"] == "plan"] == [f"slots: {n} gang(s) at once" for n in (1, 2)]
     assert (out / "summary.md").read_text() == summarize(rows)
     assert read_fates(work / "gangs")[42]["attempts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("visible", "wanted"), [(None, ["0", "1", "2", "3"]), ("2, 3", ["2", "3"]), ("GPU-a", ["GPU-a"]), ("", [])]
+)
+def test_only_the_gpus_that_the_environment_names_are_used(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, wanted: list[str]
+) -> None:
+    count = 4 if visible is None else sum(bool(name.strip()) for name in visible.split(","))
+    monkeypatch.setattr("runner.machine.gpus.count_gpus", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert list_gpus() == wanted
