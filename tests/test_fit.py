@@ -23,8 +23,9 @@ from model.quant.calibrate import collect_hessians
 from model.quant.fit import MAX_GROWTH, Clips, Fitted, GroupCurve, fit_to_limit, group_curves
 from model.quant.quantized import QuantizedState
 from model.quant.rounded import clip_metrics, save_rounded
-from model.quant.sensitivity import LossProbe
+from model.quant.sensitivity import NUM_DRAWS, LossProbe
 from model.quant.state import StateQuantizer, configured_clips, group_of, looped_layers
+from tests.fake_recorder import FakeRecorder
 from tests.micro_model import LoneRank, ignore, micro_loader, micro_model, micro_run, random_model
 from tests.rounding import quantize_state
 from tests.test_gptq import random_state
@@ -247,6 +248,21 @@ def test_the_probe_leaves_the_model_as_it_was_and_is_deterministic(
     assert first == second
     assert list(first) == list(GROUPS)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("documents", ["masked", "unmasked"])
+def test_recorded_tries_see_the_change_that_is_made_meanwhile(
+    tmp_path: Path, micro_quantizer: tuple[GPT, StateQuantizer], documents: str
+) -> None:
+    model, quantizer = micro_quantizer
+    changes = quantizer.changes(quantizer.quantize(configured_clips(quantizer.config)))
+    loader, config = micro_loader(tmp_path), replace(quantizer.config, calibration_documents=documents)
+    plain = LossProbe(model, loader, config, seed=3).measure_rises(quantizer.members(), changes)
+    recorder = FakeRecorder(lambda inputs, *_: tuple(inputs.shape))
+    probe = LossProbe(model, loader, config, seed=3, recorder=recorder)
+    assert probe.measure_rises(quantizer.members(), changes) == plain
+    assert 1 <= recorder.num_made <= NUM_DRAWS  # a size's first try is not recorded, all others are replayed
+    assert len(set(plain.values())) > 1
 
 
 def test_many_units_are_tried_on_less_text_each(tmp_path: Path, micro_quantizer: tuple[GPT, StateQuantizer]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from model.banks import split_banks
 from model.config import EvalConfig, TTTConfig
 from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
@@ -16,12 +18,13 @@ from model.gpt import GPT
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.graphs import Recorder
 from model.presets import published
+from model.quant.sensitivity import LossProbe
 from model.score.plain import RowScorer, row_bounds, score_rows
 from model.ttt.document_pass import DocumentPass
 from model.ttt.documents import make_slots
 from model.ttt.recorded_pass import RecordedPass, RecordedStep
 from model.ttt.slots import Slots
-from tests.micro_model import ignore
+from tests.micro_model import ignore, micro_loader
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -117,6 +120,31 @@ def test_recorded_rows_score_what_single_passes_do() -> None:
         assert np.isfinite(scored).all()
         assert np.abs(scored - np.concatenate(alone)).max() < 1e-3
         assert scored.std() > 0.01
+
+
+@pytest.mark.parametrize("documents", ["masked", "unmasked"])
+def test_what_rounding_costs_is_the_same_with_and_without_recordings(tmp_path: Path, documents: str) -> None:
+    model, found = full_model(torch.bfloat16), []
+    config = replace(published().quant, calibration_documents=documents, calibration_windows=8, calibration_seq_len=256)
+    matrices = split_banks({name: parameter.data for name, parameter in model.named_parameters()})
+    chosen = sorted(name for name, matrix in matrices.items() if matrix.ndim == 2)[:3]
+    changes = {name: 0.02 * torch.randn_like(matrices[name]) for name in chosen}
+    for is_recorded in (True, False):
+        probe = LossProbe(model, micro_loader(tmp_path), config, seed=3)
+        if not is_recorded:
+            probe._seen = Never()
+        found.append(probe.measure_rises({name: [name] for name in chosen}, changes))
+        assert bool(probe._recorder.recorded) == is_recorded
+        assert not probe._recorder.failed
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == len(chosen)
+
+
+class Never(set[tuple[object, ...]]):
+    """Nothing was seen before."""
+
+    def __contains__(self, _: object) -> bool:
+        return False
 
 
 def test_sdpa_scores_rows_without_recording_them() -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from model.banks import split_banks
 from model.config import QuantConfig
 from model.data.loader import SpanLoader
-from model.gpt import GPT
+from model.data.packing import Packing
+from model.gpt import GPT, fits_row_graphs
+from model.kernels.graphs import Recorder
 from model.quant.calibrate import draw_windows, window_packing
 
 NUM_DRAWS = 4  # batches of text, each with signs of its own
@@ -26,8 +28,13 @@ AMPLIFIED = 2.0  # the errors are made larger, so that their effect stands out o
 class LossProbe:
     """A model with its averaged weights, and calibration text to try changes of them on. Leaves the model as it was."""
 
-    def __init__(self, model: GPT, loader: SpanLoader, config: QuantConfig, *, seed: int) -> None:
+    def __init__(
+        self, model: GPT, loader: SpanLoader, config: QuantConfig, *, seed: int, recorder: Recorder | None = None
+    ) -> None:
         self._model, self._loader, self._config, self._seed = model, loader, config, seed
+        self._is_recording = recorder is not None  # else where the device can
+        self._recorder = recorder if recorder is not None else Recorder()
+        self._seen: set[tuple[object, ...]] = set()  # sizes whose kernels are compiled and loaded
 
     @torch.no_grad()
     def measure_rises(self, members: Mapping[str, Sequence[str]], changes: Mapping[str, Tensor]) -> dict[str, float]:
@@ -63,14 +70,30 @@ class LossProbe:
                 matrices[name].copy_(matrix)
 
     def _nll(self, windows: np.ndarray) -> float:
-        """Return the mean nll over all targets inside windows (N, T), looping on, in rows as calibration has them."""
-        tokens = torch.from_numpy(windows).to(next(self._model.parameters()).device)  # (N, T)
+        """Return the mean nll over all targets inside windows (N, T), looping on, in rows as calibration has them.
+
+        On CUDA the first try on windows of a size runs as it is, the second is recorded, and later ones replay it: a
+        part of a batch costs the host more than the device. A change is made where the weights lie, which a replay
+        reads.
+        """
+        device = next(self._model.parameters()).device
+        tokens = torch.from_numpy(windows)  # (N, T)
         targets = tokens.roll(-1, dims=1)  # the last of each window has no target, and is left out below
+        rows, longest = [tokens, targets], None
         if self._config.calibration_documents == "masked":
-            rows, packing = (tokens.reshape(1, -1), targets.reshape(1, -1)), window_packing(windows).to(tokens.device)
+            packing = window_packing(windows)
+            rows, longest = [tokens.reshape(1, -1), targets.reshape(1, -1), packing.cu_seqlens], packing.max_seqlen
+
+        def forward(inputs: Tensor, targets: Tensor, *bounds: Tensor) -> Tensor:
+            packing = None if longest is None else Packing(bounds[0], longest)
+            return self._model(inputs, targets, is_looped=True, packing=packing, reduction="none")
+
+        size = (*(tensor.shape for tensor in rows), longest)
+        if size in self._seen and (self._is_recording or (device.type == "cuda" and fits_row_graphs(self._model))):
+            nll = self._recorder.run(size, forward, *rows, device=device)
         else:
-            rows, packing = (tokens, targets), None
-        nll = self._model(*rows, is_looped=True, packing=packing, reduction="none")
+            self._seen.add(size)
+            nll = forward(*(tensor.to(device) for tensor in rows))
         return float(nll.view(tokens.shape)[:, :-1].double().mean())
 
 
