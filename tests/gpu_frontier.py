@@ -26,7 +26,7 @@ import yaml
 
 from runner.spec.read import parse_spec
 from runner.spec.sweep import Variant
-from tests.gpu_kit import ROOT, data_section, end_processes, start_process, write_archive
+from tests.gpu_kit import ROOT, data_section, end_processes, list_gpus, start_process, write_archive
 
 WHOLE = ("base", "all")  # trained at full length, for every seed
 SWEEPS = ("final", "screening")
@@ -110,19 +110,21 @@ def read_ablation(path: Path) -> tuple[dict[str, Any], dict[str, Variant]]:
     return plain, {variant.name: variant for variant in parse_spec(plain).variants}
 
 
-def make_jobs(variants: dict[str, Variant], seeds: Sequence[int], sweeps: Sequence[str] = SWEEPS) -> list[Job]:
+def make_jobs(
+    variants: dict[str, Variant], seeds: Sequence[int], sweeps: Sequence[str] = SWEEPS, wholes: Sequence[str] = WHOLE
+) -> list[Job]:
     """Return every job of the sweeps, the most valuable first: whole trainings, what builds on them, single parts.
 
     What shares a training is two jobs: other roundings, and other adaptations of the same artifact. Without the final
-    sweep those of the base build on its screening.
+    sweep those of the base build on its screening. wholes: the trainings of the final sweep.
     """
     trainings = {name: (variant.config.model, variant.config.train) for name, variant in variants.items()}
     groups = {whole: tuple(name for name in variants if trainings[name] == trainings[whole]) for whole in WHOLE}
     shared = {name for members in groups.values() for name in members}
     jobs = []
     if "final" in sweeps:
-        jobs += [Job("final", seed, whole, (whole,), "train") for whole in WHOLE for seed in seeds]
-        jobs += share_trainings("final", variants, groups, seeds)
+        jobs += [Job("final", seed, whole, (whole,), "train") for whole in wholes for seed in seeds]
+        jobs += share_trainings("final", variants, {whole: groups[whole] for whole in wholes}, seeds)
     if "screening" in sweeps:
         single = ["base", *(name for name in variants if name not in shared)]
         screenings = [Job("screening", seed, name, (name,), "screen") for name in single for seed in seeds]
@@ -178,7 +180,7 @@ def begin(job: Job, slot: int, plain: dict[str, Any], args: argparse.Namespace) 
     command = ["-m", "seedsweep", "run", str(file), "--local", "--progress", "plain"]
     if args.git_commit:
         command += ["--git-commit", args.git_commit, "--git-dirty", "no"]
-    return start_process(command, log, CUDA_VISIBLE_DEVICES=str(slot) if args.gpus else "")
+    return start_process(command, log, CUDA_VISIBLE_DEVICES=list_gpus()[slot] if args.gpus else "")
 
 
 def collect(sweep: str, work: Path, order: Sequence[str], target: Path) -> None:
@@ -267,6 +269,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpus", type=int, default=8, help="of each job on a GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 0, 1337])
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
+    parser.add_argument("--wholes", nargs="+", choices=WHOLE, default=list(WHOLE), help="trainings of the final sweep")
     parser.add_argument("--preset", help="in place of the spec's")
     parser.add_argument("--steps", type=int, help="of the final trainings, in place of the preset's")
     parser.add_argument("--screen_steps", type=int, default=160, help="one epoch of 31.8 M tokens in steps of 196,608")
@@ -297,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work.mkdir(parents=True)
     plain, variants = read_ablation(args.spec)
     train_s, more_s, screen_s = args.guess_s
-    jobs = make_jobs(variants, args.seeds, args.sweeps)
+    jobs = make_jobs(variants, args.seeds, args.sweeps, args.wholes)
     guesses = {job.kind: more_s * (len(job.variants) - 1) for job in jobs} | {"train": train_s, "screen": screen_s}
     campaign = Campaign(jobs, guesses, args.gpus or args.slots, args.limit_s)
     wanted = len(campaign.jobs)

@@ -67,6 +67,12 @@ def test_without_the_final_sweep_the_bases_screening_is_rounded_and_adapted_othe
     assert {job.kind for job in jobs[6:]} == {"screen"}
 
 
+def test_one_whole_recipe_may_be_trained_alone() -> None:
+    jobs = make_jobs(read_ablation(SPEC)[1], [42, 0], ["final"], ["all"])
+    assert [job.name for job in jobs[:2]] == ["final-all-42", "final-all-0"]
+    assert {job.group for job in jobs} == {"all"}
+
+
 def test_no_job_begins_that_would_not_end_in_time_and_none_before_what_it_needs() -> None:
     begun = {name: now for now, name in simulate(campaign(400.0))}
     assert max(begun.values()) + 60.0 <= 400.0
