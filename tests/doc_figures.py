@@ -87,12 +87,12 @@ def measured_tables(folder: Path = MEASURED) -> str:
 
 
 def _where(ablation: Ablation) -> str:
-    """Return which rows these are: the sweep and its code. Raises ValueError for rows of two codes."""
-    codes = {row["code_hash"] for table in ablation.tables.values() for row in table.seeds}
-    if len(codes) > 1:
-        raise ValueError(f"rows of two codes stand together: {', '.join(sorted(code[:8] for code in codes))}")
-    first = next(iter(ablation.tables.values()))
-    return f"sweep `{first.identity['sweep']}`, code hash {codes.pop()[:8]}"
+    """Return which rows these are: the sweep and its code; variants of another code are named with theirs."""
+    codes = {name: {row["code_hash"][:8] for row in table.seeds} for name, table in ablation.tables.items()}
+    first, *others = dict.fromkeys(code for found in codes.values() for code in sorted(found))
+    more = [f"{code} ({', '.join(f'`{name}`' for name in codes if code in codes[name])})" for code in others]
+    sweep = next(iter(ablation.tables.values())).identity["sweep"]
+    return f"sweep `{sweep}`, code hash {', '.join([first, *more])}"
 
 
 def ablation_table(ablation: Ablation) -> str:
