@@ -20,6 +20,7 @@ from jobs.cli import main as command_line
 
 ROOT = Path(__file__).parent.parent
 BUILTIN_VOCAB_SIZE = 1024  # of the corpus made of docstrings
+LAST_LINES = 12  # of a process that failed
 STOP_S = 6.0  # from asking processes to end to killing them
 
 
@@ -80,11 +81,11 @@ def rates_by_loop(steps: Any, *, skip: int = 0) -> dict[str, dict[str, Any] | No
     return {"plain": describe_samples(rates[~looped]), "looped": describe_samples(rates[looped])}
 
 
-def start_process(command: Sequence[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+def start_process(command: Sequence[str], log: Path, *, cwd: Path = ROOT, **env: str) -> subprocess.Popen[bytes]:
     """Start Python with these arguments in a process group of its own; what it prints goes to log."""
     with log.open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, stdout=output, stderr=subprocess.STDOUT,
+            [sys.executable, *command], cwd=cwd, env={**os.environ, **env}, stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 
@@ -99,6 +100,18 @@ def list_gpus() -> list[str]:
     visible, count = os.environ.get(VISIBLE), count_gpus()
     named = [str(number) for number in range(count)] if visible is None else visible.split(",")
     return [name.strip() for name in named][:count]
+
+
+def search_path(*folders: Path) -> str:
+    """Return a PYTHONPATH in which these folders come before whatever the present one names."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def last_words(log: Path) -> str:
+    """Return the last lines that a process printed besides its progress."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = [line for line in lines if not line.startswith("[")]
+    return " | ".join(line.strip() for line in lines[-LAST_LINES:])[-1500:]
 
 
 def end_processes(processes: Iterable[subprocess.Popen[bytes]], stop_s: float = STOP_S) -> None:

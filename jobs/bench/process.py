@@ -82,11 +82,15 @@ class Bench:
             launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
             command[1:2] = [*launch, "--nproc-per-node", str(num_ranks), "-m"]
         asked.write_text(json.dumps({**request, "spawned_at": time.time()}))
-        done = subprocess.run(command, env=environment_of_children(env), stdout=subprocess.DEVNULL, check=False)
+        code = self.execute(command, environment_of_children(env))
         if not left.is_file():
-            raise MeasurementFailed(f"task {request['task']} ended with exit code {done.returncode}")
+            raise MeasurementFailed(f"task {request['task']} ended with exit code {code}")
         outcome: dict[str, Any] = json.loads(left.read_text())
         return outcome
+
+    def execute(self, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Run a measuring process to its end and return its exit code."""
+        return subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode
 
     def run_command(self, arguments: Sequence[str], *, accepted: Sequence[int] = (0,)) -> Finished:
         """Run Python with arguments in a fresh process. Raises MeasurementFailed on another exit code."""
