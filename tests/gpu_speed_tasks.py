@@ -98,17 +98,14 @@ def time_steps(work: Workplace, bench_model: GPT) -> None:
     with marking_steps(work.device) as marks:
         stages._adapt(work, bench_model, documents, table)
     synchronize(work.device)
-    full = (config.batch_documents, config.window_tokens)
-    pairs = [(left, right) for left, right in pairwise(marks) if left[0] == right[0] == full]
-    if not pairs:
-        raise ValueError(
-            f"no two steps of {full} windows and tokens followed each other: {[size for size, _ in marks]}"
-        )
-    probe.add("step", "ms", [elapsed_ms(left[1], right[1]) for left, right in pairs])
+    count, length = config.batch_documents, config.window_tokens
+    pairs = [(left, right) for left, right in pairwise(marks) if left[0][1] == right[0][1] == length]
+    probe.add("step", "ms", [elapsed_ms(left[1], right[1]) * count / left[0][0] for left, right in pairs])
     probe.add("step: peak memory", "GiB", [peak_memory_bytes(work.device) / 2**30])
+    rows = sorted({left[0][0] for left, _ in pairs})
     probe.note(
-        f"a step: {full[0]} windows of {full[1]}, from the place of one in the device's queue to that of the next, "
-        f"bookkeeping included; its peak is of a pass over {full[0]} documents, each with its adapters"
+        f"a step: {count} windows of {length} (here in batches of {rows}), from the place of one in the device's queue "
+        f"to that of the next, bookkeeping included; its peak is of a pass over {count} documents, each with adapters"
     )
 
 
@@ -119,9 +116,9 @@ def marking_steps(device: torch.device) -> Iterator[list[tuple[tuple[int, int], 
     engine: Any = RecordedStep if device.type == "cuda" else LearningStep
     run = engine.run
 
-    def marked(self: Any, table: torch.Tensor, length: int) -> torch.Tensor:
+    def marked(self: Any, table: torch.Tensor, length: int, *more: Any, **named: Any) -> Any:
         marks.append(((int(table.size(0)), length), moment(device)))
-        return run(self, table, length)
+        return run(self, table, length, *more, **named)
 
     engine.run = marked
     try:
