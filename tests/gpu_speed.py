@@ -31,8 +31,8 @@ from jobs.bench.figures import Report, describe_environment
 from jobs.bench.process import Bench, MeasurementFailed
 from model.data.cpus import usable_cpus
 from model.files.atomic import replace_file
-from runner.machine.gpus import VISIBLE, count_gpus
-from tests.gpu_kit import ROOT, data_section, end_processes, last_words, search_path, start_process
+from runner.machine.gpus import VISIBLE
+from tests.gpu_kit import ROOT, data_section, end_processes, last_words, list_gpus, search_path, start_process
 from tests.gpu_speed_outside import LOG, measure_outside
 from tests.gpu_speed_rows import as_text, join_reports
 
@@ -285,14 +285,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def choose_gpus(args: argparse.Namespace) -> list[str | None]:
     """Return which GPU each part works on, None where there is none. Raises ValueError where there are too few."""
-    here = count_gpus()
-    if args.gpu_parts < 1 or (here and args.gpu_parts > here):
-        raise ValueError(f"--gpu_parts {args.gpu_parts} must be from 1 to {here}, the GPUs that are here")
-    if not here:
-        return [None] * args.gpu_parts
-    visible = os.environ.get(VISIBLE)
-    named = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(here)]
-    return list(named[: args.gpu_parts])
+    names = list_gpus()
+    if args.gpu_parts < 1 or (names and args.gpu_parts > len(names)):
+        raise ValueError(f"--gpu_parts {args.gpu_parts} must be from 1 to {len(names)}, the GPUs that are here")
+    return list(names[: args.gpu_parts]) if names else [None] * args.gpu_parts
 
 
 def list_trees(args: argparse.Namespace) -> list[Tree]:

@@ -226,7 +226,7 @@ def test_a_mistake_ends_with_one_line(
 
 
 def test_each_part_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_speed, "count_gpus", lambda: 4)
+    monkeypatch.setattr("runner.machine.gpus.count_gpus", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu_speed.choose_gpus(SimpleNamespace(gpu_parts=1)) == ["0"]  # two seeds must not run at once
     assert gpu_speed.choose_gpus(SimpleNamespace(gpu_parts=3)) == ["0", "1", "2"]
