@@ -25,6 +25,7 @@ docs/recipe.md has their formulas and sources.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -70,10 +71,11 @@ class Visit(NamedTuple):
     shift: Tensor | None  # (D,), added to the stream first of all: the vector of a pass over the repeated block
 
 
-class Context(NamedTuple):
+@dataclass
+class Context:
     """What every visit of one forward pass shares."""
 
-    x0: Tensor  # (B, T, D)
+    x0: Tensor  # (B, T, D), as the last visit handed it on: its gradient comes back visit by visit
     cos: Tensor  # (T or B x T, rope_dims / 2)
     sin: Tensor
     rows: Rows
@@ -257,9 +259,9 @@ class GPT(nn.Module):
         mix, width = Mix(context.x0, w.resid_mix), self.config.attn_gate_width
         if isinstance(lanes, Lanes):  # parted as the stream comes in: a skip is merged into attention's lane only
             y, y_normed = add_norm(lanes.attention, scale)
-            x, _, normed, columns = mix_norm(Stream(y, None), mix, scale, skip, width)
+            x, _, normed, columns, context.x0 = mix_norm(Stream(y, None), mix, scale, skip, width)
         else:
-            x, y, normed, y_normed, columns = cross_norm(lanes, mix, scale, skip, width)
+            x, y, normed, y_normed, columns, context.x0 = cross_norm(lanes, mix, scale, skip, width)
         n = context.num_scored if is_last else x.size(1)  # what comes after the last visit mixes no positions
         made = self._attention(visit, normed, columns, context, n), self._mlp_output(visit, last_positions(y_normed, n))
         assert w.routes is not None
@@ -286,7 +288,8 @@ class GPT(nn.Module):
         # x is the stream with skip merged; the block reads mixed = mix[0] * x + mix[1] * x0, by learned vectors, so
         # that the tokens themselves stay within reach of every visit; normed is its norm.
         mix = Mix(context.x0, visit.w.resid_mix, visit.shift)
-        x, mixed, normed, columns = mix_norm(stream, mix, norm_scale(visit.layer), skip, self.config.attn_gate_width)
+        scale, width = norm_scale(visit.layer), self.config.attn_gate_width
+        x, mixed, normed, columns, context.x0 = mix_norm(stream, mix, scale, skip, width)
         return x, Stream(last_positions(mixed, n), self._attention(visit, normed, columns, context, n))
 
     def _attention(self, visit: Visit, normed: Tensor, columns: Tensor | None, context: Context, n: int) -> Tensor:

@@ -69,11 +69,12 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, x_ptr, sum_ptr, mixed_ptr, skip_ptr, first_ptr,
-    mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
+    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, grad_later_ptr,
+    x_ptr, sum_ptr, mixed_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
     grad_x_ptr, grad_delta_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr, factor_partial_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -123,7 +124,11 @@ def _backward(
             else:
                 sum_a += grad * x
             sum_b += grad * first
-            tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
+            if HAS_FIRST:
+                grad_first = b * grad
+                if HAS_LATER:
+                    grad_first += tl.load(grad_later_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(grad_first_ptr + at, grad_first.to(grad_first_ptr.dtype.element_ty), mask=inside)
             grad = a * grad
             if SHIFT == BEHIND_SUM:
                 sum_shift += grad
@@ -185,9 +190,9 @@ def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
 
 
 class MixNorm(torch.autograd.Function):
-    """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> (sum, mixed, normed, columns).
+    """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> Mixed of model.kernels.residual.
 
-    See model.kernels.residual. The sum is None where it is x, mixed where it is the sum, columns where there are none.
+    The sum is None where it is x, mixed where it is the sum, columns where there are none.
     """
 
     @staticmethod
@@ -195,7 +200,7 @@ class MixNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
         first: Tensor | None, mix: Tensor | None, scale: float, factor: Tensor | None = None,
         shift: Tensor | None = None, num_columns: int = 0,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         num_rows, width = x.shape
         factor = None if delta is None else factor
         total = torch.empty_like(x) if delta is not None or skip is not None else x
@@ -216,13 +221,11 @@ class MixNorm(torch.autograd.Function):
         )
         ctx.scale, ctx.has_delta = scale, delta is not None
         ctx.set_materialize_grads(False)
-        return (None if total is x else total), (None if mix is None else mixed), normed, columns
+        return (None if total is x else total), (None if mix is None else mixed), normed, columns, first
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor | None,
-        grad_columns: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_sum, grad_mixed, grad_normed, grad_columns, grad_later = arriving
         total, mixed, x, skip, weight, gate, first, mix, factor, shift = ctx.saved_tensors
         num_rows, width = total.shape
         has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
@@ -230,8 +233,11 @@ class MixNorm(torch.autograd.Function):
             grad_mixed = torch.zeros_like(total)
         if grad_normed is None:  # of a stream that was settled: nobody reads its norm
             grad_normed = torch.zeros_like(total)
-        grads = [None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed, grad_columns)]
-        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_mix)]
+        grads = [
+            None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed, grad_columns, grad_later)
+        ]
+        has_first = ctx.needs_input_grad[5]
+        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_first)]
         programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
         parts = 5 if has_shift else 4
         partial = total.new_empty(programs, parts, width, dtype=torch.float32) if has_mix or has_skip else None
@@ -242,6 +248,7 @@ class MixNorm(torch.autograd.Function):
             *made, partial, factor_partial, num_rows, ctx.scale,
             D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, PARTS=parts,
             HAS_GRAD_SUM=grad_sum is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix, **gate_sizes(factor, width),
+            HAS_FIRST=has_first, HAS_LATER=has_first and grad_later is not None,
             SHIFT=_shift_place(shift, skip), COLUMNS=0 if grad_columns is None else grad_columns.size(1),
             num_warps=8 if has_factor else 4,  # twice the rows in flight would not fit the registers
         )  # fmt: skip
