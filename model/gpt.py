@@ -37,7 +37,7 @@ from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_s
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
 from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
-from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
 from model.kernels.lanes import CrossedLanes, Lanes, cross_norm, mean_norm, merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -152,16 +152,20 @@ class GPT(nn.Module):
         """
         assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
         hidden = self._run_visits(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
-        embedding, head = self.tok_emb.weight.to(hidden.dtype), adapters.head() if adapters is not None else None
+        # the head is the embedding again (tied weights), and may have an adapter of its own
+        embedding, head = self.tok_emb.weight, adapters.head() if adapters is not None else None
+        project, cap = self.projections["head"], self.config.logit_softcap
+        if head is None and targets is not None:
+            return projected_cross_entropy(hidden, embedding, targets, cap, project, reduction=reduction)
+        embedding = embedding.to(hidden.dtype)
         if head is None:
-            logits = self.projections["head"](hidden, embedding)  # (B, n, V)
-        else:  # the head is the embedding again (tied weights), with an adapter of its own
-            columns = {HEAD: (0, embedding.size(0))}
-            logits, _ = adapt_product(hidden, embedding, head, columns, self.projections["head"])
+            logits = project(hidden, embedding)  # (B, n, V)
+        else:
+            logits, _ = adapt_product(hidden, embedding, head, {HEAD: (0, embedding.size(0))}, project)
         # cap * tanh(x / cap): logits stay within +-cap, so no token can cost more than 2 * cap + ln V
         if targets is None:
-            return softcap(logits, self.config.logit_softcap)
-        return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
+            return softcap(logits, cap)
+        return softcap_cross_entropy(logits, targets, cap, reduction=reduction)
 
     def visit(self, tokens: Tensor, *, is_looped: bool, packing: Packing | None = None) -> None:
         """Run every visit for those who listen to `projections`; arguments as for forward."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.kernels.launch import launch
 
 SCALING_PROGRAMS = 132 * 8
+LOGIT_ROWS = 16384  # of logits that exist at a time where a loss is one number: every product still fills a GPU
 LARGEST_SHIFT = 40.0  # exp(-2 * 40) is a normal float32, with room for the sum; exp(-88) is not
 
 
@@ -95,26 +96,60 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
 
 
 class SoftcapCrossEntropy(torch.autograd.Function):
-    """(logits (N, V), targets (N,), cap, reduction) -> nll (N,) or its mean or sum. TRAP: overwrites logits."""
+    """(logits (N, V), targets (N,), cap) -> nll (N,). TRAP: overwrites logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
-        nll = row_nll(logits, targets, cap, 1.0 / logits.size(0) if reduction == "mean" else 1.0)
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        nll = row_nll(logits, targets, cap, 1.0)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward is told by an error
         ctx.grad = logits.detach()
-        return nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
+        return nll
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError("the logits' gradient was already used: a second backward is not possible")
-        num_rows, vocab = grad.shape
-        factor = grads[0].contiguous()
-        # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
-        launch(
-            _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
-            grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
-            V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
-        )  # fmt: skip
-        return grad, None, None, None
+        return _scale_rows_(grad, grads[0]), None, None
+
+
+class ProjectedCrossEntropy(torch.autograd.Function):
+    """(x (N, D), weight (V, D), targets (N,), cap, reduction) -> mean or sum of the nll of x weight^T.
+
+    Both gradients are made at once, a part of the rows after the other, so that all logits never exist together;
+    the weight's is added up in float32, in the order of the rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        narrow, scale = weight.to(x.dtype), 1.0 / x.size(0) if reduction == "mean" else 1.0
+        buffer = x.new_empty(min(x.size(0), LOGIT_ROWS), weight.size(0))
+        grad_x, grad_weight, nll = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32), []
+        parts = (t.split(LOGIT_ROWS) for t in (x, targets, grad_x))
+        for rows, row_targets, grad_rows in zip(*parts, strict=True):
+            logits = torch.mm(rows, narrow.mT, out=buffer[: rows.size(0)])
+            nll.append(row_nll(logits, row_targets, cap, scale))  # the logits' gradient stands there now
+            torch.mm(logits, narrow, out=grad_rows)
+            grad_weight += logits.mT @ rows
+        ctx.grads = grad_x, grad_weight
+        return torch.cat(nll).mean() if reduction == "mean" else torch.cat(nll).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        made, ctx.grads = ctx.grads, None
+        if made is None:
+            raise RuntimeError("the loss's gradients were already used: a second backward is not possible")
+        return *(_scale_rows_(grad, grads[0]) for grad in made), None, None, None
+
+
+def _scale_rows_(x: Tensor, factor: Tensor) -> Tensor:
+    """Return rows x (N, V) times a factor, one for all or one for each, in place."""
+    # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
+    num_rows, vocab = x.shape
+    factor = factor.contiguous()
+    launch(
+        _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
+        x, factor, num_rows, x.stride(0), 1 if factor.dim() else 0,
+        V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
+    )  # fmt: skip
+    return x
