@@ -244,7 +244,8 @@ class MixNorm(torch.autograd.Function):
         grads = tuple(torch.zeros_like(kept) if g is None and n else g for g, n in zip(grads, needed, strict=True))
         grads = tuple(None if g is None else g.contiguous() for g in grads)
         made = [torch.empty_like(kept) if has else None for has in (True, has_factor, has_skip, has_first)]
-        programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
+        rows = 2 if has_factor else ROWS  # with four, one program would fill all registers
+        programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, rows))
         parts = 2 * has_mix + 2 * has_skip + has_shift
         partial = kept.new_empty(programs, parts, width, dtype=torch.float32)
         factor_partial = kept.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
@@ -252,11 +253,11 @@ class MixNorm(torch.autograd.Function):
             _backward, (programs,),
             *grads, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
             *made, partial, factor_partial, num_rows, ctx.scale,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, PARTS=parts,
+            D=width, COLS=triton.next_power_of_2(width), ROWS=rows, PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
             HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
             SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1),
-            num_warps=8 if has_factor else 4,  # twice the rows in flight would not fit the registers
+            num_warps=4,
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
         sums = partial.sum(0)
