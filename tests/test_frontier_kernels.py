@@ -148,12 +148,21 @@ def test_the_first_state_s_gradient_comes_back_from_visit_to_visit(
 
 
 def test_frozen_weights_need_no_gradient_of_the_first_state(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels, heard = sys.modules["model.kernels.residual_triton"], []
-    monkeypatch.setattr(kernels, "launch", lambda *_args, **options: heard.append(options.get("HAS_FIRST")))
-    x, first = (draw(1, TIME, DIM, seed=seed) for seed in (1, 2))
-    mixed = mix_norm(Stream(x.requires_grad_(), None), Mix(first, parameter(2, DIM, seed=3)), 0.7)
-    mixed.normed.sum().backward()
-    assert heard == [None, False]
+    """As in test-time training, where gradients come back to adapters only."""
+    heard: list[bool | None] = []
+    for name in ("residual_triton", "lanes_triton"):
+        kernels = sys.modules[f"model.kernels.{name}"]
+        monkeypatch.setattr(kernels, "launch", lambda *_args, **options: heard.append(options.get("HAS_FIRST")))
+    x, first = draw(1, TIME, DIM, seed=1).requires_grad_(), draw(1, TIME, DIM, seed=2)
+    mix = Mix(first, parameter(2, DIM, seed=3))
+    mixed = mix_norm(Stream(x, None), mix, 0.7)
+    again = mix_norm(Stream(mixed.mixed, None), mix._replace(first=mixed.first), 0.7)
+    lanes = CrossedLanes(again.mixed, x, x, x, parameter(8, seed=4))
+    crossed = cross_norm(lanes, mix._replace(first=again.first), 0.7)
+    cross_norm(
+        lanes._replace(mlp=crossed.mlp), mix._replace(first=crossed.first), 0.7
+    ).attention_normed.sum().backward()
+    assert heard == [None] * 4 + [False] * 4
 
 
 def crossed_inputs(width: int | None) -> list[Tensor | None]:

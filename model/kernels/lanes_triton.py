@@ -254,6 +254,8 @@ class CrossNorm(torch.autograd.Function):
         ctx.save_for_backward(lane0, lane1, attention, mlp, routes, factor, out0, out1, skip, weight, gate, first, mix)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[9]:
+            ctx.mark_non_differentiable(first)
         return out0, out1, normed0, normed1, columns, first
 
     @staticmethod

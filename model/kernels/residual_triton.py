@@ -231,6 +231,8 @@ class MixNorm(torch.autograd.Function):
         ctx.save_for_backward(before, kept, inverse, skip, first, mix, weight, gate, factor, shift)
         ctx.scale, ctx.has_delta = scale, delta is not None
         ctx.set_materialize_grads(False)
+        if first is not None and not ctx.needs_input_grad[5]:
+            ctx.mark_non_differentiable(first)  # else every later visit would make a gradient of it
         return (None if total is x else total), (None if mix is None else mixed), normed, columns, first
 
     @staticmethod
@@ -256,8 +258,7 @@ class MixNorm(torch.autograd.Function):
             D=width, COLS=triton.next_power_of_2(width), ROWS=rows, PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
             HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
-            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1),
-            num_warps=4,
+            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1), num_warps=4,
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
         sums = partial.sum(0)
