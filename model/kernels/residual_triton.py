@@ -19,7 +19,10 @@ from model.kernels.launch import gate_sizes, launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
-BACKWARD_PROGRAMS = 132 * 16  # each adds up the column sums of its rows; the host adds the programs
+# Each adds up the column sums of its rows; the host adds the programs. One warp each waits for no other, and with 168
+# registers a thread 12 fit a multiprocessor at a time.
+BACKWARD_PROGRAMS = 132 * 24
+WARP_COLUMNS = 512  # of a row: 16 numbers a thread
 # where a shift comes in: before a skip is merged, or behind what is kept as the stream's value
 BEFORE_SKIP: tl.constexpr = tl.constexpr(1)
 BEHIND_SUM: tl.constexpr = tl.constexpr(2)
@@ -73,67 +76,61 @@ def _backward(
     grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, grad_later_ptr,
     x_ptr, kept_ptr, inverse_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
     grad_x_ptr, grad_delta_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr, factor_partial_ptr,
-    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
     HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of _forward; what it kept is the sum of a mixture, and else the norm that it wrote."""
+    """Of _forward, one row after the other; what it kept is the sum of a mixture, and else the norm that it wrote."""
     program = tl.program_id(0)
     cols = tl.arange(0, COLS)
     known = cols < D
     if HAS_MIX:
-        a = tl.load(mix_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        b = tl.load(mix_ptr + D + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        sum_a = tl.zeros((ROWS, COLS), tl.float32)
-        sum_b = tl.zeros((ROWS, COLS), tl.float32)
+        a = tl.load(mix_ptr + cols, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(mix_ptr + D + cols, mask=known, other=0.0).to(tl.float32)
+        sum_a = tl.zeros((COLS,), tl.float32)
+        sum_b = tl.zeros((COLS,), tl.float32)
     if HAS_SKIP:
-        weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))[None, :]
-        sum_weight = tl.zeros((ROWS, COLS), tl.float32)
+        sum_weight = tl.zeros((COLS,), tl.float32)
         if HAS_GRAD_SUM:
-            sum_gate = tl.zeros((ROWS, COLS), tl.float32)
+            sum_gate = tl.zeros((COLS,), tl.float32)
     if FACTOR > 0:
-        over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)[None, :]
+        over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)
         bias = tl.load(factor_ptr)
-        near = tl.arange(0, NEAR)[None, :]
-        sum_factor = tl.zeros((ROWS, NEAR), tl.float32)
-        sum_bias = tl.zeros((ROWS,), tl.float32)
+        near = tl.arange(0, NEAR)
+        sum_factor = tl.zeros((NEAR,), tl.float32)
+        sum_bias = 0.0
     if SHIFT > 0:
-        shift = tl.load(shift_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        sum_shift = tl.zeros((ROWS, COLS), tl.float32)
-    for tile in range(program, (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        at = rows[:, None] * D + cols[None, :]
-        inside = (rows < num_rows)[:, None] & known[None, :]
-        # All loads come first: the compiler moves none of them before a store, which might write what it reads.
-        made = tl.load(kept_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.load(inverse_ptr + rows, mask=rows < num_rows, other=1.0)[:, None]
+        shift = tl.load(shift_ptr + cols, mask=known, other=0.0).to(tl.float32)
+        sum_shift = tl.zeros((COLS,), tl.float32)
+    for number in range(program, num_rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64)
+        at = row * D + cols
+        # All loads of rows come first: the compiler moves none before a store, which might write what it reads.
+        made = tl.load(kept_ptr + at, mask=known, other=0.0).to(tl.float32)
+        grad = tl.load(grad_normed_ptr + at, mask=known, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + row)
         if HAS_MIX:
-            grad_mixed = tl.load(grad_mixed_ptr + at, mask=inside, other=0.0)
-            first = tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            grad_mixed = tl.load(grad_mixed_ptr + at, mask=known, other=0.0)
+            first = tl.load(first_ptr + at, mask=known, other=0.0).to(tl.float32)
         if HAS_LATER:
-            later = tl.load(grad_later_ptr + at, mask=inside, other=0.0)
+            later = tl.load(grad_later_ptr + at, mask=known, other=0.0)
         if HAS_GRAD_SUM:
-            grad_sum = tl.load(grad_sum_ptr + at, mask=inside, other=0.0)
+            grad_sum = tl.load(grad_sum_ptr + at, mask=known, other=0.0)
         if HAS_SKIP:
-            skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            skip = tl.load(skip_ptr + at, mask=known, other=0.0).to(tl.float32)
         if FACTOR > 0:
-            before = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            seen = (rows < num_rows)[:, None] & (near < WIDTH)
-            read = tl.load(x_ptr + rows[:, None] * D + near, mask=seen, other=0.0).to(tl.float32)
+            before = tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
+            read = tl.load(x_ptr + row * D + near, mask=near < WIDTH, other=0.0).to(tl.float32)
         if COLUMNS > 0:
-            place = grad_columns_ptr + rows[:, None] * COLUMNS + cols[None, :]
-            grad += tl.load(place, mask=inside & (cols < COLUMNS)[None, :], other=0.0).to(tl.float32)
+            grad += tl.load(grad_columns_ptr + row * COLUMNS + cols, mask=cols < COLUMNS, other=0.0).to(tl.float32)
         if HAS_MIX:
             mixed = made + shift if SHIFT == BEHIND_SUM else made
             normed = (a * mixed + b * first) * inverse
         else:
             normed = made / scale
             made = normed / inverse
-        along = tl.sum(grad * normed, axis=1)[:, None] / D
-        grad = scale * inverse * (grad - normed * along)
+        grad = scale * inverse * (grad - normed * (tl.sum(grad * normed, axis=0) / D))
         if HAS_MIX:
             grad += grad_mixed.to(tl.float32)
             sum_a += grad * mixed
@@ -142,18 +139,21 @@ def _backward(
                 grad_first = b * grad
                 if HAS_LATER:
                     grad_first += later.to(tl.float32)
-                tl.store(grad_first_ptr + at, grad_first.to(grad_first_ptr.dtype.element_ty), mask=inside)
+                tl.store(grad_first_ptr + at, grad_first.to(grad_first_ptr.dtype.element_ty), mask=known)
             grad = a * grad
             if SHIFT == BEHIND_SUM:
                 sum_shift += grad
         if HAS_GRAD_SUM:
             grad += grad_sum.to(tl.float32)
         if HAS_SKIP:
+            # read for every row, from the cache: kept, they would take registers that are scarce above
+            weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))
             sum_weight += grad * skip
             if HAS_GRAD_SUM:
                 sum_gate += grad * made
             grad_skip = (1 - gate) * weight * grad
-            tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=inside)
+            tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=known)
             outer = grad
             grad = gate * grad
         if SHIFT == BEFORE_SKIP:
@@ -165,32 +165,33 @@ def _backward(
                 made -= (1 - gate) * weight * skip + gate * before
                 if SHIFT == BEFORE_SKIP:
                     made -= gate * shift
-                along_made = tl.sum(outer * made, axis=1)
+                along_made = tl.sum(outer * made, axis=0)
             else:
-                along_made = tl.sum(grad * (made - before), axis=1)
-            factor = tl.sigmoid(tl.sum(before * over, axis=1) + bias)
+                along_made = tl.sum(grad * (made - before), axis=0)
+            factor = tl.sigmoid(tl.sum(before * over, axis=0) + bias)
             slope = (1 - factor) * along_made  # of the sigmoid's argument
-            grad_delta = factor[:, None] * grad
-            tl.store(grad_delta_ptr + at, grad_delta.to(grad_delta_ptr.dtype.element_ty), mask=inside)
-            sum_factor += slope[:, None] * read
+            tl.store(grad_delta_ptr + at, (factor * grad).to(grad_delta_ptr.dtype.element_ty), mask=known)
+            sum_factor += slope * read
             sum_bias += slope
-            grad += slope[:, None] * over
-        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            grad += slope * over
+        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=known)
     if FACTOR > 0:
         place = factor_partial_ptr + program * (FACTOR + 1)
-        tl.store(place, tl.sum(sum_bias, axis=0))
-        tl.store(place + 1 + tl.arange(0, NEAR), tl.sum(sum_factor, axis=0), mask=tl.arange(0, NEAR) < FACTOR)
+        tl.store(place, sum_bias)
+        tl.store(place + 1 + near, sum_factor, mask=near < FACTOR)
     if HAS_MIX:
         place = partial_ptr + program * PARTS * D + cols
-        tl.store(place, tl.sum(sum_a, axis=0), mask=known)
-        tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
+        tl.store(place, sum_a, mask=known)
+        tl.store(place + D, sum_b, mask=known)
         if HAS_SKIP:
+            weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))
             # The gate's share is (x - weight * skip) g (1 - g), x before the merge; the sum has one g in it already.
             along_sum = sum_gate if HAS_GRAD_SUM else a * sum_a  # else the mixture's gradient is all that the sum has
-            tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
-            tl.store(place + 3 * D, tl.sum((1 - gate) * (along_sum - weight * sum_weight), axis=0), mask=known)
+            tl.store(place + 2 * D, (1 - gate) * sum_weight, mask=known)
+            tl.store(place + 3 * D, (1 - gate) * (along_sum - weight * sum_weight), mask=known)
         if SHIFT > 0:
-            tl.store(place + (PARTS - 1) * D, tl.sum(sum_shift, axis=0), mask=known)
+            tl.store(place + (PARTS - 1) * D, sum_shift, mask=known)
 
 
 def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
@@ -246,19 +247,18 @@ class MixNorm(torch.autograd.Function):
         grads = tuple(torch.zeros_like(kept) if g is None and n else g for g, n in zip(grads, needed, strict=True))
         grads = tuple(None if g is None else g.contiguous() for g in grads)
         made = [torch.empty_like(kept) if has else None for has in (True, has_factor, has_skip, has_first)]
-        rows = 2 if has_factor else ROWS  # with four, one program would fill all registers
-        programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, rows))
-        parts = 2 * has_mix + 2 * has_skip + has_shift
+        programs, parts = min(BACKWARD_PROGRAMS, num_rows), 2 * has_mix + 2 * has_skip + has_shift
         partial = kept.new_empty(programs, parts, width, dtype=torch.float32)
         factor_partial = kept.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
         launch(
             _backward, (programs,),
             *grads, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
             *made, partial, factor_partial, num_rows, ctx.scale,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=rows, PARTS=parts,
+            D=width, COLS=triton.next_power_of_2(width), PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
             HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
-            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1), num_warps=4,
+            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1),
+            num_warps=max(1, triton.next_power_of_2(width) // WARP_COLUMNS),
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
         sums = partial.sum(0)
