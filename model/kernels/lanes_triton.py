@@ -302,9 +302,10 @@ def _launch_backward(
     assert lane0 is not None
     assert routes is not None
     num_rows, width = lane0.shape
-    has = (True, True, True, True, skip is not None, has_first)
-    made = [torch.empty_like(lane0) if each else None for each in has]
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, CROSS_ROWS))
+    made = [torch.empty_like(lane0) if each else None for each in (*(True,) * 4, skip is not None, has_first)]
+    programs = min(BACKWARD_PROGRAMS, num_rows)
+    warps = max(1, triton.next_power_of_2(width) // 512) * (1 if skip is None else 2)  # a skip needs more registers
+    sizes = _sizes(width) | {"ROWS": 1, "num_warps": warps}  # a row of one warp waits for no other
 
     def sums_of(*shape: int) -> Tensor:
         return torch.empty(programs, *shape, device=lane0.device, dtype=torch.float32)
@@ -317,7 +318,7 @@ def _launch_backward(
         *grads, *saved, *made, partial, routes_partial, factor_partial, num_rows, scale,
         IS_END=is_end, HAS_GRAD0=grads[0] is not None, HAS_GRAD1=grads[1] is not None, HAS_SKIP=skip is not None,
         COLUMNS=0 if columns is None else columns.size(1),
-        HAS_FIRST=has_first, HAS_LATER=has_first and grads[5] is not None, **gate_sizes(factor, width), **_sizes(width),
+        HAS_FIRST=has_first, HAS_LATER=has_first and grads[5] is not None, **gate_sizes(factor, width), **sizes,
     )  # fmt: skip
     return (
         made, None if partial is None else partial.sum(0), routes_partial.sum(0).to(routes.dtype),
