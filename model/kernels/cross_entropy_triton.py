@@ -95,25 +95,38 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
     return nll
 
 
-class SoftcapCrossEntropy(torch.autograd.Function):
+class _MadeBefore(torch.autograd.Function):
+    """A function whose forward pass leaves the first inputs' gradients in ctx.made, up to the factor that arrives."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        made, ctx.made = ctx.made, None
+        if made is None:
+            raise RuntimeError("the loss's gradient was already used: a second backward is not possible")
+        factor = grads[0].contiguous()
+        for grad in made:
+            num_rows, width = grad.shape
+            # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
+            launch(
+                _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
+                grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
+                V=width, COLS=triton.next_power_of_2(width), num_warps=8,
+            )  # fmt: skip
+        return *made, *(None,) * (len(ctx.needs_input_grad) - len(made))
+
+
+class SoftcapCrossEntropy(_MadeBefore):
     """(logits (N, V), targets (N,), cap) -> nll (N,). TRAP: overwrites logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
         nll = row_nll(logits, targets, cap, 1.0)
         torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward is told by an error
-        ctx.grad = logits.detach()
+        ctx.made = (logits.detach(),)
         return nll
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            raise RuntimeError("the logits' gradient was already used: a second backward is not possible")
-        return _scale_rows_(grad, grads[0]), None, None
 
-
-class ProjectedCrossEntropy(torch.autograd.Function):
+class ProjectedCrossEntropy(_MadeBefore):
     """(x (N, D), weight (V, D), targets (N,), cap, reduction) -> mean or sum of the nll of x weight^T.
 
     Both gradients are made at once, a part of the rows after the other, so that all logits never exist together;
@@ -131,25 +144,5 @@ class ProjectedCrossEntropy(torch.autograd.Function):
             nll.append(row_nll(logits, row_targets, cap, scale))  # the logits' gradient stands there now
             torch.mm(logits, narrow, out=grad_rows)
             grad_weight += logits.mT @ rows
-        ctx.grads = grad_x, grad_weight
+        ctx.made = grad_x, grad_weight
         return torch.cat(nll).mean() if reduction == "mean" else torch.cat(nll).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        made, ctx.grads = ctx.grads, None
-        if made is None:
-            raise RuntimeError("the loss's gradients were already used: a second backward is not possible")
-        return *(_scale_rows_(grad, grads[0]) for grad in made), None, None, None
-
-
-def _scale_rows_(x: Tensor, factor: Tensor) -> Tensor:
-    """Return rows x (N, V) times a factor, one for all or one for each, in place."""
-    # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
-    num_rows, vocab = x.shape
-    factor = factor.contiguous()
-    launch(
-        _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
-        x, factor, num_rows, x.stride(0), 1 if factor.dim() else 0,
-        V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
-    )  # fmt: skip
-    return x
