@@ -23,7 +23,7 @@ ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
 # registers a thread 12 fit a multiprocessor at a time.
 BACKWARD_PROGRAMS = 132 * 24
 WARP_COLUMNS = 512  # of a row: 16 numbers a thread
-# where a shift comes in: before a skip is merged, or behind what is kept as the stream's value
+# where a shift comes in, 0 for nowhere: before a skip is merged, or behind what is kept as the stream's value
 BEFORE_SKIP: tl.constexpr = tl.constexpr(1)
 BEHIND_SUM: tl.constexpr = tl.constexpr(2)
 
@@ -194,11 +194,6 @@ def _backward(
             tl.store(place + (PARTS - 1) * D, sum_shift, mask=known)
 
 
-def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
-    """Return where the shift comes in: 0 nowhere, 1 before the skip, 2 behind the sum."""
-    return 0 if shift is None else 1 if skip is not None else 2
-
-
 class MixNorm(torch.autograd.Function):
     """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> Mixed of model.kernels.residual.
 
@@ -224,8 +219,8 @@ class MixNorm(torch.autograd.Function):
             x, delta, skip, first, mix, weight, gate, factor, shift, total, mixed, normed, columns, inverse,
             num_rows, scale, D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
             HAS_DELTA=delta is not None, HAS_SKIP=skip is not None, HAS_MIX=mix is not None,
-            FACTOR=gate_sizes(factor, width)["WIDTH"], SHIFT=_shift_place(shift, skip), COLUMNS=num_columns,
-            num_warps=4,
+            FACTOR=gate_sizes(factor, width)["WIDTH"], SHIFT=0 if shift is None else 1 if skip is not None else 2,
+            COLUMNS=num_columns, num_warps=4,
         )  # fmt: skip
         kept = normed if mix is None else total
         before = None if factor is None else x
@@ -257,7 +252,8 @@ class MixNorm(torch.autograd.Function):
             D=width, COLS=triton.next_power_of_2(width), PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
             HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
-            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grads[3] is None else grads[3].size(1),
+            SHIFT=0 if shift is None else 1 if skip is not None else 2,
+            COLUMNS=0 if grads[3] is None else grads[3].size(1),
             num_warps=max(1, triton.next_power_of_2(width) // WARP_COLUMNS),
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
