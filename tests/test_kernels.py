@@ -184,7 +184,7 @@ def test_a_projected_loss_makes_its_gradients_part_by_part(
         assert relative_error(loss(x, weight), exact[0]) < 1e-5
     again = loss(x.clone().requires_grad_(), weight)
     again.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward is not possible"):
+    with pytest.raises(RuntimeError, match="a second backward of this loss is not possible"):
         again.backward()
 
 

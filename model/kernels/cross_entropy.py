@@ -42,7 +42,7 @@ def projected_cross_entropy(
     Where the kernels serve x and a loss that is one number needs a gradient, project is not called: both products'
     gradients are made with the loss, part by part, and whole logits never exist. TRAP: such a loss serves one backward.
     """
-    if reduction != "none" and uses_triton(x) and torch.is_grad_enabled() and x.requires_grad:
+    if reduction != "none" and uses_triton(x) and x.requires_grad:
         from model.kernels.cross_entropy_triton import ProjectedCrossEntropy
 
         rows = x.reshape(-1, x.size(-1)).contiguous()

@@ -102,7 +102,7 @@ class _MadeBefore(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         made, ctx.made = ctx.made, None
         if made is None:
-            raise RuntimeError("the loss's gradient was already used: a second backward is not possible")
+            raise RuntimeError("a second backward of this loss is not possible")
         factor = grads[0].contiguous()
         for grad in made:
             num_rows, width = grad.shape

@@ -211,7 +211,6 @@ def _cross_backward(
     tl.store(routes_partial_ptr + program * 8 + 3, tl.sum(sum_attention1, axis=0))
     tl.store(routes_partial_ptr + program * 8 + 4, tl.sum(sum_mlp0, axis=0))
     tl.store(routes_partial_ptr + program * 8 + 5, tl.sum(sum_mlp1, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 6 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
     if FACTOR > 0:
         tl.store(factor_partial_ptr + program * (FACTOR + 1), tl.sum(sum_bias, axis=0))
         place = factor_partial_ptr + program * (FACTOR + 1) + 1 + near
@@ -308,7 +307,7 @@ def _launch_backward(
     sizes = _sizes(width) | {"ROWS": 1, "num_warps": warps}  # a row of one warp waits for no other
 
     def sums_of(*shape: int) -> Tensor:
-        return torch.empty(programs, *shape, device=lane0.device, dtype=torch.float32)
+        return torch.zeros(programs, *shape, device=lane0.device, dtype=torch.float32)  # two of eight routes are none
 
     partial, routes_partial = None if is_end else sums_of(4, width), sums_of(8)
     factor_partial = None if factor is None else sums_of(factor.numel())

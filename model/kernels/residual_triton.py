@@ -237,17 +237,17 @@ class MixNorm(torch.autograd.Function):
         num_rows, width = kept.shape
         has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
         has_first = ctx.needs_input_grad[5]
-        # Nobody may read a stream's norm where it is settled, nor the mixture where crossed lanes part.
-        needed = (False, has_mix, True, False, False)
-        grads = tuple(torch.zeros_like(kept) if g is None and n else g for g, n in zip(grads, needed, strict=True))
-        grads = tuple(None if g is None else g.contiguous() for g in grads)
+        given = [None if g is None else g.contiguous() for g in grads]
+        for place in (1, 2) if has_mix else (2,):
+            if given[place] is None:  # nobody read a settled stream's norm, or the mixture where crossed lanes part
+                given[place] = torch.zeros_like(kept)
         made = [torch.empty_like(kept) if has else None for has in (True, has_factor, has_skip, has_first)]
         programs, parts = min(BACKWARD_PROGRAMS, num_rows), 2 * has_mix + 2 * has_skip + has_shift
         partial = kept.new_empty(programs, parts, width, dtype=torch.float32)
         factor_partial = kept.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
         launch(
             _backward, (programs,),
-            *grads, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
+            *given, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
             *made, partial, factor_partial, num_rows, ctx.scale,
             D=width, COLS=triton.next_power_of_2(width), PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
