@@ -25,6 +25,7 @@ docs/recipe.md has their formulas and sources.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_s
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
 from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
-from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
 from model.kernels.lanes import CrossedLanes, Lanes, cross_norm, mean_norm, merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -70,10 +71,11 @@ class Visit(NamedTuple):
     shift: Tensor | None  # (D,), added to the stream first of all: the vector of a pass over the repeated block
 
 
-class Context(NamedTuple):
+@dataclass
+class Context:
     """What every visit of one forward pass shares."""
 
-    x0: Tensor  # (B, T, D)
+    x0: Tensor  # (B, T, D), as the last visit handed it on: its gradient comes back visit by visit
     cos: Tensor  # (T or B x T, rope_dims / 2)
     sin: Tensor
     rows: Rows
@@ -150,16 +152,20 @@ class GPT(nn.Module):
         """
         assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
         hidden = self._run_visits(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
-        embedding, head = self.tok_emb.weight.to(hidden.dtype), adapters.head() if adapters is not None else None
+        # the head is the embedding again (tied weights), and may have an adapter of its own
+        embedding, head = self.tok_emb.weight, adapters.head() if adapters is not None else None
+        project, cap = self.projections["head"], self.config.logit_softcap
+        if head is None and targets is not None:
+            return projected_cross_entropy(hidden, embedding, targets, cap, project, reduction=reduction)
+        embedding = embedding.to(hidden.dtype)
         if head is None:
-            logits = self.projections["head"](hidden, embedding)  # (B, n, V)
-        else:  # the head is the embedding again (tied weights), with an adapter of its own
-            columns = {HEAD: (0, embedding.size(0))}
-            logits, _ = adapt_product(hidden, embedding, head, columns, self.projections["head"])
+            logits = project(hidden, embedding)  # (B, n, V)
+        else:
+            logits, _ = adapt_product(hidden, embedding, head, {HEAD: (0, embedding.size(0))}, project)
         # cap * tanh(x / cap): logits stay within +-cap, so no token can cost more than 2 * cap + ln V
         if targets is None:
-            return softcap(logits, self.config.logit_softcap)
-        return softcap_cross_entropy(logits, targets, self.config.logit_softcap, reduction=reduction)
+            return softcap(logits, cap)
+        return softcap_cross_entropy(logits, targets, cap, reduction=reduction)
 
     def visit(self, tokens: Tensor, *, is_looped: bool, packing: Packing | None = None) -> None:
         """Run every visit for those who listen to `projections`; arguments as for forward."""
@@ -257,9 +263,9 @@ class GPT(nn.Module):
         mix, width = Mix(context.x0, w.resid_mix), self.config.attn_gate_width
         if isinstance(lanes, Lanes):  # parted as the stream comes in: a skip is merged into attention's lane only
             y, y_normed = add_norm(lanes.attention, scale)
-            x, _, normed, columns = mix_norm(Stream(y, None), mix, scale, skip, width)
+            x, _, normed, columns, context.x0 = mix_norm(Stream(y, None), mix, scale, skip, width)
         else:
-            x, y, normed, y_normed, columns = cross_norm(lanes, mix, scale, skip, width)
+            x, y, normed, y_normed, columns, context.x0 = cross_norm(lanes, mix, scale, skip, width)
         n = context.num_scored if is_last else x.size(1)  # what comes after the last visit mixes no positions
         made = self._attention(visit, normed, columns, context, n), self._mlp_output(visit, last_positions(y_normed, n))
         assert w.routes is not None
@@ -286,7 +292,8 @@ class GPT(nn.Module):
         # x is the stream with skip merged; the block reads mixed = mix[0] * x + mix[1] * x0, by learned vectors, so
         # that the tokens themselves stay within reach of every visit; normed is its norm.
         mix = Mix(context.x0, visit.w.resid_mix, visit.shift)
-        x, mixed, normed, columns = mix_norm(stream, mix, norm_scale(visit.layer), skip, self.config.attn_gate_width)
+        scale, width = norm_scale(visit.layer), self.config.attn_gate_width
+        x, mixed, normed, columns, context.x0 = mix_norm(stream, mix, scale, skip, width)
         return x, Stream(last_positions(mixed, n), self._attention(visit, normed, columns, context, n))
 
     def _attention(self, visit: Visit, normed: Tensor, columns: Tensor | None, context: Context, n: int) -> Tensor:

@@ -124,6 +124,7 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
         sigmoid=lambda x: as_value(1 / (1 + _exp(-np.asarray(x)))), maximum=lambda x, y: as_value(np.maximum(x, y)),
         range=lambda first, end, step, **_options: range(int(first), int(end), int(step)),
         dot=lambda x, y, total: as_value(total + x @ y), reshape=lambda x, shape: as_value(np.reshape(x, shape)),
+        cast=lambda x, dtype: as_value(np.asarray(x).astype(dtype)),
         permute=lambda x, axes: as_value(np.transpose(x, axes)), split=lambda x: (x[..., 0], x[..., 1]),
     )  # fmt: skip
     return language

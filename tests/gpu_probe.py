@@ -113,7 +113,7 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
     mixed = apply(x, delta, None, None, None, first, mix, 0.5)
     merged = apply(x, delta, skip, weight, gate, first, mix, 0.5)
     added = apply(x, delta, None, None, None, None, None, 0.5)
-    grads = [rows(width) for _ in range(3)]
+    grads = [rows(width) for _ in range(4)]
 
     def backward(outputs: tuple[Tensor | None, ...]) -> Callable[[], object]:
         used = [y for y in outputs if y is not None]

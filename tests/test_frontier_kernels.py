@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from torch import Tensor
 
 import model.kernels
 from model.attention import self_attention
+from model.banks import visit_plan
+from model.gpt import GPT
 from model.kernels import lanes, residual
 from model.kernels.lanes import CrossedLanes, cross_norm, mean_norm, merge_norm
 from model.kernels.residual import Mix, Skip, Smear, Stream, add_norm, mix_norm, settle, smear_norm
 from model.layers import exclude_own_value, gate_heads, squared_leaky_relu
+from model.presets import tiny
 from tests.fake_triton import load_kernels
 
 ROWS, TIME, DIM = 3, 7, 24  # 21 rows, 24 columns of a tile of 32
@@ -106,6 +110,59 @@ def test_only_the_norm_of_a_mixture_is_used(fused: None) -> None:
         return mixed.normed, mixed.columns
 
     check(function, [*streams(1, 2), parameter(2, DIM, seed=3)])
+
+
+@pytest.mark.parametrize("recipe", ["published", "frontier"])
+def test_the_first_state_s_gradient_comes_back_from_visit_to_visit(
+    fused: None, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    """Each visit adds its share to what the next one sends back, so autograd adds no tensors; the last has none."""
+    config = replace(tiny().model, vocab_size=40, num_layers=5, model_dim=DIM, num_heads=2, num_kv_heads=1, rope_dims=8)
+    if recipe == "frontier":
+        gates = {"attn_gate_width": 8, "smear_gate_width": 5, "mlp_gate_width": 7}
+        config = replace(config, lane_routing="full", parallel_start_layer=3, pass_embeddings=True, **gates)
+    heard: list[bool] = []
+    for name in ("residual_triton", "lanes_triton"):
+        kernels = sys.modules[f"model.kernels.{name}"]
+
+        def listen(*args: Any, launch: Any = kernels.launch, **options: Any) -> None:
+            if options.get("HAS_FIRST"):
+                heard.append(options["HAS_LATER"])
+            launch(*args, **options)
+
+        monkeypatch.setattr(kernels, "launch", listen)
+    tokens, targets = torch.randint(40, (2, 1, 21), generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = GPT(config, compute_dtype=dtype).to(dtype)
+        model.init_weights(1)
+        with torch.no_grad():
+            for number, parameter in enumerate(model.parameters()):
+                parameter += 0.1 * draw(*parameter.shape, seed=number)
+        loss = model(tokens, targets, is_looped=True)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert heard == [False, *[True] * (visit_plan(config, is_looped=True).num_visits - 1)]
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=2e-5 * float(wanted.norm()))
+
+
+def test_frozen_weights_need_no_gradient_of_the_first_state(fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in test-time training, where gradients come back to adapters only."""
+    heard: list[bool | None] = []
+    for name in ("residual_triton", "lanes_triton"):
+        kernels = sys.modules[f"model.kernels.{name}"]
+        monkeypatch.setattr(kernels, "launch", lambda *_args, **options: heard.append(options.get("HAS_FIRST")))
+    x, first = draw(1, TIME, DIM, seed=1).requires_grad_(), draw(1, TIME, DIM, seed=2)
+    mix = Mix(first, parameter(2, DIM, seed=3))
+    mixed = mix_norm(Stream(x, None), mix, 0.7)
+    again = mix_norm(Stream(mixed.mixed, None), mix._replace(first=mixed.first), 0.7)
+    lanes = CrossedLanes(again.mixed, x, x, x, parameter(8, seed=4))
+    crossed = cross_norm(lanes, mix._replace(first=again.first), 0.7)
+    cross_norm(
+        lanes._replace(mlp=crossed.mlp), mix._replace(first=crossed.first), 0.7
+    ).attention_normed.sum().backward()
+    assert heard == [None] * 4 + [False] * 4
 
 
 def crossed_inputs(width: int | None) -> list[Tensor | None]:

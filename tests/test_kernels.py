@@ -5,6 +5,7 @@ The twin is the same function: it serves float64 anywhere, so every comparison i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import model.kernels
 from model.attention.backends import attention
 from model.attention.bounds import window_bounds
 from model.attention.self_attention import Rows, self_attention
@@ -24,7 +26,7 @@ from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
-from model.kernels.cross_entropy import softcap_cross_entropy
+from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
 from model.kernels.residual import Mix, Skip, Stream, add_norm, mix_norm
@@ -89,7 +91,8 @@ def test_mix_norm_kernel(shape: tuple[int, ...], has_delta: bool, has_skip: bool
     width = shape[-1]
 
     def function(x: Tensor, d: Tensor, first: Tensor, mix: Tensor, *skip: Tensor) -> tuple[Tensor, ...]:
-        return mix_norm(Stream(x, d), Mix(first, mix), 0.7, Skip(*skip) if has_skip else None)[:3]
+        mixed = mix_norm(Stream(x, d), Mix(first, mix), 0.7, Skip(*skip) if has_skip else None)
+        return tuple(y for y in mixed if y is not None)  # the first state too, as a later visit has it
 
     inputs = [draw(*shape), draw(*shape) if has_delta else None, draw(*shape), vector(2, width)]
     check(function, inputs + ([draw(*shape), vector(width), vector(width)] if has_skip else []))
@@ -150,6 +153,58 @@ def test_the_cross_entropy_kernel_is_finite_and_right_under_any_cap(
     assert torch.isfinite(nll).all()
     assert torch.isfinite(overwritten).all()
     assert float((overwritten - grad).abs().max()) < 2e-5
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_projected_loss_makes_its_gradients_part_by_part(
+    reduction: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = load_kernels(Path(cross_entropy.__file__).with_name("cross_entropy_triton.py"), monkeypatch)
+    monkeypatch.setitem(sys.modules, "model.kernels.cross_entropy_triton", kernels)
+    monkeypatch.setattr(model.kernels, "cross_entropy_triton", kernels, raising=False)
+    monkeypatch.setattr(kernels, "LOGIT_ROWS", 4)  # of ten: two whole parts and a shorter one
+    monkeypatch.setattr(cross_entropy, "uses_triton", lambda x: x.dtype == torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 5, 8), (50, 8)))
+    targets, heard = torch.randint(50, (2, 5), generator=generator), []
+
+    def project(x: Tensor, weight: Tensor) -> Tensor:
+        heard.append(x.dtype)
+        return F.linear(x, weight)
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return factor * projected_cross_entropy(x, weight, targets, 30.0, project, reduction=reduction)
+
+    exact = run(loss, [x.double(), weight.double()], [torch.ones((), dtype=torch.float64)])
+    for got, wanted in zip(run(loss, [x, weight], [torch.ones(())]), exact, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+    assert heard == [torch.float64], "logits were made as a whole"
+    with torch.no_grad():
+        assert relative_error(loss(x, weight), exact[0]) < 1e-5
+    again = loss(x.clone().requires_grad_(), weight)
+    again.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward of this loss is not possible"):
+        again.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projected_cross_entropy(reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.kernels import cross_entropy_triton
+
+    monkeypatch.setattr(cross_entropy_triton, "LOGIT_ROWS", 128)  # of 300: two whole parts and a shorter one
+    targets = torch.randint(8192, (2, 150), device="cuda")
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return projected_cross_entropy(x, weight, targets, 30.0, F.linear, reduction=reduction)
+
+    weight = draw(8192, 512, scale=0.3).to(dtype)
+    check(function, [draw(2, 150, 512), weight])
+    x = draw(2, 150, 512).requires_grad_()
+    losses = [projected_cross_entropy(x, weight, targets, 30.0, F.linear, reduction=reduction) for _ in range(2)]
+    assert torch.equal(*(torch.autograd.grad(loss.sum(), x)[0] for loss in losses))
 
 
 @pytest.mark.gpu

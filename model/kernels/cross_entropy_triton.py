@@ -15,6 +15,7 @@ from torch import Tensor
 from model.kernels.launch import launch
 
 SCALING_PROGRAMS = 132 * 8
+LOGIT_ROWS = 16384  # of logits that exist at a time where a loss is one number: every product still fills a GPU
 LARGEST_SHIFT = 40.0  # exp(-2 * 40) is a normal float32, with room for the sum; exp(-88) is not
 
 
@@ -94,27 +95,54 @@ def row_nll(logits: Tensor, targets: Tensor, cap: float, grad_scale: float | Non
     return nll
 
 
-class SoftcapCrossEntropy(torch.autograd.Function):
-    """(logits (N, V), targets (N,), cap, reduction) -> nll (N,) or its mean or sum. TRAP: overwrites logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
-        nll = row_nll(logits, targets, cap, 1.0 / logits.size(0) if reduction == "mean" else 1.0)
-        torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward is told by an error
-        ctx.grad = logits.detach()
-        return nll if reduction == "none" else nll.mean() if reduction == "mean" else nll.sum()
+class _MadeBefore(torch.autograd.Function):
+    """A function whose forward pass leaves the first inputs' gradients in ctx.made, up to the factor that arrives."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, ctx.grad = ctx.grad, None
-        if grad is None:
-            raise RuntimeError("the logits' gradient was already used: a second backward is not possible")
-        num_rows, vocab = grad.shape
+        made, ctx.made = ctx.made, None
+        if made is None:
+            raise RuntimeError("a second backward of this loss is not possible")
         factor = grads[0].contiguous()
-        # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
-        launch(
-            _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
-            grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
-            V=vocab, COLS=triton.next_power_of_2(vocab), num_warps=8,
-        )  # fmt: skip
-        return grad, None, None, None
+        for grad in made:
+            num_rows, width = grad.shape
+            # A factor of one, as in training, costs a look at it for every row: few programs take many rows each.
+            launch(
+                _scale_rows, (min(num_rows, SCALING_PROGRAMS),),
+                grad, factor, num_rows, grad.stride(0), 1 if factor.dim() else 0,
+                V=width, COLS=triton.next_power_of_2(width), num_warps=8,
+            )  # fmt: skip
+        return *made, *(None,) * (len(ctx.needs_input_grad) - len(made))
+
+
+class SoftcapCrossEntropy(_MadeBefore):
+    """(logits (N, V), targets (N,), cap) -> nll (N,). TRAP: overwrites logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+        nll = row_nll(logits, targets, cap, 1.0)
+        torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward is told by an error
+        ctx.made = (logits.detach(),)
+        return nll
+
+
+class ProjectedCrossEntropy(_MadeBefore):
+    """(x (N, D), weight (V, D), targets (N,), cap, reduction) -> mean or sum of the nll of x weight^T.
+
+    Both gradients are made at once, a part of the rows after the other, so that all logits never exist together;
+    the weight's is added up in float32, in the order of the rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cap: float, reduction: str) -> Tensor:
+        narrow, scale = weight.to(x.dtype), 1.0 / x.size(0) if reduction == "mean" else 1.0
+        buffer = x.new_empty(min(x.size(0), LOGIT_ROWS), weight.size(0))
+        grad_x, grad_weight, nll = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32), []
+        parts = (t.split(LOGIT_ROWS) for t in (x, targets, grad_x))
+        for rows, row_targets, grad_rows in zip(*parts, strict=True):
+            logits = torch.mm(rows, narrow.mT, out=buffer[: rows.size(0)])
+            nll.append(row_nll(logits, row_targets, cap, scale))  # the logits' gradient stands there now
+            torch.mm(logits, narrow, out=grad_rows)
+            grad_weight += logits.mT @ rows
+        ctx.made = grad_x, grad_weight
+        return torch.cat(nll).mean() if reduction == "mean" else torch.cat(nll).sum()

@@ -8,7 +8,7 @@ both take from both. Plain PyTorch forms, and Triton kernels (model.kernels.lane
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Crossed(NamedTuple):
     attention_normed: Tensor  # the norm of lane 0 mixed with the first state, scaled
     mlp_normed: Tensor  # the norm of lane 1, scaled
     columns: Tensor | None  # the first ones of attention_normed once more, so that their gradient comes apart
+    first: Tensor  # the first state for the next mixture: see model.kernels.residual.Mixed
 
 
 def cross_norm(lanes: CrossedLanes, mix: Mix, scale: float, skip: Skip | None = None, num_columns: int = 0) -> Crossed:
@@ -62,7 +63,8 @@ def cross_norm(lanes: CrossedLanes, mix: Mix, scale: float, skip: Skip | None = 
         x = merge_skip(x, *skip)
     a, b = mix.weights.to(x.dtype)
     normed = rms_norm(a * x + b * mix.first, scale)
-    return Crossed(x, y, normed, rms_norm(y, scale), normed[..., :num_columns] if num_columns else None)
+    columns = normed[..., :num_columns] if num_columns else None
+    return Crossed(x, y, normed, rms_norm(y, scale), columns, mix.first)
 
 
 def mean_norm(lanes: CrossedLanes) -> Tensor:
@@ -109,11 +111,10 @@ def _fused_cross(lanes: CrossedLanes, mix: Mix, scale: float, skip: Skip | None,
     assert mix.shift is None, "a shift belongs to visits before the lanes part"
     source, weight, gate = skip if skip is not None else (None, None, None)
     source = None if source is None else rows_of(source)
-    x, y, x_normed, y_normed, columns = CrossNorm.apply(
+    outputs = CrossNorm.apply(
         *(rows_of(x) for x in lanes[:4]), lanes.routes, lanes.gate,
         source, weight, gate, rows_of(mix.first), mix.weights, scale, num_columns,
     )  # fmt: skip
-    shape = lanes.attention.shape
-    if columns is not None:
-        columns = columns.view(*shape[:-1], -1)
-    return Crossed(x.view(shape), y.view(shape), x_normed.view(shape), y_normed.view(shape), columns)
+    shape = lanes.attention.shape[:-1]
+    shaped: list[Any] = [None if y is None else y.view(*shape, y.size(-1)) for y in outputs]
+    return Crossed(*shaped)

@@ -97,14 +97,14 @@ def _norm_backward(grad, x, scale, D: tl.constexpr):
 
 @triton.jit
 def _cross_backward(
-    grad0_ptr, grad1_ptr, grad_normed0_ptr, grad_normed1_ptr, grad_columns_ptr,
+    grad0_ptr, grad1_ptr, grad_normed0_ptr, grad_normed1_ptr, grad_columns_ptr, grad_later_ptr,
     lane0_ptr, lane1_ptr, attention_ptr, mlp_ptr, routes_ptr, factor_ptr, out0_ptr, out1_ptr,
     skip_ptr, weight_ptr, gate_ptr, first_ptr, mix_ptr,
     grad_lane0_ptr, grad_lane1_ptr, grad_attention_ptr, grad_mlp_ptr, grad_skip_ptr, grad_first_ptr,
     partial_ptr, routes_partial_ptr, factor_partial_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, IS_END: tl.constexpr,
     HAS_GRAD0: tl.constexpr, HAS_GRAD1: tl.constexpr, HAS_SKIP: tl.constexpr, COLUMNS: tl.constexpr,
-    FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Of _cross, or of _mean (IS_END): then the norm's gradient is all there is."""
     program = tl.program_id(0)
@@ -155,7 +155,11 @@ def _cross_backward(
             grad = _norm_backward(grad, a * x + b * first, scale, D)
             sum_a += grad * x
             sum_b += grad * first
-            tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
+            if HAS_FIRST:
+                grad_first = b * grad
+                if HAS_LATER:
+                    grad_first += tl.load(grad_later_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                tl.store(grad_first_ptr + at, grad_first.to(grad_first_ptr.dtype.element_ty), mask=inside)
             grad0 = a * grad
             if HAS_GRAD0:
                 grad0 += tl.load(grad0_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -207,7 +211,6 @@ def _cross_backward(
     tl.store(routes_partial_ptr + program * 8 + 3, tl.sum(sum_attention1, axis=0))
     tl.store(routes_partial_ptr + program * 8 + 4, tl.sum(sum_mlp0, axis=0))
     tl.store(routes_partial_ptr + program * 8 + 5, tl.sum(sum_mlp1, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 6 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
     if FACTOR > 0:
         tl.store(factor_partial_ptr + program * (FACTOR + 1), tl.sum(sum_bias, axis=0))
         place = factor_partial_ptr + program * (FACTOR + 1) + 1 + near
@@ -250,23 +253,20 @@ class CrossNorm(torch.autograd.Function):
         ctx.save_for_backward(lane0, lane1, attention, mlp, routes, factor, out0, out1, skip, weight, gate, first, mix)
         ctx.scale = scale
         ctx.set_materialize_grads(False)
-        return out0, out1, normed0, normed1, columns
+        if not ctx.needs_input_grad[9]:
+            ctx.mark_non_differentiable(first)
+        return out0, out1, normed0, normed1, columns, first
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        lane0, _, _, _, _, _, _, _, skip, weight, gate, _, mix = ctx.saved_tensors
+        lane0, skip = ctx.saved_tensors[0], ctx.saved_tensors[8]
         # the last visit may want its norms for some positions only, and then nothing of a lane itself
         norms = [torch.zeros_like(lane0) if g is None else g for g in grads[2:4]]
-        given = [None if g is None else g.contiguous() for g in (*grads[:2], *norms, grads[4])]
-        made, sums, grad_routes, grad_factor = _launch_backward(given, ctx.saved_tensors, ctx.scale, is_end=False)
+        given = [None if g is None else g.contiguous() for g in (*grads[:2], *norms, *grads[4:])]
+        made, sums, *rest = _launch_backward(given, ctx.saved_tensors, ctx.scale, has_first=ctx.needs_input_grad[9])
         assert sums is not None
-        grad_weight = grad_gate = None
-        if skip is not None:
-            grad_weight, grad_gate = sums[2].to(weight.dtype), sums[3].to(gate.dtype)
-        return (
-            *made[:4], grad_routes, grad_factor, made[4], grad_weight, grad_gate, made[5], sums[:2].to(mix.dtype),
-            None, None,
-        )  # fmt: skip
+        grad_weight, grad_gate = (None, None) if skip is None else sums[2:4]
+        return *made[:4], *rest, made[4], grad_weight, grad_gate, made[5], sums[:2], None, None
 
 
 class MeanNorm(torch.autograd.Function):
@@ -288,25 +288,26 @@ class MeanNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = [None, None, grads[0].contiguous(), None, None]
-        made, _, *grad_routes_and_factor = _launch_backward(given, (*ctx.saved_tensors, *(None,) * 7), 1.0, is_end=True)
-        return (*made[:4], *grad_routes_and_factor)
+        given = [None, None, grads[0].contiguous(), None, None, None]
+        made, _, *rest = _launch_backward(given, (*ctx.saved_tensors, *(None,) * 7), 1.0, has_first=False)
+        return *made[:4], *rest
 
 
 def _launch_backward(
-    grads: list[Tensor | None], saved: tuple[Tensor | None, ...], scale: float, *, is_end: bool
+    grads: list[Tensor | None], saved: tuple[Tensor | None, ...], scale: float, *, has_first: bool
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor, Tensor | None]:
     """Return the gradients of (lane 0, lane 1, attention, mlp, skip, first), the column sums, of routes and factor."""
-    lane0, routes, factor, skip = saved[0], saved[4], saved[5], saved[8]
+    lane0, routes, factor, skip, is_end = saved[0], saved[4], saved[5], saved[8], saved[11] is None
     assert lane0 is not None
     assert routes is not None
     num_rows, width = lane0.shape
-    has = (True, True, True, True, skip is not None, not is_end)
-    made = [torch.empty_like(lane0) if each else None for each in has]
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, CROSS_ROWS))
+    made = [torch.empty_like(lane0) if each else None for each in (*(True,) * 4, skip is not None, has_first)]
+    programs = min(BACKWARD_PROGRAMS, num_rows)
+    warps = max(1, triton.next_power_of_2(width) // 512) * (1 if skip is None else 2)  # a skip needs more registers
+    sizes = _sizes(width) | {"ROWS": 1, "num_warps": warps}  # a row of one warp waits for no other
 
     def sums_of(*shape: int) -> Tensor:
-        return torch.empty(programs, *shape, device=lane0.device, dtype=torch.float32)
+        return torch.zeros(programs, *shape, device=lane0.device, dtype=torch.float32)  # two of eight routes are none
 
     partial, routes_partial = None if is_end else sums_of(4, width), sums_of(8)
     factor_partial = None if factor is None else sums_of(factor.numel())
@@ -315,12 +316,25 @@ def _launch_backward(
         _cross_backward, (programs,),
         *grads, *saved, *made, partial, routes_partial, factor_partial, num_rows, scale,
         IS_END=is_end, HAS_GRAD0=grads[0] is not None, HAS_GRAD1=grads[1] is not None, HAS_SKIP=skip is not None,
-        COLUMNS=0 if columns is None else columns.size(1), **gate_sizes(factor, width), **_sizes(width),
+        COLUMNS=0 if columns is None else columns.size(1),
+        HAS_FIRST=has_first, HAS_LATER=has_first and grads[5] is not None, **gate_sizes(factor, width), **sizes,
     )  # fmt: skip
     return (
         made, None if partial is None else partial.sum(0), routes_partial.sum(0).to(routes.dtype),
         None if factor is None or factor_partial is None else factor_partial.sum(0).to(factor.dtype),
     )  # fmt: skip
+
+
+@triton.jit
+def _merged(a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share, at, inside, D: tl.constexpr):
+    """Return the norm of both lanes' merged sums, its inverse root, and the sums' difference."""
+    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = share * a + (1 - share) * b
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)[:, None]
+    return x * inverse, inverse, a - b
 
 
 @triton.jit
@@ -333,13 +347,8 @@ def _merge(
     at = rows[:, None] * D + cols[None, :]
     inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
     share = tl.load(share_ptr).to(tl.float32)
-    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x = share * a + (1 - share) * b
-    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
-    tl.store(y_ptr + at, (x * inverse[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+    normed, _inverse, _difference = _merged(a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share, at, inside, D)
+    tl.store(y_ptr + at, normed.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -352,19 +361,12 @@ def _merge_backward(
     at = rows[:, None] * D + cols[None, :]
     inside = (rows < num_rows)[:, None] & (cols < D)[None, :]
     share = tl.load(share_ptr).to(tl.float32)
-    a = tl.load(a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    a += tl.load(delta_a_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    b += tl.load(delta_b_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    normed = share * a + (1 - share) * b
-    inverse = tl.rsqrt(tl.sum(normed * normed, axis=1) / D + EPS)[:, None]
-    normed *= inverse
     grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    along = tl.sum(grad * normed, axis=1)[:, None] / D
-    grad = inverse * (grad - normed * along)
+    normed, inverse, difference = _merged(a_ptr, delta_a_ptr, b_ptr, delta_b_ptr, share, at, inside, D)
+    grad = inverse * (grad - normed * (tl.sum(grad * normed, axis=1)[:, None] / D))
     tl.store(grad_a_ptr + at, (share * grad).to(grad_a_ptr.dtype.element_ty), mask=inside)
     tl.store(grad_b_ptr + at, ((1 - share) * grad).to(grad_b_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(grad * (a - b), axis=1), axis=0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(grad * difference, axis=1), axis=0))
 
 
 class MergeNorm(torch.autograd.Function):

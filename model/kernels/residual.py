@@ -8,7 +8,7 @@ tensor once (model.kernels.residual_triton), which serves 16-bit floats on CUDA.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ class Mixed(NamedTuple):
     mixed: Tensor  # (B, T, D)
     normed: Tensor  # (B, T, D): the norm of mixed, scaled
     columns: Tensor | None  # (B, T, W): the first columns of normed once more, so that their gradient comes apart
+    first: Tensor  # (B, T, D): the first state for the next mixture, whose share of its gradient comes back this way
 
 
 class Smear(NamedTuple):
@@ -74,8 +75,8 @@ def settle(stream: Stream) -> Tensor:
 def add_norm(stream: Stream, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return (y, scale * rms(y)), y the stream's value, both (B, T, D)."""
     if uses_triton(stream.x):
-        y, _, normed, _ = _fused(stream, None, scale, None, 0)
-        return y, normed
+        fused = _fused(stream, None, scale, None, 0)
+        return fused.y, fused.normed
     y = plain_value(stream)
     return y, rms_norm(y, scale)
 
@@ -83,7 +84,8 @@ def add_norm(stream: Stream, scale: float = 1.0) -> tuple[Tensor, Tensor]:
 def mix_norm(stream: Stream, mix: Mix, scale: float, skip: Skip | None = None, num_columns: int = 0) -> Mixed:
     """Return the stream with its skip merged, its mixture m with the first state, and scale * rms(m).
 
-    With num_columns the first columns of the last come once more.
+    With num_columns the first columns of the last come once more. Whoever mixes next takes the first state from here:
+    the kernels add up its gradient on the way back, and autograd would add whole tensors.
     """
     if uses_triton(stream.x):
         return _fused(stream, mix, scale, skip, num_columns)
@@ -94,7 +96,7 @@ def mix_norm(stream: Stream, mix: Mix, scale: float, skip: Skip | None = None, n
     a, b = mix.weights.to(y.dtype)
     mixed = a * shifted + b * mix.first
     normed = rms_norm(mixed, scale)
-    return Mixed(y, mixed, normed, normed[..., :num_columns] if num_columns else None)
+    return Mixed(y, mixed, normed, normed[..., :num_columns] if num_columns else None, mix.first)
 
 
 def smear_norm(x: Tensor, tokens: Tensor, how: Smear, left_padding: Tensor | None) -> Tensor:
@@ -139,7 +141,6 @@ def _fused(stream: Stream, mix: Mix | None, scale: float, skip: Skip | None, num
     tensors = (None if t is None else rows_of(t) for t in (x, stream.delta, source, first))
     flat, delta, source, first = tensors
     outputs = MixNorm.apply(flat, delta, source, weight, gate, first, weights, scale, stream.gate, shift, num_columns)
-    total, mixed, normed, columns = (None if y is None else y.view(*x.shape[:-1], y.size(-1)) for y in outputs)
-    assert normed is not None
-    total = x if total is None else total
-    return Mixed(total, total if mixed is None else mixed, normed, columns)
+    shaped: list[Any] = [None if y is None else y.view(*x.shape[:-1], y.size(-1)) for y in outputs]
+    total = x if shaped[0] is None else shaped[0]
+    return Mixed(total, total if shaped[1] is None else shaped[1], *shaped[2:])

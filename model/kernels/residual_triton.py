@@ -19,8 +19,11 @@ from model.kernels.launch import gate_sizes, launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # rows of one tile: 16 numbers a thread at 512 columns and 4 warps
-BACKWARD_PROGRAMS = 132 * 16  # each adds up the column sums of its rows; the host adds the programs
-# where a shift comes in: before a skip is merged, or behind what is kept as the stream's value
+# Each adds up the column sums of its rows; the host adds the programs. One warp each waits for no other, and with 168
+# registers a thread 12 fit a multiprocessor at a time.
+BACKWARD_PROGRAMS = 132 * 24
+WARP_COLUMNS = 512  # of a row: 16 numbers a thread
+# where a shift comes in, 0 for nowhere: before a skip is merged, or behind what is kept as the stream's value
 BEFORE_SKIP: tl.constexpr = tl.constexpr(1)
 BEHIND_SUM: tl.constexpr = tl.constexpr(2)
 
@@ -28,7 +31,7 @@ BEHIND_SUM: tl.constexpr = tl.constexpr(2)
 @triton.jit
 def _forward(
     x_ptr, delta_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
-    sum_ptr, mixed_ptr, normed_ptr, columns_ptr,
+    sum_ptr, mixed_ptr, normed_ptr, columns_ptr, inverse_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
     HAS_DELTA: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
     FACTOR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
@@ -60,8 +63,9 @@ def _forward(
         b = tl.load(mix_ptr + D + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
         x = a * x + b * tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(mixed_ptr + at, x.to(mixed_ptr.dtype.element_ty), mask=inside)
-    inverse = scale * tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
-    normed = (x * inverse[:, None]).to(normed_ptr.dtype.element_ty)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / D + EPS)
+    tl.store(inverse_ptr + rows, inverse, mask=rows < num_rows)
+    normed = (x * (scale * inverse)[:, None]).to(normed_ptr.dtype.element_ty)
     tl.store(normed_ptr + at, normed, mask=inside)
     if COLUMNS > 0:
         tl.store(columns_ptr + rows[:, None] * COLUMNS + cols[None, :], normed, mask=inside & (cols < COLUMNS)[None, :])
@@ -69,125 +73,132 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, x_ptr, sum_ptr, mixed_ptr, skip_ptr, first_ptr,
-    mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
+    grad_sum_ptr, grad_mixed_ptr, grad_normed_ptr, grad_columns_ptr, grad_later_ptr,
+    x_ptr, kept_ptr, inverse_ptr, skip_ptr, first_ptr, mix_ptr, weight_ptr, gate_ptr, factor_ptr, shift_ptr,
     grad_x_ptr, grad_delta_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr, factor_partial_ptr,
-    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Of _forward, one row after the other; what it kept is the sum of a mixture, and else the norm that it wrote."""
     program = tl.program_id(0)
     cols = tl.arange(0, COLS)
     known = cols < D
-    a = tl.full((1, COLS), 1.0, tl.float32)
-    b, weight, gate = a, a, a
     if HAS_MIX:
-        a = tl.load(mix_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        b = tl.load(mix_ptr + D + cols, mask=known, other=0.0).to(tl.float32)[None, :]
+        a = tl.load(mix_ptr + cols, mask=known, other=0.0).to(tl.float32)
+        b = tl.load(mix_ptr + D + cols, mask=known, other=0.0).to(tl.float32)
+        sum_a = tl.zeros((COLS,), tl.float32)
+        sum_b = tl.zeros((COLS,), tl.float32)
     if HAS_SKIP:
-        weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))[None, :]
-    sum_a = tl.zeros((ROWS, COLS), tl.float32)
-    sum_b = tl.zeros((ROWS, COLS), tl.float32)
-    sum_weight = tl.zeros((ROWS, COLS), tl.float32)
-    sum_gate = tl.zeros((ROWS, COLS), tl.float32)
+        sum_weight = tl.zeros((COLS,), tl.float32)
+        if HAS_GRAD_SUM:
+            sum_gate = tl.zeros((COLS,), tl.float32)
     if FACTOR > 0:
-        over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)[None, :]
+        over = tl.load(factor_ptr + 1 + cols, mask=cols < FACTOR, other=0.0)
         bias = tl.load(factor_ptr)
-        near = tl.arange(0, NEAR)[None, :]
-        sum_factor = tl.zeros((ROWS, NEAR), tl.float32)
-        sum_bias = tl.zeros((ROWS,), tl.float32)
+        near = tl.arange(0, NEAR)
+        sum_factor = tl.zeros((NEAR,), tl.float32)
+        sum_bias = 0.0
     if SHIFT > 0:
-        shift = tl.load(shift_ptr + cols, mask=known, other=0.0).to(tl.float32)[None, :]
-        sum_shift = tl.zeros((ROWS, COLS), tl.float32)
-    num_tiles = (num_rows + ROWS - 1) // ROWS
-    for tile in range(program, num_tiles, tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        at = rows[:, None] * D + cols[None, :]
-        inside = (rows < num_rows)[:, None] & known[None, :]
-        normalized = tl.load(mixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        if COLUMNS > 0:
-            place = grad_columns_ptr + rows[:, None] * COLUMNS + cols[None, :]
-            grad += tl.load(place, mask=inside & (cols < COLUMNS)[None, :], other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(normalized * normalized, axis=1) / D + EPS)[:, None]
-        normalized *= inverse
-        along = tl.sum(grad * normalized, axis=1)[:, None] / D
-        grad = scale * inverse * (grad - normalized * along)
+        shift = tl.load(shift_ptr + cols, mask=known, other=0.0).to(tl.float32)
+        sum_shift = tl.zeros((COLS,), tl.float32)
+    for number in range(program, num_rows, tl.num_programs(0)):
+        row = tl.cast(number, tl.int64)
+        at = row * D + cols
+        # All loads of rows come first: the compiler moves none before a store, which might write what it reads.
+        made = tl.load(kept_ptr + at, mask=known, other=0.0).to(tl.float32)
+        grad = tl.load(grad_normed_ptr + at, mask=known, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + row)
         if HAS_MIX:
-            grad += tl.load(grad_mixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            first = tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if SHIFT == BEHIND_SUM:
-                sum_a += grad * (x + shift)
-            else:
-                sum_a += grad * x
+            grad_mixed = tl.load(grad_mixed_ptr + at, mask=known, other=0.0)
+            first = tl.load(first_ptr + at, mask=known, other=0.0).to(tl.float32)
+        if HAS_LATER:
+            later = tl.load(grad_later_ptr + at, mask=known, other=0.0)
+        if HAS_GRAD_SUM:
+            grad_sum = tl.load(grad_sum_ptr + at, mask=known, other=0.0)
+        if HAS_SKIP:
+            skip = tl.load(skip_ptr + at, mask=known, other=0.0).to(tl.float32)
+        if FACTOR > 0:
+            before = tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
+            read = tl.load(x_ptr + row * D + near, mask=near < WIDTH, other=0.0).to(tl.float32)
+        if COLUMNS > 0:
+            grad += tl.load(grad_columns_ptr + row * COLUMNS + cols, mask=cols < COLUMNS, other=0.0).to(tl.float32)
+        if HAS_MIX:
+            mixed = made + shift if SHIFT == BEHIND_SUM else made
+            normed = (a * mixed + b * first) * inverse
+        else:
+            normed = made / scale
+            made = normed / inverse
+        grad = scale * inverse * (grad - normed * (tl.sum(grad * normed, axis=0) / D))
+        if HAS_MIX:
+            grad += grad_mixed.to(tl.float32)
+            sum_a += grad * mixed
             sum_b += grad * first
-            tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
+            if HAS_FIRST:
+                grad_first = b * grad
+                if HAS_LATER:
+                    grad_first += later.to(tl.float32)
+                tl.store(grad_first_ptr + at, grad_first.to(grad_first_ptr.dtype.element_ty), mask=known)
             grad = a * grad
             if SHIFT == BEHIND_SUM:
                 sum_shift += grad
         if HAS_GRAD_SUM:
-            grad += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            grad += grad_sum.to(tl.float32)
         if HAS_SKIP:
-            skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            # read for every row, from the cache: kept, they would take registers that are scarce above
+            weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))
             sum_weight += grad * skip
-            sum_gate += grad * (x - weight * skip)
+            if HAS_GRAD_SUM:
+                sum_gate += grad * made
             grad_skip = (1 - gate) * weight * grad
-            tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=inside)
-            if FACTOR > 0:
-                outer = grad
+            tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=known)
+            outer = grad
             grad = gate * grad
         if SHIFT == BEFORE_SKIP:
             sum_shift += grad
         if FACTOR > 0:
             # factor * delta is what the sum holds besides x (and shift and skip): delta need not be kept for it.
             # With a skip it is there times the skip's gate, and so is this gradient: neither is divided.
-            before = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            made = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
             if HAS_SKIP:
                 made -= (1 - gate) * weight * skip + gate * before
                 if SHIFT == BEFORE_SKIP:
                     made -= gate * shift
-                along_made = tl.sum(outer * made, axis=1)
+                along_made = tl.sum(outer * made, axis=0)
             else:
-                along_made = tl.sum(grad * (made - before), axis=1)
-            factor = tl.sigmoid(tl.sum(before * over, axis=1) + bias)
+                along_made = tl.sum(grad * (made - before), axis=0)
+            factor = tl.sigmoid(tl.sum(before * over, axis=0) + bias)
             slope = (1 - factor) * along_made  # of the sigmoid's argument
-            grad_delta = factor[:, None] * grad
-            tl.store(grad_delta_ptr + at, grad_delta.to(grad_delta_ptr.dtype.element_ty), mask=inside)
-            seen = (rows < num_rows)[:, None] & (near < WIDTH)
-            read = tl.load(x_ptr + rows[:, None] * D + near, mask=seen, other=0.0).to(tl.float32)
-            sum_factor += slope[:, None] * read
+            tl.store(grad_delta_ptr + at, (factor * grad).to(grad_delta_ptr.dtype.element_ty), mask=known)
+            sum_factor += slope * read
             sum_bias += slope
-            grad += slope[:, None] * over
-        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+            grad += slope * over
+        tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=known)
     if FACTOR > 0:
         place = factor_partial_ptr + program * (FACTOR + 1)
-        tl.store(place, tl.sum(sum_bias, axis=0))
-        tl.store(place + 1 + tl.arange(0, NEAR), tl.sum(sum_factor, axis=0), mask=tl.arange(0, NEAR) < FACTOR)
-    if SHIFT > 0:
-        tl.store(partial_ptr + program * PARTS * D + 4 * D + cols, tl.sum(sum_shift, axis=0), mask=known)
+        tl.store(place, sum_bias)
+        tl.store(place + 1 + near, sum_factor, mask=near < FACTOR)
     if HAS_MIX:
         place = partial_ptr + program * PARTS * D + cols
-        tl.store(place, tl.sum(sum_a, axis=0), mask=known)
-        tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
-    if HAS_SKIP:
-        place = partial_ptr + program * PARTS * D + cols
-        # The gate's share is (x - weight * skip) g (1 - g) for x before the merge; after it the bracket has g in it.
-        tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
-        tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
-
-
-def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
-    """Return where the shift comes in: 0 nowhere, 1 before the skip, 2 behind the sum."""
-    return 0 if shift is None else 1 if skip is not None else 2
+        tl.store(place, sum_a, mask=known)
+        tl.store(place + D, sum_b, mask=known)
+        if HAS_SKIP:
+            weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)
+            gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))
+            # The gate's share is (x - weight * skip) g (1 - g), x before the merge; the sum has one g in it already.
+            along_sum = sum_gate if HAS_GRAD_SUM else a * sum_a  # else the mixture's gradient is all that the sum has
+            tl.store(place + 2 * D, (1 - gate) * sum_weight, mask=known)
+            tl.store(place + 3 * D, (1 - gate) * (along_sum - weight * sum_weight), mask=known)
+        if SHIFT > 0:
+            tl.store(place + (PARTS - 1) * D, sum_shift, mask=known)
 
 
 class MixNorm(torch.autograd.Function):
-    """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> (sum, mixed, normed, columns).
+    """(x, delta, skip, weight, gate, first, mix, scale, factor, shift, num_columns) -> Mixed of model.kernels.residual.
 
-    See model.kernels.residual. The sum is None where it is x, mixed where it is the sum, columns where there are none.
+    The sum is None where it is x, mixed where it is the sum, columns where there are none. For the backward pass a
+    mixture is made again of the sum and first; without one the norm serves, which the product behind it keeps anyway.
     """
 
     @staticmethod
@@ -195,67 +206,63 @@ class MixNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, delta: Tensor | None, skip: Tensor | None, weight: Tensor | None, gate: Tensor | None,
         first: Tensor | None, mix: Tensor | None, scale: float, factor: Tensor | None = None,
         shift: Tensor | None = None, num_columns: int = 0,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         num_rows, width = x.shape
         factor = None if delta is None else factor
         total = torch.empty_like(x) if delta is not None or skip is not None else x
         mixed = torch.empty_like(x) if mix is not None else total
         normed = torch.empty_like(x)
         columns = x.new_empty(num_rows, num_columns) if num_columns else None
+        inverse = x.new_empty(num_rows, dtype=torch.float32)
         launch(
             _forward, (triton.cdiv(num_rows, ROWS),),
-            x, delta, skip, first, mix, weight, gate, factor, shift, total, mixed, normed, columns, num_rows, scale,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
+            x, delta, skip, first, mix, weight, gate, factor, shift, total, mixed, normed, columns, inverse,
+            num_rows, scale, D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS,
             HAS_DELTA=delta is not None, HAS_SKIP=skip is not None, HAS_MIX=mix is not None,
-            FACTOR=gate_sizes(factor, width)["WIDTH"], SHIFT=_shift_place(shift, skip), COLUMNS=num_columns,
-            num_warps=4,
+            FACTOR=gate_sizes(factor, width)["WIDTH"], SHIFT=0 if shift is None else 1 if skip is not None else 2,
+            COLUMNS=num_columns, num_warps=4,
         )  # fmt: skip
-        kept = x if factor is not None else None
-        ctx.save_for_backward(
-            total, mixed if mix is not None else None, kept, skip, weight, gate, first, mix, factor, shift
-        )
+        kept = normed if mix is None else total
+        before = None if factor is None else x
+        ctx.save_for_backward(before, kept, inverse, skip, first, mix, weight, gate, factor, shift)
         ctx.scale, ctx.has_delta = scale, delta is not None
         ctx.set_materialize_grads(False)
-        return (None if total is x else total), (None if mix is None else mixed), normed, columns
+        if first is not None and not ctx.needs_input_grad[5]:
+            ctx.mark_non_differentiable(first)  # else every later visit would make a gradient of it
+        return (None if total is x else total), (None if mix is None else mixed), normed, columns, first
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_sum: Tensor | None, grad_mixed: Tensor | None, grad_normed: Tensor | None,
-        grad_columns: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        total, mixed, x, skip, weight, gate, first, mix, factor, shift = ctx.saved_tensors
-        num_rows, width = total.shape
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, kept, inverse, skip, first, mix, weight, gate, factor, shift = ctx.saved_tensors
+        num_rows, width = kept.shape
         has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
-        if has_mix and grad_mixed is None:
-            grad_mixed = torch.zeros_like(total)
-        if grad_normed is None:  # of a stream that was settled: nobody reads its norm
-            grad_normed = torch.zeros_like(total)
-        grads = [None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed, grad_columns)]
-        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_mix)]
-        programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-        parts = 5 if has_shift else 4
-        partial = total.new_empty(programs, parts, width, dtype=torch.float32) if has_mix or has_skip else None
-        factor_partial = total.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
+        has_first = ctx.needs_input_grad[5]
+        given = [None if g is None else g.contiguous() for g in grads]
+        for place in (1, 2) if has_mix else (2,):
+            if given[place] is None:  # nobody read a settled stream's norm, or the mixture where crossed lanes part
+                given[place] = torch.zeros_like(kept)
+        made = [torch.empty_like(kept) if has else None for has in (True, has_factor, has_skip, has_first)]
+        programs, parts = min(BACKWARD_PROGRAMS, num_rows), 2 * has_mix + 2 * has_skip + has_shift
+        partial = kept.new_empty(programs, parts, width, dtype=torch.float32)
+        factor_partial = kept.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
         launch(
             _backward, (programs,),
-            *grads, x, total, mixed if has_mix else total, skip, first, mix, weight, gate, factor, shift,
+            *given, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
             *made, partial, factor_partial, num_rows, ctx.scale,
-            D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, PARTS=parts,
-            HAS_GRAD_SUM=grad_sum is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix, **gate_sizes(factor, width),
-            SHIFT=_shift_place(shift, skip), COLUMNS=0 if grad_columns is None else grad_columns.size(1),
-            num_warps=8 if has_factor else 4,  # twice the rows in flight would not fit the registers
+            D=width, COLS=triton.next_power_of_2(width), PARTS=parts,
+            HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
+            HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
+            SHIFT=0 if shift is None else 1 if skip is not None else 2,
+            COLUMNS=0 if grads[3] is None else grads[3].size(1),
+            num_warps=max(1, triton.next_power_of_2(width) // WARP_COLUMNS),
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
-        sums = partial.sum(0) if partial is not None else None
-        grad_mix = sums[:2].to(mix.dtype) if sums is not None and has_mix else None
-        grad_weight = sums[2].to(weight.dtype) if sums is not None and has_skip else None
-        grad_gate = sums[3].to(gate.dtype) if sums is not None and has_skip else None
-        grad_shift = sums[4].to(shift.dtype) if sums is not None and has_shift else None
-        grad_factor = factor_partial.sum(0).to(factor.dtype) if factor_partial is not None else None
-        grad_delta = (grad_delta if has_factor else grad_x) if ctx.has_delta else None
+        sums = partial.sum(0)
+        grad_weight, grad_gate = sums[2:4] if has_skip else (None, None)
         return (
-            grad_x, grad_delta, grad_skip, grad_weight, grad_gate, grad_first, grad_mix, None, grad_factor, grad_shift,
-            None,
+            grad_x, grad_x if ctx.has_delta and not has_factor else grad_delta, grad_skip, grad_weight, grad_gate,
+            grad_first, sums[:2] if has_mix else None, None, None if factor_partial is None else factor_partial.sum(0),
+            sums[-1] if has_shift else None, None,
         )  # fmt: skip
 
 
