@@ -33,6 +33,7 @@ from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
 SLEEP_CYCLES = 2_000_000  # a millisecond: longer than the host takes to launch a pass
 STARTED = time.perf_counter()
 NUM_HEADS, HEAD_DIM = CONFIG.model.num_heads, CONFIG.model.model_dim // CONFIG.model.num_heads
+HEADS = [NUM_HEADS, CONFIG.model.num_kv_heads, CONFIG.model.num_kv_heads]  # of q, k and v
 TILINGS = [TILING, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2, 128), Tiling(128, 64, 8, 3, 128)]
 QUERY_TILINGS = [
     QUERY_TILING,
@@ -68,6 +69,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 def log_sums(q: Tensor, k: Tensor, cu_seqlens: list[int]) -> Tensor:
     """Return the log of the summed weights (H, T) float32, segment by segment."""
     parts = []
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     for start, end in pairwise(cu_seqlens):
         scores = torch.einsum("qhe,khe->hqk", q[start:end], k[start:end]) / HEAD_DIM**0.5
         hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
@@ -130,9 +132,9 @@ def measure(pattern: str) -> dict[str, Any]:
     packing = batch.packing
     bounds = segment_bounds(packing, 1, TOKENS, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    buffer = torch.randn(TOKENS, 3 * NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
+    buffer = torch.randn(TOKENS, sum(HEADS), HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
     grad = torch.randn(TOKENS, NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
-    views = list(buffer.chunk(3, dim=1))
+    views = list(buffer.split(HEADS, dim=1))
     own = [x.contiguous() for x in views]
     kernels = Kernels(views, grad, bounds)
     report("ready", {"seconds": time.perf_counter() - STARTED})

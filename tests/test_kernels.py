@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,8 +175,11 @@ def test_overwritten_logits_cannot_be_used_by_another_backward() -> None:
 HEADS = [(8, 4, 64, 16), (4, 2, 32, 16), (4, 4, 16, 8), (8, 1, 64, 64)]  # query heads, kv heads, head_dim, rotated
 
 
-def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: Rows, positions: Tensor) -> None:
+def check_heads(
+    heads: tuple[int, int, int, int], batch: int, time: int, rows: Rows, positions: Tensor, **how: Any
+) -> None:
     """Compare self_attention with its twin; positions (T or B x T)."""
+    how = {"is_value_excluded": True} | how
     num_heads, num_kv_heads, head_dim, rope_dims = heads
     n = rows.num_queries or time
     keep = torch.ones(batch, n, 1, device="cuda")
@@ -186,7 +190,8 @@ def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: R
         cos, sin = rotary_tables(positions, rope_dims=rope_dims, base=1e4, dtype=torch.float32)
         wide = qkv.dtype == torch.float64
         tables = (cos.double(), sin.double()) if wide else (cos, sin)
-        y = self_attention(qkv, *tables, gain, rows, num_kv_heads=num_kv_heads, is_value_excluded=True)
+        served = {"backend": "auto"} if wide else {}
+        y = self_attention(qkv, *tables, gain, rows, num_kv_heads=num_kv_heads, **how | served)
         return y.masked_fill(keep == 0, 0.0)
 
     check(function, [draw(batch, time, (num_heads + 2 * num_kv_heads) * head_dim), vector(num_heads)], tolerance=0.03)
@@ -195,10 +200,15 @@ def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: R
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("starts", [[0], [0, 1, 2, 150], [0, 64, 128, 700, 701]])
-def test_self_attention_over_a_pack(heads: tuple[int, int, int, int], starts: list[int]) -> None:
+@pytest.mark.parametrize("is_value_excluded", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "varlen"])
+def test_self_attention_over_a_pack(
+    heads: tuple[int, int, int, int], starts: list[int], is_value_excluded: bool, backend: str
+) -> None:
     time = 1000
     packing = cu_seqlens_from_bos(np.array(starts), time, max_segment=256).to("cuda")
-    check_heads(heads, 1, time, Rows(packing), torch.arange(time, device="cuda"))
+    how = {"is_value_excluded": is_value_excluded, "backend": backend}
+    check_heads(heads, 1, time, Rows(packing), torch.arange(time, device="cuda"), **how)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels around attention: norm, rotary and gain of the heads, and the exclusion of a token's own value."""
 
-# N tokens, H query heads, K kv heads, G query heads a kv head, E head_dim, W = (H + 2 K) E columns, P programs
+# N tokens, H query heads, K kv heads, G query heads or copies a kv head, E head_dim, W = (H + 2 K) E columns
 
 from __future__ import annotations
 
@@ -51,15 +51,16 @@ def _rotate(
 @triton.jit
 def _load_grad(q_ptr, k_ptr, rows, head, e, inside, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
     grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=inside & (head < H), other=0.0).to(tl.float32)
-    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), G, H * E, E)
+    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), K, G, E)
 
 
 @triton.jit
-def _load_copies(ptr, rows, kv, e, mask, G: tl.constexpr, STRIDE: tl.constexpr, E: tl.constexpr):
+def _load_copies(ptr, rows, kv, e, mask, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
     """Add up the gradients of the copies of a key or value head."""
-    grad = tl.load(ptr + rows * STRIDE + kv * G * E + e, mask=mask, other=0.0).to(tl.float32)
+    at = ptr + (rows * K + kv) * (G * E) + e
+    grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     for copy in tl.static_range(1, G):
-        grad += tl.load(ptr + rows * STRIDE + (kv * G + copy) * E + e, mask=mask, other=0.0).to(tl.float32)
+        grad += tl.load(at + copy * E, mask=mask, other=0.0).to(tl.float32)
     return grad
 
 
@@ -81,7 +82,7 @@ def _rotate_backward(
         rows = row[:, :, None]
         inside = (rows < num_rows) & (head < H + 2 * K) & (e < E)
         at = rows * ((H + 2 * K) * E) + head * E
-        y_at = rows * (3 * H * E) + tl.where(head < H, head, H + (head - H) * G) * E
+        y_at = rows * ((H + 2 * K * G) * E) + tl.where(head < H, head, H + (head - H) * G) * E
         other = tl.where(e < HALF, e + HALF, e - HALF)
         sign = tl.where(e < HALF, 1.0, -1.0)
         turns = inside & (head < H + K) & (e < 2 * HALF)
@@ -100,7 +101,7 @@ def _rotate_backward(
         along = tl.sum(grad * normed, axis=2) / E
         grad = inverse[:, :, None] * (grad - normed * along[:, :, None])
         is_value = inside & (head >= H + K)
-        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, G, H * E, E)
+        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, K, G, E)
         if HAS_OWN:
             own_at = rows * (K * E) + (head - H - K) * E + e
             grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
@@ -181,9 +182,9 @@ def rotate_backward(
     grads: tuple[Tensor, Tensor, Tensor], grad_own: Tensor | None, y: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor,
     gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y, (N, H, E) each.
+    """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y (N, its heads, E).
 
-    grad_own (N, K, E) is added to the values'.
+    Gradients of copies are added up. grad_own (N, K, E) is added to the values'.
     """
     grad_q, grad_k, grad_v = (g.contiguous() for g in grads)
     num_rows, num_heads, head_dim = grad_q.shape
@@ -195,7 +196,7 @@ def rotate_backward(
     launch(
         _rotate_backward, (programs,),
         grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
-        H=num_heads, K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
+        H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=cos.size(1),
         HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_OWN=grad_own is not None,
         num_warps=4,
     )  # fmt: skip

@@ -124,8 +124,8 @@ class _SelfAttention(torch.autograd.Function):
         from model.attention.gate_triton import gate
         from model.attention.heads_triton import exclude, rotate
 
-        # Copies of key and value heads make attention's backward faster, and its forward a little slower.
-        num_copies = shape.num_heads // shape.num_kv_heads if is_recording else 1
+        # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
+        num_copies = shape.num_heads // shape.num_kv_heads if is_recording and backend != "triton" else 1
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
         if is_recording:
