@@ -25,7 +25,14 @@ from torch import Tensor
 from model.attention import varlen_backward_triton
 from model.attention.backends import VARLEN_KERNELS, attention
 from model.attention.bounds import Bounds, segment_bounds
-from model.attention.varlen_backward_triton import KEY_TILING, QUERY_TILING, attend_backward, grad_keys, grad_queries
+from model.attention.varlen_backward_triton import (
+    KEY_TILING,
+    QUERY_TILING,
+    Prepared,
+    attend_backward,
+    grad_keys,
+    grad_queries,
+)
 from model.attention.varlen_tiles_triton import Tiling, list_key_tiles, list_query_tiles
 from model.attention.varlen_triton import TILING, attend
 from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
@@ -88,26 +95,30 @@ class Kernels:
 
     def __init__(self, inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> None:
         self.inputs, self.grad, self.bounds = inputs, grad, bounds
-        self.out, self.lse = attend(*inputs, bounds)
-        self.sums = self.run_queries(QUERY_TILING)[1]
+        self.out, self.lse, _ = attend(*inputs, bounds)
+        self.prepared = self._query_kernel(QUERY_TILING)[1]
 
     def run_forward(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the output and its log-sums."""
-        return attend(*self.inputs, self.bounds, tiling)
+        return attend(*self.inputs, self.bounds, tiling)[:2]
+
+    def _query_kernel(self, tiling: Tiling) -> tuple[Tensor, Prepared]:
+        tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
+        return grad_queries(self.grad, *self.inputs, self.out, self.lse, None, tiles, tiling)
 
     def run_queries(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradient of q, and the sums that the keys' kernel reads. The table of tiles is made again."""
-        tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
-        return grad_queries(self.grad, *self.inputs, self.out, self.lse, tiles, tiling)
+        grad_q, prepared = self._query_kernel(tiling)
+        return grad_q, prepared.sums
 
     def run_keys(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradients of k and v."""
         tiles = list_key_tiles(self.bounds, TOKENS, tiling.block_n)
-        return grad_keys(self.grad, *self.inputs, self.sums, tiles, tiling)
+        return grad_keys(self.prepared, *self.inputs, self.out, None, tiles, tiling)
 
     def run_backward(self) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v by the Triton kernels."""
-        return attend_backward(self.grad, *self.inputs, self.out, self.lse, self.bounds)
+        return attend_backward(self.grad, *self.inputs, self.out, self.lse, None, self.bounds)
 
 
 def compile_all(jobs: list[tuple[str, Callable[[Tiling], object], Tiling]]) -> dict[str, str]:

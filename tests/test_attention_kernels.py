@@ -92,6 +92,9 @@ def test_self_attention_by_its_kernels(
     inputs = [draw(batch, TIME, (num_heads + 2 * num_kv_heads) * HEAD_DIM), 1 + 0.3 * draw(num_heads)]
     if is_gated:
         inputs += [draw(batch, n, GATE_WIDTH), draw(num_heads, GATE_WIDTH)]
+    values = inputs[0][..., -num_kv_heads * HEAD_DIM :]
+    values[:, -2] *= 1e-14  # below what a length is held at
+    values[:, -5] = 0
     grad = draw(batch, n, num_heads * HEAD_DIM).double()
     if layout.left_padding is not None:  # what padding computes is nobody's business
         grad *= (torch.arange(TIME - n, TIME) >= layout.left_padding[:, None]).unsqueeze(-1)
@@ -101,3 +104,23 @@ def test_self_attention_by_its_kernels(
     real = grad.abs().amax(-1, keepdim=True) > 0
     for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("is_value_excluded", [False, True])
+def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
+    """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
+    qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
+    tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        y = self_attention.self_attention(
+            qkv, *tables, torch.ones(4), PACK, num_kv_heads=2, is_value_excluded=is_value_excluded
+        )
+    kept.pop(y.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4

@@ -226,6 +226,27 @@ def test_self_attention_over_windows(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [Rows(), Rows(num_queries=100)])
+def test_self_attention_gives_the_same_bits_every_time(rows: Rows) -> None:
+    qkv, gain = draw(3, 300, 16 * 64).requires_grad_(), vector(8).requires_grad_()
+    tables = rotary_tables(torch.arange(300, device="cuda"), rope_dims=16, base=1e4, dtype=torch.float32)
+    grad = draw(3, rows.num_queries or 300, 8 * 64)
+
+    def attend() -> Tensor:
+        return self_attention(qkv, *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
+
+    def outputs() -> list[Tensor]:
+        y = attend()
+        with torch.no_grad():
+            assert torch.equal(attend(), y)
+        return [y, *torch.autograd.grad(y, (qkv, gain), grad)]
+
+    first = outputs()
+    for _ in range(3):
+        assert all(map(torch.equal, outputs(), first))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("is_looped", [False, True])
 def test_the_model_in_bf16_agrees_with_itself_in_float64(is_looped: bool) -> None:
     """One micro-batch through every node at once, loss and gradients; and evaluation gives the same loss."""

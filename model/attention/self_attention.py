@@ -123,23 +123,30 @@ class _SelfAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         from model.attention.gate_triton import gate
         from model.attention.heads_triton import exclude, rotate
+        from model.attention.varlen_triton import attend
 
+        is_own = backend == "triton"
         # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
-        num_copies = shape.num_heads // shape.num_kv_heads if is_recording and backend != "triton" else 1
+        num_copies = shape.num_heads // shape.num_kv_heads if is_recording and not is_own else 1
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
+        if is_own:
+            y, *sums = attend(q, k, v, bounds, is_value_excluded=is_value_excluded and columns is None)
+            kept = (y, *sums)
+        else:
+            if is_recording:
+                q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            with torch.set_grad_enabled(is_recording):
+                y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
         if is_recording:
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.set_grad_enabled(is_recording):
-            y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
-        if is_recording:
-            ctx.inner = (q, k, v, y)
-            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights)
-            ctx.shape, ctx.is_value_excluded = shape, is_value_excluded
+            ctx.inner = None if is_own else (q, k, v, y)
+            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights, *kept)
+            ctx.bounds, ctx.shape, ctx.is_value_excluded = bounds, shape, is_value_excluded
         z = y.detach()
         if columns is not None and weights is not None:
             z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=is_value_excluded)
-        elif is_value_excluded:
+        elif is_value_excluded and not is_own:
             z = exclude(z, _own_values(v, shape))
         return z.reshape(z.size(0), -1)
 
@@ -147,19 +154,24 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from model.attention.gate_triton import gate_backward
         from model.attention.heads_triton import exclude_backward, rotate_backward
+        from model.attention.varlen_backward_triton import attend_backward
 
-        turned, inverse, cos, sin, gain, columns, weights = ctx.saved_tensors
-        (q, k, v, y), shape = ctx.inner, ctx.shape
+        turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along = ctx.saved_tensors
+        shape, is_own = ctx.shape, ctx.inner is None
+        q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
         grad_columns = grad_weights = None
         if columns is not None:
             grad_y, grad_own, grad_columns, grad_weights = gate_backward(
                 grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.is_value_excluded
             )
-        elif ctx.is_value_excluded:
+        elif ctx.is_value_excluded and not is_own:
             grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
-        grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
-        ctx.inner = None
+        if is_own:
+            grad_q, grad_k, grad_v = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds)
+        else:
+            grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
+            ctx.inner = ()  # lets go of the graph
         if shape.num_queries < shape.time:
             n, batch = shape.num_queries, shape.batch
             whole = grad_q.new_zeros(batch, shape.time, *grad_q.shape[1:])
