@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels around attention: norm, rotary and gain of the heads, and the exclusion of a token's own value."""
+"""Triton kernels before attention: norm, rotary and gain of the heads."""
 
 # N tokens, H query heads, K kv heads, G query heads or copies a kv head, E head_dim, W = (H + 2 K) E columns
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from model.kernels.launch import launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
-TINY: tl.constexpr = tl.constexpr(1e-12)
 ROWS = 4  # tokens of one tile
 BACKWARD_PROGRAMS = 132 * 8
 
@@ -111,49 +110,6 @@ def _rotate_backward(
     tl.store(place, total, mask=tl.arange(0, HEADS) < H)
 
 
-@triton.jit
-def _exclude(
-    y_ptr, v_ptr, z_ptr, num_rows, v_stride,
-    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
-    kv = tl.arange(0, K)[None, :, None, None]
-    at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + tl.arange(0, E)[None, None, None, :]
-    v_at = rows * v_stride + kv * V_HEAD + tl.arange(0, E)[None, None, None, :]
-    inside = rows < num_rows
-    v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
-    w = v / tl.maximum(norm, TINY)
-    z = y - tl.sum(y * w, axis=3)[:, :, :, None] * w
-    tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _exclude_backward(
-    grad_z_ptr, y_ptr, v_ptr, grad_y_ptr, grad_v_ptr, num_rows, v_stride,
-    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
-    kv = tl.arange(0, K)[None, :, None, None]
-    e = tl.arange(0, E)[None, None, None, :]
-    at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + e
-    inside = rows < num_rows
-    v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_z_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
-    inverse = 1.0 / tl.maximum(norm, TINY)
-    w = v * inverse
-    along_y = tl.sum(y * w, axis=3)[:, :, :, None]
-    along_grad = tl.sum(grad * w, axis=3)[:, :, :, None]
-    tl.store(grad_y_ptr + at, (grad - along_grad * w).to(grad_y_ptr.dtype.element_ty), mask=inside)
-    grad_w = -tl.sum(along_grad * y + along_y * grad, axis=2)[:, :, None, :]
-    along = tl.sum(grad_w * w, axis=3)[:, :, :, None]
-    grad_v = inverse * (grad_w - tl.where(norm > TINY, along * w, 0.0))
-    tl.store(grad_v_ptr + rows * (K * E) + kv * E + e, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
-
-
 def rotate(
     qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, num_kv_heads: int, *, num_copies: int
 ) -> tuple[Tensor, Tensor]:
@@ -201,28 +157,3 @@ def rotate_backward(
         num_warps=4,
     )  # fmt: skip
     return grad_x, partial.sum(0).to(gain.dtype)
-
-
-def exclude(y: Tensor, v: Tensor) -> Tensor:
-    """Return y (N, H, E) without its component along v (N, K, E), whose rows and heads may be strided."""
-    num_rows, num_heads, head_dim = y.shape
-    z = torch.empty_like(y)
-    launch(
-        _exclude, (triton.cdiv(num_rows, ROWS),),
-        y, v, z, num_rows, v.stride(0), V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim,
-        ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
-    return z
-
-
-def exclude_backward(grad_z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y (N, H, E) and v (N, K, E, contiguous)."""
-    num_rows, num_heads, head_dim = y.shape
-    grad_y = torch.empty_like(y)
-    grad_v = torch.empty(num_rows, v.size(1), head_dim, device=y.device, dtype=y.dtype)
-    launch(
-        _exclude_backward, (triton.cdiv(num_rows, ROWS),),
-        grad_z, y, v, grad_y, grad_v, num_rows, v.stride(0),
-        V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
-    return grad_y, grad_v

@@ -122,7 +122,7 @@ class _SelfAttention(torch.autograd.Function):
         bounds: Bounds, shape: _Shape, is_value_excluded: bool, backend: str, is_recording: bool,
     ) -> Tensor:  # fmt: skip
         from model.attention.gate_triton import gate
-        from model.attention.heads_triton import exclude, rotate
+        from model.attention.heads_triton import rotate
         from model.attention.varlen_triton import attend
 
         is_own = backend == "triton"
@@ -144,16 +144,14 @@ class _SelfAttention(torch.autograd.Function):
             ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights, *kept)
             ctx.bounds, ctx.shape, ctx.is_value_excluded = bounds, shape, is_value_excluded
         z = y.detach()
-        if columns is not None and weights is not None:
+        if columns is not None or (is_value_excluded and not is_own):
             z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=is_value_excluded)
-        elif is_value_excluded and not is_own:
-            z = exclude(z, _own_values(v, shape))
         return z.reshape(z.size(0), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from model.attention.gate_triton import gate_backward
-        from model.attention.heads_triton import exclude_backward, rotate_backward
+        from model.attention.heads_triton import rotate_backward
         from model.attention.varlen_backward_triton import attend_backward
 
         turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along = ctx.saved_tensors
@@ -161,12 +159,10 @@ class _SelfAttention(torch.autograd.Function):
         q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
         grad_columns = grad_weights = None
-        if columns is not None:
+        if columns is not None or (ctx.is_value_excluded and not is_own):
             grad_y, grad_own, grad_columns, grad_weights = gate_backward(
                 grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.is_value_excluded
             )
-        elif ctx.is_value_excluded and not is_own:
-            grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
         if is_own:
             grad_q, grad_k, grad_v = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds)
         else:
