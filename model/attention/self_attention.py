@@ -126,13 +126,14 @@ class _SelfAttention(torch.autograd.Function):
         from model.attention.varlen_triton import attend
 
         is_own = backend == "triton"
+        excludes = is_value_excluded and not is_own  # ours does it itself
         # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
         num_copies = shape.num_heads // shape.num_kv_heads if is_recording and not is_own else 1
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if is_own:
-            y, *sums = attend(q, k, v, bounds, is_value_excluded=is_value_excluded and columns is None)
+            y, *sums = attend(q, k, v, bounds, is_value_excluded=is_value_excluded)
             kept = (y, *sums)
         else:
             if is_recording:
@@ -142,10 +143,10 @@ class _SelfAttention(torch.autograd.Function):
         if is_recording:
             ctx.inner = None if is_own else (q, k, v, y)
             ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights, *kept)
-            ctx.bounds, ctx.shape, ctx.is_value_excluded = bounds, shape, is_value_excluded
+            ctx.bounds, ctx.shape, ctx.excludes = bounds, shape, excludes
         z = y.detach()
-        if columns is not None or (is_value_excluded and not is_own):
-            z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=is_value_excluded)
+        if columns is not None or excludes:
+            z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=excludes)
         return z.reshape(z.size(0), -1)
 
     @staticmethod
@@ -159,9 +160,9 @@ class _SelfAttention(torch.autograd.Function):
         q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
         grad_columns = grad_weights = None
-        if columns is not None or (ctx.is_value_excluded and not is_own):
+        if columns is not None or ctx.excludes:
             grad_y, grad_own, grad_columns, grad_weights = gate_backward(
-                grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.is_value_excluded
+                grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.excludes
             )
         if is_own:
             grad_q, grad_k, grad_v = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds)
