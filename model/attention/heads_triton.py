@@ -67,7 +67,7 @@ def _load_copies(ptr, rows, kv, e, mask, K: tl.constexpr, G: tl.constexpr, E: tl
 def _rotate_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_own_ptr, y_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
     grad_x_ptr, partial_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_OWN: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)[None, :, None]
     heads = tl.arange(0, HEADS)[None, :]
@@ -101,7 +101,7 @@ def _rotate_backward(
         grad = inverse[:, :, None] * (grad - normed * along[:, :, None])
         is_value = inside & (head >= H + K)
         grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, K, G, E)
-        if HAS_OWN:
+        if grad_own_ptr is not None:
             own_at = rows * (K * E) + (head - H - K) * E + e
             grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at + e, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
@@ -153,7 +153,6 @@ def rotate_backward(
         _rotate_backward, (programs,),
         grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
         H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=cos.size(1),
-        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_OWN=grad_own is not None,
-        num_warps=4,
+        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return grad_x, partial.sum(0).to(gain.dtype)

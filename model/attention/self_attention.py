@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.backends import VARLEN_KERNELS, attention, resolve_backend
@@ -169,15 +170,7 @@ class _SelfAttention(torch.autograd.Function):
         else:
             grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
             ctx.inner = ()  # lets go of the graph
-        if shape.num_queries < shape.time:
-            n, batch = shape.num_queries, shape.batch
-            whole = grad_q.new_zeros(batch, shape.time, *grad_q.shape[1:])
-            whole[:, -n:] = grad_q.view(batch, n, *grad_q.shape[1:])
-            grad_q = whole.flatten(0, 1)
-            if grad_own is not None:
-                own = grad_own.new_zeros(batch, shape.time, *grad_own.shape[1:])
-                own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
-                grad_own = own.flatten(0, 1)
+        grad_q, grad_own = _whole(grad_q, shape), None if grad_own is None else _whole(grad_own, shape)
         grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
         return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
@@ -199,3 +192,11 @@ def _last(x: Tensor, shape: _Shape) -> Tensor:
     if shape.num_queries == shape.time:
         return x
     return x.view(shape.batch, shape.time, *x.shape[1:])[:, -shape.num_queries :].flatten(0, 1)
+
+
+def _whole(grad: Tensor, shape: _Shape) -> Tensor:
+    """Return grad (B n, heads, E) of the last tokens of each row as that of all tokens (N, heads, E)."""
+    missing = shape.time - shape.num_queries
+    if not missing:
+        return grad
+    return F.pad(grad.view(shape.batch, -1, *grad.shape[1:]), (0, 0, 0, 0, missing, 0)).flatten(0, 1)
