@@ -169,7 +169,7 @@ def _grad_own(
     """Add to the gradient (N, E) of values what excluding them from the outputs of their own queries (N,) gives."""
     own, norm = directions(v)
     bend = tl.where(norm > TINY, 0.0, 2.0)  # a length that is held at TINY has no gradient
-    for member in tl.static_range(G):
+    for member in range(G):
         head = kv_head_index * G + member
         places = (queries[:, None] * (K * G) + head) * E + tl.arange(0, E)[None, :]
         out = tl.load(out_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
