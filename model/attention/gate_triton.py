@@ -23,7 +23,7 @@ BACKWARD_PROGRAMS = 132 * 8
 @triton.jit
 def _gate(
     y_ptr, v_ptr, columns_ptr, weights_ptr, z_ptr, num_rows, v_stride, V_HEAD: tl.constexpr, K: tl.constexpr,
-    G: tl.constexpr, E: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, EXCLUDES: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
     kv = tl.arange(0, K)[None, :, None, None]
@@ -32,7 +32,7 @@ def _gate(
     col = tl.arange(0, COLS)[None, None, None, :]
     inside = rows < num_rows
     z = tl.load(y_ptr + rows * (K * G * E) + head * E + e, mask=inside, other=0.0).to(tl.float32)
-    if EXCLUDES:
+    if v_ptr is not None:
         v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
         norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
         w = v / tl.maximum(norm, TINY)
@@ -48,7 +48,7 @@ def _gate(
 def _gate_backward(
     grad_ptr, y_ptr, v_ptr, columns_ptr, weights_ptr, grad_y_ptr, grad_v_ptr, grad_columns_ptr, partial_ptr,
     num_rows, v_stride, V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr, EXCLUDES: tl.constexpr,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     kv = tl.arange(0, K)[None, :, None, None]
     head = kv * G + tl.arange(0, G)[None, None, :, None]
@@ -65,7 +65,7 @@ def _gate_backward(
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z = y
-        if EXCLUDES:
+        if v_ptr is not None:
             v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
             norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
             inverse = 1.0 / tl.maximum(norm, TINY)
@@ -84,7 +84,7 @@ def _gate_backward(
             place = grad_columns_ptr + row[:, None] * W + near
             tl.store(place, along.to(grad_columns_ptr.dtype.element_ty), mask=known)
             grad = grad * 2 * share
-        if EXCLUDES:
+        if v_ptr is not None:
             along_grad = tl.sum(grad * w, axis=3)[:, :, :, None]
             grad_w = -tl.sum(along_grad * y + along_y * grad, axis=2)[:, :, None, :]
             along_w = tl.sum(grad_w * w, axis=3)[:, :, :, None]
@@ -116,8 +116,8 @@ def gate(y: Tensor, v: Tensor, columns: Tensor | None, weights: Tensor | None, *
     z = torch.empty_like(y)
     launch(
         _gate, (triton.cdiv(num_rows, ROWS),),
-        y, v, columns, weights, z, num_rows, v.stride(0), V_HEAD=v.stride(1), E=head_dim,
-        **_sizes(num_heads, v, columns), EXCLUDES=is_value_excluded,
+        y, v if is_value_excluded else None, columns, weights, z, num_rows, v.stride(0), V_HEAD=v.stride(1), E=head_dim,
+        **_sizes(num_heads, v, columns),
     )  # fmt: skip
     return z
 
@@ -136,8 +136,8 @@ def gate_backward(
         partial = torch.empty(programs, num_heads, columns.size(1), device=y.device, dtype=torch.float32)
     launch(
         _gate_backward, (programs,),
-        grad, y, v, columns, weights, grad_y, grad_v, grad_columns, partial, num_rows, v.stride(0),
-        V_HEAD=v.stride(1), E=head_dim, **_sizes(num_heads, v, columns), EXCLUDES=is_value_excluded,
+        grad, y, v if is_value_excluded else None, columns, weights, grad_y, grad_v, grad_columns, partial, num_rows,
+        v.stride(0), V_HEAD=v.stride(1), E=head_dim, **_sizes(num_heads, v, columns),
     )  # fmt: skip
     grad_weights = None if partial is None or weights is None else partial.sum(0).to(weights.dtype)
     return grad_y, grad_v, grad_columns, grad_weights
