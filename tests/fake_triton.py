@@ -1,4 +1,4 @@
-"""Runs a row-wise Triton kernel from its source, in float32 on a CPU: numpy stands in for what it calls.
+"""Runs a Triton kernel from its source, in float32 on a CPU: numpy stands in for what it calls.
 
 Denormal numbers are flushed to zero, as a GPU's exponential does. Only what the kernels under test use is here.
 """
@@ -33,10 +33,10 @@ def as_value(x: Any) -> Value:
 
 
 class Constant:
-    """tl.constexpr: the value itself."""
+    """tl.constexpr: a number that also has itself as its value."""
 
     def __new__(cls, value: Any) -> Any:
-        return value
+        return type("Constant", (type(value),), {"value": value})(value)
 
 
 class Pointer:
@@ -53,13 +53,14 @@ class Pointer:
 class Descriptor:
     """A tensor of two dimensions that comes and goes in blocks; what lies outside reads as zero and is not written."""
 
-    def __init__(self, array: np.ndarray, shape: list[int]) -> None:
-        self.array, self.shape, self.dtype = array, shape, array.dtype
+    def __init__(self, x: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+        self.array, self.shape = x.detach().as_strided(shape, strides).numpy(), block_shape
+        self.dtype = self.array.dtype
 
     @classmethod
     def from_tensor(cls, x: Tensor, shape: list[int]) -> Descriptor:
         """Return a descriptor of x with blocks of a shape."""
-        return cls(x.detach().numpy(), shape)
+        return cls(x, list(x.shape), list(x.stride()), shape)
 
     def _part(self, at: list[Any]) -> np.ndarray:
         return self.array[tuple(slice(int(first), int(first) + n) for first, n in zip(at, self.shape))]
@@ -94,15 +95,29 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.array[places[mask]] = values[mask]
 
 
-def _exp(x: Any) -> Value:
+def _exp(x: Any, power: Any = np.exp) -> Value:
     with np.errstate(over="ignore", under="ignore"):
-        result = np.exp(np.asarray(x, np.float32))
+        result = power(np.asarray(x, np.float32))
     return as_value(np.where(result < SMALLEST, np.float32(0), result))
 
 
 def _log(x: Any) -> Value:
     with np.errstate(divide="ignore"):
         return as_value(np.log(np.asarray(x, np.float32)))
+
+
+def _sum(x: Any, axis: int | None = None) -> Value:
+    x = np.asarray(x)
+    return as_value(np.sum(x, axis=axis, dtype=np.float32 if x.dtype.kind == "f" else None))
+
+
+def _where(chosen: Any, x: Any, y: Any) -> Value:
+    kind = np.float32 if "f" in (np.asarray(x).dtype.kind, np.asarray(y).dtype.kind) else np.int64
+    return as_value(np.where(chosen, np.asarray(x, kind), np.asarray(y, kind)))
+
+
+def _jit(function: Any = None, **_options: Any) -> Any:
+    return _jit if function is None else function
 
 
 def _divide_up(x: Any, y: Any) -> int:
@@ -116,16 +131,17 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
         program_id=lambda axis: as_value(program[axis]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
         arange=lambda first, end: as_value(np.arange(first, end)), zeros=lambda shape, t: as_value(np.zeros(shape, t)),
         full=lambda shape, value, dtype: as_value(np.full(shape, value, dtype)),
-        sum=lambda x, axis: as_value(np.sum(np.asarray(x), axis=axis, dtype=np.float32)),
+        sum=_sum, where=_where, exp2=lambda x: _exp(x, np.exp2), log2=lambda x: as_value(np.log2(x)),
         max=lambda x, axis: as_value(np.max(np.asarray(x), axis=axis)),
-        where=lambda chosen, x, y: as_value(np.where(chosen, np.float32(x), np.float32(y))),
+        minimum=lambda x, y: as_value(np.minimum(x, y)), zeros_like=lambda x: as_value(np.zeros_like(x)),
         abs=lambda x: as_value(np.abs(x)), debug_barrier=lambda: None, static_range=range,
         rsqrt=lambda x: as_value(1 / np.sqrt(np.asarray(x, np.float32))), sqrt=lambda x: as_value(np.sqrt(x)),
         sigmoid=lambda x: as_value(1 / (1 + _exp(-np.asarray(x)))), maximum=lambda x, y: as_value(np.maximum(x, y)),
         range=lambda first, end, step, **_options: range(int(first), int(end), int(step)),
-        dot=lambda x, y, total: as_value(total + x @ y), reshape=lambda x, shape: as_value(np.reshape(x, shape)),
+        dot=lambda x, y, total=0: as_value(total + x @ y), reshape=lambda x, shape: as_value(np.reshape(x, shape)),
         cast=lambda x, dtype: as_value(np.asarray(x).astype(dtype)),
         permute=lambda x, axes: as_value(np.transpose(x, axes)), split=lambda x: (x[..., 0], x[..., 1]),
+        broadcast_to=lambda x, shape: as_value(np.broadcast_to(x, shape)),
     )  # fmt: skip
     return language
 
@@ -135,7 +151,7 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     program, count = [0, 0], [0]
     language = _language(program, count)
     triton = types.ModuleType("triton")
-    triton.__dict__.update(jit=lambda function: function, language=language, cdiv=_divide_up)
+    triton.__dict__.update(jit=_jit, language=language, cdiv=_divide_up)
     triton.__dict__["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
     tools, descriptors = types.ModuleType("triton.tools"), types.ModuleType("triton.tools.tensor_descriptor")
     descriptors.__dict__["TensorDescriptor"] = Descriptor
@@ -148,7 +164,7 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     spec.loader.exec_module(module)
 
     def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-        for name in ("num_warps", "num_stages"):
+        for name in ("num_warps", "num_stages", "maxnreg"):
             options.pop(name, None)
         given = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
         count[0] = grid[0]

@@ -25,7 +25,14 @@ from torch import Tensor
 from model.attention import varlen_backward_triton
 from model.attention.backends import VARLEN_KERNELS, attention
 from model.attention.bounds import Bounds, segment_bounds
-from model.attention.varlen_backward_triton import KEY_TILING, QUERY_TILING, attend_backward, grad_keys, grad_queries
+from model.attention.varlen_backward_triton import (
+    KEY_TILING,
+    QUERY_TILING,
+    Prepared,
+    attend_backward,
+    grad_keys,
+    grad_queries,
+)
 from model.attention.varlen_tiles_triton import Tiling, list_key_tiles, list_query_tiles
 from model.attention.varlen_triton import TILING, attend
 from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
@@ -33,6 +40,7 @@ from tests.gpu_probe import CONFIG, DEVICE, TOKENS, load_batches
 SLEEP_CYCLES = 2_000_000  # a millisecond: longer than the host takes to launch a pass
 STARTED = time.perf_counter()
 NUM_HEADS, HEAD_DIM = CONFIG.model.num_heads, CONFIG.model.model_dim // CONFIG.model.num_heads
+HEADS = [NUM_HEADS, CONFIG.model.num_kv_heads, CONFIG.model.num_kv_heads]  # of q, k and v
 TILINGS = [TILING, Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 2, 128), Tiling(128, 64, 8, 3, 128)]
 QUERY_TILINGS = [
     QUERY_TILING,
@@ -68,6 +76,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 def log_sums(q: Tensor, k: Tensor, cu_seqlens: list[int]) -> Tensor:
     """Return the log of the summed weights (H, T) float32, segment by segment."""
     parts = []
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
     for start, end in pairwise(cu_seqlens):
         scores = torch.einsum("qhe,khe->hqk", q[start:end], k[start:end]) / HEAD_DIM**0.5
         hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
@@ -86,26 +95,30 @@ class Kernels:
 
     def __init__(self, inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> None:
         self.inputs, self.grad, self.bounds = inputs, grad, bounds
-        self.out, self.lse = attend(*inputs, bounds)
-        self.sums = self.run_queries(QUERY_TILING)[1]
+        self.out, self.lse, _ = attend(*inputs, bounds)
+        self.prepared = self._query_kernel(QUERY_TILING)[1]
 
     def run_forward(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the output and its log-sums."""
-        return attend(*self.inputs, self.bounds, tiling)
+        return attend(*self.inputs, self.bounds, tiling)[:2]
+
+    def _query_kernel(self, tiling: Tiling) -> tuple[Tensor, Prepared]:
+        tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
+        return grad_queries(self.grad, *self.inputs, self.out, self.lse, None, tiles, tiling)
 
     def run_queries(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradient of q, and the sums that the keys' kernel reads. The table of tiles is made again."""
-        tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
-        return grad_queries(self.grad, *self.inputs, self.out, self.lse, tiles, tiling)
+        grad_q, prepared = self._query_kernel(tiling)
+        return grad_q, prepared.sums
 
     def run_keys(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradients of k and v."""
         tiles = list_key_tiles(self.bounds, TOKENS, tiling.block_n)
-        return grad_keys(self.grad, *self.inputs, self.sums, tiles, tiling)
+        return grad_keys(self.prepared, *self.inputs, self.out, None, tiles, tiling)
 
     def run_backward(self) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v by the Triton kernels."""
-        return attend_backward(self.grad, *self.inputs, self.out, self.lse, self.bounds)
+        return attend_backward(self.grad, *self.inputs, self.out, self.lse, None, self.bounds)
 
 
 def compile_all(jobs: list[tuple[str, Callable[[Tiling], object], Tiling]]) -> dict[str, str]:
@@ -130,9 +143,9 @@ def measure(pattern: str) -> dict[str, Any]:
     packing = batch.packing
     bounds = segment_bounds(packing, 1, TOKENS, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    buffer = torch.randn(TOKENS, 3 * NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
+    buffer = torch.randn(TOKENS, sum(HEADS), HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
     grad = torch.randn(TOKENS, NUM_HEADS, HEAD_DIM, device=DEVICE, generator=generator).bfloat16()
-    views = list(buffer.chunk(3, dim=1))
+    views = list(buffer.split(HEADS, dim=1))
     own = [x.contiguous() for x in views]
     kernels = Kernels(views, grad, bounds)
     report("ready", {"seconds": time.perf_counter() - STARTED})

@@ -98,7 +98,7 @@ def probe_attention(pattern: str) -> dict[str, Any]:
 
 def probe_kernels(_pattern: str) -> dict[str, Any]:
     """Each fused kernel on one micro-batch of rows: milliseconds and the bytes it must move over that time."""
-    from model.attention import heads_triton
+    from model.attention import gate_triton, heads_triton
     from model.kernels import cross_entropy_triton, mlp_triton, residual_triton
 
     width, vocab = CONFIG.model.model_dim, CONFIG.model.vocab_size
@@ -122,9 +122,9 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
 
     qkv, gain = rows(2 * width), torch.rand(8, device=DEVICE) + 1
     cos, sin = (torch.rand(TOKENS, 8, device=DEVICE) for _ in range(2))
-    turned, inverse = heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=2)
-    y, v = rows(width).view(TOKENS, 8, 64), turned[:, 16::2]
-    grad_q, grad_k, grad_v, own = (rows(64 * n).view(TOKENS, n, 64) for n in (8, 8, 8, 4))
+    turned, inverse = heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=1)
+    y, v = rows(width).view(TOKENS, 8, 64), turned[:, 12:]
+    grad_q, grad_k, grad_v, own = (rows(64 * n).view(TOKENS, n, 64) for n in (8, 4, 4, 4))
     head_grads, saved = (grad_q, grad_k, grad_v), (turned, inverse, cos, sin, gain)
     hidden, grad_hidden = rows(2048), rows(2048)
     logits, targets = rows(vocab), torch.randint(vocab, (TOKENS,), device=DEVICE)
@@ -140,10 +140,12 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
         "mix_norm_backward": (backward(mixed), 8 * unit),
         "mix_norm_skip_backward": (backward(merged), 10 * unit),
         "add_norm_backward": (backward(added), 4 * unit),
-        "rotate": (lambda: heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=2), 5 * unit),
-        "rotate_backward": (lambda: heads_triton.rotate_backward(head_grads, own, *saved), 7.5 * unit),
-        "exclude": (lambda: heads_triton.exclude(y, v), 2.5 * unit),
-        "exclude_backward": (lambda: heads_triton.exclude_backward(y, y, v), 4 * unit),
+        "rotate": (lambda: heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=1), 4 * unit),
+        "rotate_backward": (lambda: heads_triton.rotate_backward(head_grads, own, *saved), 6 * unit),
+        "exclude": (lambda: gate_triton.gate(y, v, None, None, is_value_excluded=True), 2.5 * unit),
+        "exclude_backward": (
+            lambda: gate_triton.gate_backward(y, y, v, None, None, is_value_excluded=True), 4 * unit
+        ),
         "activate": (lambda: mlp_triton.activate(hidden, 0.5), 8 * unit),
         "activate_backward": (
             lambda: mlp_triton.activate_backward_(grad_hidden, hidden, needs_y=True, slope=0.5), 16 * unit

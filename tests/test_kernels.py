@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -229,8 +230,11 @@ def test_overwritten_logits_cannot_be_used_by_another_backward() -> None:
 HEADS = [(8, 4, 64, 16), (4, 2, 32, 16), (4, 4, 16, 8), (8, 1, 64, 64)]  # query heads, kv heads, head_dim, rotated
 
 
-def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: Rows, positions: Tensor) -> None:
+def check_heads(
+    heads: tuple[int, int, int, int], batch: int, time: int, rows: Rows, positions: Tensor, **how: Any
+) -> None:
     """Compare self_attention with its twin; positions (T or B x T)."""
+    how = {"is_value_excluded": True} | how
     num_heads, num_kv_heads, head_dim, rope_dims = heads
     n = rows.num_queries or time
     keep = torch.ones(batch, n, 1, device="cuda")
@@ -241,19 +245,29 @@ def check_heads(heads: tuple[int, int, int, int], batch: int, time: int, rows: R
         cos, sin = rotary_tables(positions, rope_dims=rope_dims, base=1e4, dtype=torch.float32)
         wide = qkv.dtype == torch.float64
         tables = (cos.double(), sin.double()) if wide else (cos, sin)
-        y = self_attention(qkv, *tables, gain, rows, num_kv_heads=num_kv_heads, is_value_excluded=True)
+        served = {"backend": "auto"} if wide else {}
+        y = self_attention(qkv, *tables, gain, rows, num_kv_heads=num_kv_heads, **how | served)
         return y.masked_fill(keep == 0, 0.0)
 
     check(function, [draw(batch, time, (num_heads + 2 * num_kv_heads) * head_dim), vector(num_heads)], tolerance=0.03)
 
 
+WAYS = [(True, "auto"), (False, "auto"), (True, "varlen"), (False, "varlen")]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("heads", "is_value_excluded", "backend"),
+    [*((HEADS[0], *way) for way in WAYS), *((heads, *WAYS[0]) for heads in HEADS[1:])],
+)
 @pytest.mark.parametrize("starts", [[0], [0, 1, 2, 150], [0, 64, 128, 700, 701]])
-def test_self_attention_over_a_pack(heads: tuple[int, int, int, int], starts: list[int]) -> None:
+def test_self_attention_over_a_pack(
+    heads: tuple[int, int, int, int], starts: list[int], is_value_excluded: bool, backend: str
+) -> None:
     time = 1000
     packing = cu_seqlens_from_bos(np.array(starts), time, max_segment=256).to("cuda")
-    check_heads(heads, 1, time, Rows(packing), torch.arange(time, device="cuda"))
+    how = {"is_value_excluded": is_value_excluded, "backend": backend}
+    check_heads(heads, 1, time, Rows(packing), torch.arange(time, device="cuda"), **how)
 
 
 @pytest.mark.gpu
@@ -268,6 +282,27 @@ def test_self_attention_over_windows(
     if left_padding is not None:
         positions = (positions - left_padding[:, None]).clamp_min(0)
     check_heads(heads, 3, 256, Rows(None, left_padding, num_queries), positions)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [Rows(), Rows(num_queries=100)])
+def test_self_attention_gives_the_same_bits_every_time(rows: Rows) -> None:
+    qkv, gain = draw(3, 300, 16 * 64).requires_grad_(), vector(8).requires_grad_()
+    tables = rotary_tables(torch.arange(300, device="cuda"), rope_dims=16, base=1e4, dtype=torch.float32)
+    grad = draw(3, rows.num_queries or 300, 8 * 64)
+
+    def attend() -> Tensor:
+        return self_attention(qkv, *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
+
+    def outputs() -> list[Tensor]:
+        y = attend()
+        with torch.no_grad():
+            assert torch.equal(attend(), y)
+        return [y, *torch.autograd.grad(y, (qkv, gain), grad)]
+
+    first = outputs()
+    for _ in range(3):
+        assert all(map(torch.equal, outputs(), first))
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels around attention: norm, rotary and gain of the heads, and the exclusion of a token's own value."""
+"""Triton kernels before attention: norm, rotary and gain of the heads."""
 
-# N tokens, H query heads, K kv heads, G query heads a kv head, E head_dim, W = (H + 2 K) E columns, P programs
+# N tokens, H query heads, K kv heads, G query heads or copies a kv head, E head_dim, W = (H + 2 K) E columns
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from model.kernels.launch import launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
-TINY: tl.constexpr = tl.constexpr(1e-12)
 ROWS = 4  # tokens of one tile
 BACKWARD_PROGRAMS = 132 * 8
 
@@ -51,15 +50,16 @@ def _rotate(
 @triton.jit
 def _load_grad(q_ptr, k_ptr, rows, head, e, inside, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
     grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=inside & (head < H), other=0.0).to(tl.float32)
-    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), G, H * E, E)
+    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), K, G, E)
 
 
 @triton.jit
-def _load_copies(ptr, rows, kv, e, mask, G: tl.constexpr, STRIDE: tl.constexpr, E: tl.constexpr):
+def _load_copies(ptr, rows, kv, e, mask, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
     """Add up the gradients of the copies of a key or value head."""
-    grad = tl.load(ptr + rows * STRIDE + kv * G * E + e, mask=mask, other=0.0).to(tl.float32)
+    at = ptr + (rows * K + kv) * (G * E) + e
+    grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     for copy in tl.static_range(1, G):
-        grad += tl.load(ptr + rows * STRIDE + (kv * G + copy) * E + e, mask=mask, other=0.0).to(tl.float32)
+        grad += tl.load(at + copy * E, mask=mask, other=0.0).to(tl.float32)
     return grad
 
 
@@ -67,7 +67,7 @@ def _load_copies(ptr, rows, kv, e, mask, G: tl.constexpr, STRIDE: tl.constexpr, 
 def _rotate_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_own_ptr, y_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
     grad_x_ptr, partial_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_OWN: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)[None, :, None]
     heads = tl.arange(0, HEADS)[None, :]
@@ -81,7 +81,7 @@ def _rotate_backward(
         rows = row[:, :, None]
         inside = (rows < num_rows) & (head < H + 2 * K) & (e < E)
         at = rows * ((H + 2 * K) * E) + head * E
-        y_at = rows * (3 * H * E) + tl.where(head < H, head, H + (head - H) * G) * E
+        y_at = rows * ((H + 2 * K * G) * E) + tl.where(head < H, head, H + (head - H) * G) * E
         other = tl.where(e < HALF, e + HALF, e - HALF)
         sign = tl.where(e < HALF, 1.0, -1.0)
         turns = inside & (head < H + K) & (e < 2 * HALF)
@@ -100,57 +100,14 @@ def _rotate_backward(
         along = tl.sum(grad * normed, axis=2) / E
         grad = inverse[:, :, None] * (grad - normed * along[:, :, None])
         is_value = inside & (head >= H + K)
-        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, G, H * E, E)
-        if HAS_OWN:
+        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, K, G, E)
+        if grad_own_ptr is not None:
             own_at = rows * (K * E) + (head - H - K) * E + e
             grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at + e, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
     place = partial_ptr + tl.program_id(0) * H + tl.arange(0, HEADS)
     total = tl.sum(sums * over_gain, axis=0)
     tl.store(place, total, mask=tl.arange(0, HEADS) < H)
-
-
-@triton.jit
-def _exclude(
-    y_ptr, v_ptr, z_ptr, num_rows, v_stride,
-    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
-    kv = tl.arange(0, K)[None, :, None, None]
-    at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + tl.arange(0, E)[None, None, None, :]
-    v_at = rows * v_stride + kv * V_HEAD + tl.arange(0, E)[None, None, None, :]
-    inside = rows < num_rows
-    v = tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
-    w = v / tl.maximum(norm, TINY)
-    z = y - tl.sum(y * w, axis=3)[:, :, :, None] * w
-    tl.store(z_ptr + at, z.to(z_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _exclude_backward(
-    grad_z_ptr, y_ptr, v_ptr, grad_y_ptr, grad_v_ptr, num_rows, v_stride,
-    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
-    kv = tl.arange(0, K)[None, :, None, None]
-    e = tl.arange(0, E)[None, None, None, :]
-    at = rows * (K * G * E) + (kv * G + tl.arange(0, G)[None, None, :, None]) * E + e
-    inside = rows < num_rows
-    v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    grad = tl.load(grad_z_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
-    inverse = 1.0 / tl.maximum(norm, TINY)
-    w = v * inverse
-    along_y = tl.sum(y * w, axis=3)[:, :, :, None]
-    along_grad = tl.sum(grad * w, axis=3)[:, :, :, None]
-    tl.store(grad_y_ptr + at, (grad - along_grad * w).to(grad_y_ptr.dtype.element_ty), mask=inside)
-    grad_w = -tl.sum(along_grad * y + along_y * grad, axis=2)[:, :, None, :]
-    along = tl.sum(grad_w * w, axis=3)[:, :, :, None]
-    grad_v = inverse * (grad_w - tl.where(norm > TINY, along * w, 0.0))
-    tl.store(grad_v_ptr + rows * (K * E) + kv * E + e, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
 
 
 def rotate(
@@ -181,9 +138,9 @@ def rotate_backward(
     grads: tuple[Tensor, Tensor, Tensor], grad_own: Tensor | None, y: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor,
     gain: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y, (N, H, E) each.
+    """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y (N, its heads, E).
 
-    grad_own (N, K, E) is added to the values'.
+    Gradients of copies are added up. grad_own (N, K, E) is added to the values'.
     """
     grad_q, grad_k, grad_v = (g.contiguous() for g in grads)
     num_rows, num_heads, head_dim = grad_q.shape
@@ -195,33 +152,7 @@ def rotate_backward(
     launch(
         _rotate_backward, (programs,),
         grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
-        H=num_heads, K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, HALF=cos.size(1),
-        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_OWN=grad_own is not None,
-        num_warps=4,
+        H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=cos.size(1),
+        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return grad_x, partial.sum(0).to(gain.dtype)
-
-
-def exclude(y: Tensor, v: Tensor) -> Tensor:
-    """Return y (N, H, E) without its component along v (N, K, E), whose rows and heads may be strided."""
-    num_rows, num_heads, head_dim = y.shape
-    z = torch.empty_like(y)
-    launch(
-        _exclude, (triton.cdiv(num_rows, ROWS),),
-        y, v, z, num_rows, v.stride(0), V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim,
-        ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
-    return z
-
-
-def exclude_backward(grad_z: Tensor, y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of y (N, H, E) and v (N, K, E, contiguous)."""
-    num_rows, num_heads, head_dim = y.shape
-    grad_y = torch.empty_like(y)
-    grad_v = torch.empty(num_rows, v.size(1), head_dim, device=y.device, dtype=y.dtype)
-    launch(
-        _exclude_backward, (triton.cdiv(num_rows, ROWS),),
-        grad_z, y, v, grad_y, grad_v, num_rows, v.stride(0),
-        V_HEAD=v.stride(1), K=v.size(1), G=num_heads // v.size(1), E=head_dim, ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
-    return grad_y, grad_v

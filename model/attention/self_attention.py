@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.backends import VARLEN_KERNELS, attention, resolve_backend
@@ -122,53 +123,54 @@ class _SelfAttention(torch.autograd.Function):
         bounds: Bounds, shape: _Shape, is_value_excluded: bool, backend: str, is_recording: bool,
     ) -> Tensor:  # fmt: skip
         from model.attention.gate_triton import gate
-        from model.attention.heads_triton import exclude, rotate
+        from model.attention.heads_triton import rotate
+        from model.attention.varlen_triton import attend
 
-        # Copies of key and value heads make attention's backward faster, and its forward a little slower.
-        num_copies = shape.num_heads // shape.num_kv_heads if is_recording else 1
+        is_own = backend == "triton"
+        excludes = is_value_excluded and not is_own  # ours does it itself
+        # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
+        num_copies = shape.num_heads // shape.num_kv_heads if is_recording and not is_own else 1
         turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
         q, k, v = _split(turned, shape)
+        kept: tuple[Tensor | None, ...] = (None, None, None)
+        if is_own:
+            y, *sums = attend(q, k, v, bounds, is_value_excluded=is_value_excluded)
+            kept = (y, *sums)
+        else:
+            if is_recording:
+                q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+            with torch.set_grad_enabled(is_recording):
+                y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
         if is_recording:
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        with torch.set_grad_enabled(is_recording):
-            y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
-        if is_recording:
-            ctx.inner = (q, k, v, y)
-            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights)
-            ctx.shape, ctx.is_value_excluded = shape, is_value_excluded
+            ctx.inner = None if is_own else (q, k, v, y)
+            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights, *kept)
+            ctx.bounds, ctx.shape, ctx.excludes = bounds, shape, excludes
         z = y.detach()
-        if columns is not None and weights is not None:
-            z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=is_value_excluded)
-        elif is_value_excluded:
-            z = exclude(z, _own_values(v, shape))
+        if columns is not None or excludes:
+            z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=excludes)
         return z.reshape(z.size(0), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from model.attention.gate_triton import gate_backward
-        from model.attention.heads_triton import exclude_backward, rotate_backward
+        from model.attention.heads_triton import rotate_backward
+        from model.attention.varlen_backward_triton import attend_backward
 
-        turned, inverse, cos, sin, gain, columns, weights = ctx.saved_tensors
-        (q, k, v, y), shape = ctx.inner, ctx.shape
+        turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along = ctx.saved_tensors
+        shape, is_own = ctx.shape, ctx.inner is None
+        q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
         grad_columns = grad_weights = None
-        if columns is not None:
+        if columns is not None or ctx.excludes:
             grad_y, grad_own, grad_columns, grad_weights = gate_backward(
-                grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.is_value_excluded
+                grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.excludes
             )
-        elif ctx.is_value_excluded:
-            grad_y, grad_own = exclude_backward(grad_y, y.detach(), _own_values(v, shape))
-        grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
-        ctx.inner = None
-        if shape.num_queries < shape.time:
-            n, batch = shape.num_queries, shape.batch
-            whole = grad_q.new_zeros(batch, shape.time, *grad_q.shape[1:])
-            whole[:, -n:] = grad_q.view(batch, n, *grad_q.shape[1:])
-            grad_q = whole.flatten(0, 1)
-            if grad_own is not None:
-                own = grad_own.new_zeros(batch, shape.time, *grad_own.shape[1:])
-                own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
-                grad_own = own.flatten(0, 1)
+        if is_own:
+            grad_q, grad_k, grad_v = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds)
+        else:
+            grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
+            ctx.inner = ()  # lets go of the graph
+        grad_q, grad_own = _whole(grad_q, shape), None if grad_own is None else _whole(grad_own, shape)
         grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
         return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
@@ -190,3 +192,11 @@ def _last(x: Tensor, shape: _Shape) -> Tensor:
     if shape.num_queries == shape.time:
         return x
     return x.view(shape.batch, shape.time, *x.shape[1:])[:, -shape.num_queries :].flatten(0, 1)
+
+
+def _whole(grad: Tensor, shape: _Shape) -> Tensor:
+    """Return grad (B n, heads, E) of the last tokens of each row as that of all tokens (N, heads, E)."""
+    missing = shape.time - shape.num_queries
+    if not missing:
+        return grad
+    return F.pad(grad.view(shape.batch, -1, *grad.shape[1:]), (0, 0, 0, 0, missing, 0)).flatten(0, 1)

@@ -4,6 +4,10 @@
 Two kernels, each of which recomputes the weights from the scores and the forward's log-sums: a program of the first
 owns a block of queries and adds up their gradient over the keys they see; one of the second owns a block of keys and
 goes over the queries that see them. That is seven matrix products instead of five, but nothing is added up in memory.
+
+Where the forward took from its output y the component c w along the query's own value v, w = v / |v|, there is z = y -
+c w and c, and a gradient g of z. That of y is g - a w with a = g w, which the first kernel writes for the second. That
+of v, besides y's, is the sum of -(a z + c (g - a w)) / |v| over the query heads, which the second kernel begins with.
 """
 
 # T query tokens, H query heads, K kv heads, G query heads a kv head, E head_dim, M query rows and N keys of a tile
@@ -11,6 +15,7 @@ goes over the queries that see them. That is seven matrix products instead of fi
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,8 +28,10 @@ from model.attention.varlen_tiles_triton import (
     LN_2,
     LOG2_E,
     TILE_FIELDS,
+    TINY,
     Tiling,
     addressable,
+    directions,
     list_key_tiles,
     list_query_tiles,
 )
@@ -65,8 +72,8 @@ def _walk_keys(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _grad_queries(
-    grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, sums_ptr, grad_q_ptr, tiles_ptr, num_tokens, scale,
-    q_row, q_head, kv_head, KV_ROW: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, along_ptr, sums_ptr, grad_q_ptr, grad_y_ptr,
+    along_grad_ptr, tiles_ptr, num_tokens, scale, q_row, q_head, kv_head, KV_ROW: tl.constexpr,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a block of queries, and for each its base-2 log-sum and delta, minus out times grad."""
@@ -88,14 +95,22 @@ def _grad_queries(
     q_at = q_ptr + first_row * q_row + head * q_head
     q = tl.load(q_at + m[:, None] * q_row + e, mask=is_row[:, None], other=0.0)
     grad = tl.load(grad_ptr + places, mask=is_row[:, None], other=0.0)
-    out = tl.load(out_ptr + places, mask=is_row[:, None], other=0.0)
-    delta = -tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
+    out = tl.load(out_ptr + places, mask=is_row[:, None], other=0.0).to(tl.float32)
     row = head.to(tl.int64) * num_tokens + first_row + m
+    k_at = k_ptr + first_key * KV_ROW + column
+    v_at = v_ptr + first_key * KV_ROW + column
+    if along_ptr is not None:
+        own_at = v_at + (diagonal + m)[:, None] * KV_ROW + e
+        own, _ = directions(tl.load(own_at, mask=is_row[:, None], other=0.0))
+        along_grad = tl.sum(grad.to(tl.float32) * own, axis=1)
+        grad = (grad.to(tl.float32) - along_grad[:, None] * own).to(grad.dtype)
+        out += tl.load(along_ptr + row, mask=is_row, other=0.0)[:, None] * own
+        tl.store(along_grad_ptr + row, along_grad, mask=is_row)
+        tl.store(grad_y_ptr + places, grad, mask=is_row[:, None])
+    delta = -tl.sum(out * grad.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + row, mask=is_row, other=float("inf")) * LOG2_E  # no weights for rows that are not there
     tl.store(sums_ptr + 2 * row, lse, mask=is_row)
     tl.store(sums_ptr + 2 * row + 1, delta, mask=is_row)
-    k_at = k_ptr + first_key * KV_ROW + column
-    v_at = v_ptr + first_key * KV_ROW + column
 
     acc = tl.zeros((BLOCK_M, E), tl.float32)
     full = (diagonal + 1) // BLOCK_N * BLOCK_N
@@ -146,10 +161,31 @@ def _walk_queries(
     return grad_k, grad_v
 
 
+@triton.jit
+def _grad_own(
+    grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, queries, exists, num_tokens, kv_head_index,
+    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradient (N, E) of values what excluding them from the outputs of their own queries (N,) gives."""
+    own, norm = directions(v)
+    bend = tl.where(norm > TINY, 0.0, 2.0)  # a length that is held at TINY has no gradient
+    for member in range(G):
+        head = kv_head_index * G + member
+        places = (queries[:, None] * (K * G) + head) * E + tl.arange(0, E)[None, :]
+        out = tl.load(out_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
+        row = head.to(tl.int64) * num_tokens + queries
+        along = tl.load(along_ptr + row, mask=exists, other=0.0)
+        along_grad = tl.load(along_grad_ptr + row, mask=exists, other=0.0)
+        grad += (bend * along_grad)[:, None] * own
+        grad_v -= (along_grad[:, None] * out + along[:, None] * grad) / norm[:, None]
+    return grad_v
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _grad_keys(
-    grad_ptr, q_ptr, k_ptr, v_ptr, q_box, grad_box, sums_ptr, grad_k_ptr, grad_v_ptr, tiles_ptr, num_tokens, scale,
-    q_head, kv_row, kv_head, Q_ROW: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, q_box, grad_box, sums_ptr, out_ptr, along_ptr, along_grad_ptr, grad_k_ptr,
+    grad_v_ptr, tiles_ptr, num_tokens, scale, q_head, kv_row, kv_head, Q_ROW: tl.constexpr,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a block of keys and values."""
@@ -177,6 +213,13 @@ def _grad_keys(
     first = full - (full - begin + BLOCK_M - 1) // BLOCK_M * BLOCK_M
     grad_k = tl.zeros((BLOCK_N, E), tl.float32)
     grad_v = tl.zeros((BLOCK_N, E), tl.float32)
+    if along_ptr is not None:
+        itself = diagonal + tl.arange(0, BLOCK_N)  # the query of each key's token, counted from first_query
+        exists = (itself >= 0) & (tl.arange(0, BLOCK_N) < num_keys)
+        grad_v = _grad_own(
+            grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, first_query + itself, exists, num_tokens,
+            kv_head_index, K, G, E,
+        )  # fmt: skip
     for member in range(G):
         head = kv_head_index * G + member
         q_at = q_ptr + first_query * Q_ROW + head * q_head
@@ -203,38 +246,53 @@ def _boxes(x: Tensor, y: Tensor, rows: int) -> list[TensorDescriptor]:
     ]
 
 
-def grad_queries(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Tensor, tiling: Tiling
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of q (T, H, E, contiguous), and (H, T, 2) float32: log2 of the summed weights, and delta.
+class Prepared(NamedTuple):
+    """What the keys' kernel reads of the queries' kernel.
 
-    delta is minus the sum of grad * out over a head.
+    sums (H, T, 2) float32: log2 of the summed weights, and delta, minus the sum of y times its gradient over a head.
+    grad (T, H, E): the gradient of y; along (H, T) float32: the length of what it lost, or None as in attend.
+    """
+
+    sums: Tensor
+    grad: Tensor
+    along: Tensor | None
+
+
+def grad_queries(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, tiles: Tensor,
+    tiling: Tiling,
+) -> tuple[Tensor, Prepared]:  # fmt: skip
+    """Return the gradient of q (T, H, E, contiguous) and what grad_keys needs.
+
     tiles: list_query_tiles with tiling's block_m. Others as in attend_backward, with contiguous grad and out.
     """
     num_tokens, num_heads, head_dim = q.shape
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_y, along_grad = (grad, None) if along is None else (torch.empty_like(grad), torch.empty_like(along))
     sums = torch.empty(num_heads, num_tokens, 2, dtype=torch.float32, device=q.device)
     launch(
         _grad_queries, ((tiles.size(0) - 1) * num_heads,),
-        grad, q, k, v, *_boxes(k, v, tiling.block_n), out, lse, sums, grad_q, tiles, num_tokens,
-        LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1), k.stride(1), KV_ROW=k.stride(0),
+        grad, q, k, v, *_boxes(k, v, tiling.block_n), out, lse, along, sums, grad_q, grad_y, along_grad, tiles,
+        num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1), k.stride(1), KV_ROW=k.stride(0),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return grad_q, sums
+    return grad_q, Prepared(sums, grad_y, along_grad)
 
 
 def grad_keys(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sums: Tensor, tiles: Tensor, tiling: Tiling
-) -> tuple[Tensor, Tensor]:
+    prepared: Prepared, q: Tensor, k: Tensor, v: Tensor, out: Tensor, along: Tensor | None, tiles: Tensor,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the gradients of k and v (their shapes, contiguous). tiles: list_key_tiles with tiling's block_n."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.size(1)
+    sums, grad, along_grad = prepared
     grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     launch(
         _grad_keys, ((tiles.size(0) - 1) * num_kv_heads,),
-        grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, grad_k, grad_v, tiles, num_tokens,
-        LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1), Q_ROW=q.stride(0),
+        grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, out, along, along_grad, grad_k, grad_v, tiles,
+        num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1), Q_ROW=q.stride(0),
         K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
@@ -242,20 +300,20 @@ def grad_keys(
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bounds: Bounds
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, bounds: Bounds
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, contiguous, from that of out (T, H, E).
 
-    q, k, v, bounds as attend got them, lse as it returned it. bounds must cover every key and query: gradients of
-    others are left undefined. A key that no query sees has a gradient of zero.
+    q, k, v, bounds as attend got them, lse and along as it returned them. bounds must cover every key and query:
+    gradients of others are left undefined. A key that no query sees has a gradient of zero.
     """
     q, k, v = addressable(q, k, v)
     query_tiling, key_tiling = tilings(q.size(2))
     grad = grad.contiguous()
     tiles = list_query_tiles(bounds, q.size(0), query_tiling.block_m)
-    grad_q, sums = grad_queries(grad, q, k, v, out, lse, tiles, query_tiling)
+    grad_q, prepared = grad_queries(grad, q, k, v, out, lse, along, tiles, query_tiling)
     tiles = list_key_tiles(bounds, k.size(0), key_tiling.block_n)
-    grad_k, grad_v = grad_keys(grad, q, k, v, sums, tiles, key_tiling)
+    grad_k, grad_v = grad_keys(prepared, q, k, v, out, along, tiles, key_tiling)
     return grad_q, grad_k, grad_v
 
 

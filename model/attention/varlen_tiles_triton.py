@@ -20,6 +20,7 @@ ENTRIES = 256  # segments that the table's kernel looks at together
 TILE_FIELDS: tl.constexpr = tl.constexpr(4)
 LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LN_2: tl.constexpr = tl.constexpr(math.log(2.0))
+TINY: tl.constexpr = tl.constexpr(1e-12)
 
 
 class Tiling(NamedTuple):
@@ -41,6 +42,14 @@ def addressable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
     if k.stride() != v.stride() or k.stride(2) != 1:
         k, v = k.contiguous(), v.contiguous()
     return q, k, v
+
+
+@triton.jit
+def directions(v):
+    """Return rows v (M, E) over their lengths, float32, and the lengths (M,), none below TINY."""
+    wide = v.to(tl.float32)
+    norm = tl.maximum(tl.sqrt(tl.sum(wide * wide, axis=1)), TINY)
+    return wide / norm[:, None], norm
 
 
 @triton.jit

@@ -20,7 +20,15 @@ from torch.autograd.function import once_differentiable
 
 from model.attention.bounds import TRITON_HEAD_DIMS, Bounds
 from model.attention.varlen_backward_triton import attend_backward
-from model.attention.varlen_tiles_triton import LN_2, LOG2_E, TILE_FIELDS, Tiling, addressable, list_query_tiles
+from model.attention.varlen_tiles_triton import (
+    LN_2,
+    LOG2_E,
+    TILE_FIELDS,
+    Tiling,
+    addressable,
+    directions,
+    list_query_tiles,
+)
 from model.kernels.launch import launch
 
 TILING = Tiling(64, 64, 4, 3, max_registers=128)  # measured on an H200, heads of 64
@@ -60,7 +68,7 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, num_tokens, scale, q_row, q_head, kv_row, kv_head,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, along_ptr, tiles_ptr, num_tokens, scale, q_row, q_head, kv_row, kv_head,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // H
@@ -92,17 +100,26 @@ def _attend(
     )
 
     out = acc / total[:, None]
+    row = head.to(tl.int64) * num_tokens + first_row + m
+    if along_ptr is not None:  # a query's own value is that of the last key it sees
+        own_at = v_at + (diagonal + m)[:, None] * kv_row + e
+        own, _ = directions(tl.load(own_at, mask=is_row[:, None], other=0.0))
+        along = tl.sum(out * own, axis=1)
+        out -= along[:, None] * own
+        tl.store(along_ptr + row, along, mask=is_row)
     out_at = out_ptr + (first_row * H + head) * E + m[:, None] * (H * E) + e
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-    lse = (peak + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + head.to(tl.int64) * num_tokens + first_row + m, lse, mask=is_row)
+    tl.store(lse_ptr + row, (peak + tl.log2(total)) * LN_2, mask=is_row)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | None = None) -> tuple[Tensor, Tensor]:
-    """Return causal attention (T, H, E) and the log of each query's summed weights (H, T) float32.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | None = None, *, is_value_excluded: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return causal attention (T, H, E), the log of each query's summed weights (H, T) float32, and None.
 
     q (T, H, E), k and v (any, K, E): any strides of rows and heads, none within a head; K divides H.
-    tiling: for measurements; the constants above otherwise.
+    tiling: for measurements; the constants above otherwise. is_value_excluded takes from each output its component
+    along the query's own value, and returns its length (H, T) float32 instead of None.
     Raises ValueError for shapes that the kernel cannot serve.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -116,14 +133,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | Non
     tiles = list_query_tiles(bounds, num_tokens, tiling.block_m)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    along = torch.empty_like(lse) if is_value_excluded else None
     launch(
         _attend, ((tiles.size(0) - 1) * num_heads,),
-        q, k, v, out, lse, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
+        q, k, v, out, lse, along, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
         q.stride(0), q.stride(1), k.stride(0), k.stride(1),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return out, lse
+    return out, lse, along
 
 
 class _Attention(torch.autograd.Function):
@@ -131,7 +149,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
-        out, lse = attend(q, k, v, bounds)
+        out, lse, _ = attend(q, k, v, bounds)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.bounds = bounds
         return out
@@ -140,7 +158,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(grads[0], q, k, v, out, lse, ctx.bounds), None
+        return *attend_backward(grads[0], q, k, v, out, lse, None, ctx.bounds), None
 
 
 def triton_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:

@@ -1,0 +1,126 @@
+"""Attention's kernels, run in numpy: self_attention by them, forward and backward, is what its plain twin is.
+
+The kernels run in float32 and the twin in float64, over packs and windows that cut tiles at odd places.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import model.attention
+from model.attention import self_attention
+from model.attention.backends import VARLEN_KERNELS
+from model.attention.bounds import Bounds
+from model.attention.self_attention import HeadGate, Rows
+from model.data.packing import cu_seqlens_from_bos
+from model.layers import rotary_tables
+from tests.fake_triton import load_kernels
+
+TIME, HEAD_DIM, ROPE_DIMS, GATE_WIDTH = 90, 16, 8, 5
+PACK = Rows(cu_seqlens_from_bos(np.array([0, 1, 2, 20]), TIME, max_segment=67))
+ROWS = {
+    "pack": (PACK, 1),
+    "windows": (Rows(), 2),
+    "padded windows": (Rows(None, torch.tensor([0, 89])), 2),
+    "narrow padded windows": (Rows(None, torch.tensor([0, 10, 85]), 66), 3),
+}
+
+
+def other_kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
+    """Return attention by its definition; it stands for others' kernels, which see as many keys as queries."""
+    assert q.size(1) == k.size(1) or not q.requires_grad
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    ys = []
+    for (a, b), (c, d) in zip(*(pairwise(x.tolist()) for x in (bounds.queries, bounds.keys)), strict=True):
+        scores = torch.einsum("qhe,khe->hqk", q[a:b], k[c:d]) / q.size(2) ** 0.5
+        is_hidden = torch.ones(b - a, d - c, dtype=torch.bool).triu(d - c - (b - a) + 1)
+        ys.append(torch.einsum("hqk,khe->qhe", scores.masked_fill(is_hidden, float("-inf")).softmax(-1), v[c:d]))
+    return torch.cat(ys)
+
+
+@pytest.fixture(params=["triton", "fa2"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serve float32 by the kernels and this attention, and float64 by the twin."""
+    for name in ("heads", "gate", "varlen_tiles", "varlen_backward", "varlen"):
+        path = Path(self_attention.__file__).with_name(f"{name}_triton.py")
+        kernels = load_kernels(path, monkeypatch)
+        monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
+        monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
+        if name in ("heads", "gate"):
+            monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+    monkeypatch.setattr(self_attention, "uses_triton", lambda x, *_sizes: x.dtype == torch.float32)
+    monkeypatch.setattr(self_attention, "resolve_backend", lambda *_args, **_options: request.param)
+    monkeypatch.setitem(VARLEN_KERNELS, "fa2", other_kernel)
+    name: str = request.param
+    return name
+
+
+def outputs_and_gradients(inputs: list[Tensor], rows: Rows, how: dict[str, object], grad: Tensor) -> list[Tensor]:
+    """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    qkv, gain, *gate = leaves
+    positions = torch.arange(TIME)
+    if rows.left_padding is not None:
+        positions = (positions - rows.left_padding[:, None]).clamp_min(0)
+    tables = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    tables = (tables[0].to(qkv.dtype), tables[1].to(qkv.dtype))
+    how = how | {"gate": HeadGate(gate[0], gate[1]) if gate else None}
+    y = self_attention.self_attention(qkv, *tables, gain, rows, **how)  # type: ignore[arg-type]
+    return [y, *torch.autograd.grad((y.double() * grad).sum(), leaves)]
+
+
+@pytest.mark.parametrize(("is_value_excluded", "is_gated"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("rows", "heads"), [*((rows, (4, 2)) for rows in ROWS), ("pack", (2, 2)), ("pack", (4, 1))])
+def test_self_attention_by_its_kernels(
+    backend: str, rows: str, heads: tuple[int, int], is_value_excluded: bool, is_gated: bool
+) -> None:
+    layout, batch = ROWS[rows]
+    num_heads, num_kv_heads = heads
+    n = layout.num_queries or TIME
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    inputs = [draw(batch, TIME, (num_heads + 2 * num_kv_heads) * HEAD_DIM), 1 + 0.3 * draw(num_heads)]
+    if is_gated:
+        inputs += [draw(batch, n, GATE_WIDTH), draw(num_heads, GATE_WIDTH)]
+    values = inputs[0][..., -num_kv_heads * HEAD_DIM :]
+    values[:, -2] *= 1e-14  # below what a length is held at
+    values[:, -5] = 0
+    grad = draw(batch, n, num_heads * HEAD_DIM).double()
+    if layout.left_padding is not None:  # what padding computes is nobody's business
+        grad *= (torch.arange(TIME - n, TIME) >= layout.left_padding[:, None]).unsqueeze(-1)
+    how = {"num_kv_heads": num_kv_heads, "is_value_excluded": is_value_excluded}
+    found = outputs_and_gradients(inputs, layout, how, grad)
+    wanted = outputs_and_gradients([x.double() for x in inputs], layout, how, grad)
+    real = grad.abs().amax(-1, keepdim=True) > 0
+    for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("is_value_excluded", [False, True])
+def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
+    """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
+    qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
+    tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        y = self_attention.self_attention(
+            qkv, *tables, torch.ones(4), PACK, num_kv_heads=2, is_value_excluded=is_value_excluded
+        )
+    kept.pop(y.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4
