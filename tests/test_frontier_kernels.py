@@ -26,12 +26,27 @@ ROWS, TIME, DIM = 3, 7, 24  # 21 rows, 24 columns of a tile of 32
 Function = Callable[..., Any]
 
 
+launched: list[dict[str, Any]] = []  # what the kernels of a test were told, newest last
+
+
+def note_launches(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the options of every launch."""
+    run = kernels.launch
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        launched.append({"name": kernel.__name__, **options})
+        run(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(kernels, "launch", launch)
+
+
 @pytest.fixture
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve float32 by the kernels, which run in numpy by two or three programs, and float64 by the twins."""
     for module, stem in ((residual, "residual_triton"), (lanes, "lanes_triton")):
         kernels = load_kernels(Path(residual.__file__).with_name(f"{stem}.py"), monkeypatch)
         monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+        note_launches(kernels, monkeypatch)
         monkeypatch.setitem(sys.modules, f"model.kernels.{stem}", kernels)
         monkeypatch.setattr(model.kernels, stem, kernels, raising=False)
         monkeypatch.setattr(module, "uses_triton", lambda x: x.dtype == torch.float32)
@@ -47,24 +62,48 @@ def parameter(*shape: int, seed: int) -> Tensor:
     return 0.5 + 0.3 * draw(*shape, seed=seed)
 
 
-def outputs_and_gradients(function: Function, inputs: Sequence[Tensor | None]) -> list[Tensor]:
-    """Return what function gives that is a tensor, and the gradients of a random sum of it."""
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+def outputs_and_gradients(
+    function: Function, inputs: Sequence[Tensor | None], is_learned: Callable[[Tensor], bool] = lambda x: True
+) -> list[Tensor]:
+    """Return what function gives that is a tensor, and the gradients of a random sum of it for what is learned."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_(is_learned(x)) for x in inputs]
     found = function(*leaves)
     outputs = [y for y in ((found,) if isinstance(found, Tensor) else found) if y is not None]
     loss = sum((y.double() * draw(*y.shape, seed=100 + i).double()).sum() for i, y in enumerate(outputs))
     assert isinstance(loss, Tensor)
-    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None and x.requires_grad])]
 
 
 def check(function: Function, inputs: Sequence[Tensor | None]) -> None:
-    """Compare function in float32, by kernels, with itself in float64, by its twin."""
+    """Compare function in float32, by kernels, with itself in float64, by its twin.
+
+    A second time with every vector frozen, as in adaptation: then nothing is added up for one.
+    """
     wide = [x if x is None else x.double() for x in inputs]
-    pairs = zip(outputs_and_gradients(function, inputs), outputs_and_gradients(function, wide), strict=True)
-    for number, (got, wanted) in enumerate(pairs):
-        assert got.dtype == torch.float32
-        error = float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
-        assert error < 2e-5, f"tensor {number} of outputs and gradients"
+    for is_frozen in (False, True):
+        launched.clear()
+
+        def is_learned(x: Tensor, is_frozen: bool = is_frozen) -> bool:
+            return not is_frozen or x.dim() == 3
+
+        found = [outputs_and_gradients(function, each, is_learned) for each in (inputs, wide)]
+        backward = [options for options in launched if options["name"].endswith("_backward")]
+        assert backward
+        # the others run seldom, or only where their vectors are learned
+        is_summing = not is_frozen and any(x is not None and x.dim() != 3 for x in inputs)
+        assert all(each["HAS_SUMS"] == is_summing for each in backward if each["name"] == "_backward")
+        for number, (got, wanted) in enumerate(zip(*found, strict=True)):
+            assert got.dtype == torch.float32
+            error = float((got.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+            assert error < 2e-5, f"tensor {number} of outputs and gradients"
+
+
+def test_a_frozen_first_state_has_no_gradient_written(fused: None) -> None:
+    first, mix = draw(ROWS, TIME, DIM, seed=2), parameter(2, DIM, seed=3)
+    launched.clear()
+    mixed = mix_norm(Stream(draw(ROWS, TIME, DIM, seed=1).requires_grad_(), None), Mix(first, mix), 0.7)
+    (mixed.normed.sum() + mixed.mixed.sum()).backward()
+    assert [options["HAS_FIRST"] for options in launched if options["name"] == "_backward"] == [False]
 
 
 def streams(*seeds: int) -> list[Tensor]:

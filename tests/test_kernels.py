@@ -42,14 +42,16 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
 
 
-def run(function: Function, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs and the gradients of the inputs (each that is a floating tensor)."""
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+def run(
+    function: Function, inputs: Sequence[Tensor | None], grads: Sequence[Tensor], *, is_frozen: bool = False
+) -> list[Tensor]:
+    """Return the outputs and the gradients of the inputs, or, as in adaptation, of those that are no parameters."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_(not is_frozen or x.dim() >= 3) for x in inputs]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     loss = sum((y.double() * g).sum() for y, g in zip(outputs, grads, strict=True))
     assert isinstance(loss, Tensor)
-    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None and x.requires_grad])]
 
 
 def check(function: Function, inputs: Sequence[Tensor | None], *, tolerance: float = TOLERANCE) -> None:
@@ -60,8 +62,10 @@ def check(function: Function, inputs: Sequence[Tensor | None], *, tolerance: flo
         shapes = function(*wide)
     shapes = [shapes] if isinstance(shapes, Tensor) else shapes
     grads = [torch.randn_like(y) for y in shapes]
-    for number, (got, wanted) in enumerate(zip(run(function, inputs, grads), run(function, wide, grads), strict=True)):
-        assert relative_error(got, wanted) < tolerance, f"tensor {number} of outputs and gradients"
+    for is_frozen in (False, True):
+        found = [run(function, each, grads, is_frozen=is_frozen) for each in (inputs, wide)]
+        for number, (got, wanted) in enumerate(zip(*found, strict=True)):
+            assert relative_error(got, wanted) < tolerance, f"tensor {number} of outputs and gradients, {is_frozen=}"
 
 
 def draw(*shape: int, scale: float = 1.0) -> Tensor:

@@ -169,7 +169,9 @@ class _SelfAttention(torch.autograd.Function):
                 own = grad_own.new_zeros(batch, shape.time, *grad_own.shape[1:])
                 own[:, -n:] = grad_own.view(batch, n, *grad_own.shape[1:])
                 grad_own = own.flatten(0, 1)
-        grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
+        grad_qkv, grad_gain = rotate_backward(
+            (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=ctx.needs_input_grad[3]
+        )
         return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
 

@@ -75,6 +75,7 @@ def _backward(
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_SUMS: tl.constexpr, HAS_FIRST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.arange(0, COLS)
@@ -116,29 +117,33 @@ def _backward(
         grad = scale * inverse * (grad - normalized * along)
         if HAS_MIX:
             grad += tl.load(grad_mixed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            first = tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            if SHIFT == BEHIND_SUM:
-                sum_a += grad * (x + shift)
-            else:
-                sum_a += grad * x
-            sum_b += grad * first
-            tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
+            if HAS_SUMS:
+                x = tl.load(sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                first = tl.load(first_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if SHIFT == BEHIND_SUM:
+                    sum_a += grad * (x + shift)
+                else:
+                    sum_a += grad * x
+                sum_b += grad * first
+            if HAS_FIRST:
+                tl.store(grad_first_ptr + at, (b * grad).to(grad_first_ptr.dtype.element_ty), mask=inside)
             grad = a * grad
-            if SHIFT == BEHIND_SUM:
+            if HAS_SUMS and SHIFT == BEHIND_SUM:
                 sum_shift += grad
         if HAS_GRAD_SUM:
             grad += tl.load(grad_sum_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if HAS_SKIP:
-            skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
-            sum_weight += grad * skip
-            sum_gate += grad * (x - weight * skip)
+            if HAS_SUMS or FACTOR > 0:
+                skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            if HAS_SUMS:
+                sum_weight += grad * skip
+                sum_gate += grad * (x - weight * skip)
             grad_skip = (1 - gate) * weight * grad
             tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=inside)
             if FACTOR > 0:
                 outer = grad
             grad = gate * grad
-        if SHIFT == BEFORE_SKIP:
+        if HAS_SUMS and SHIFT == BEFORE_SKIP:
             sum_shift += grad
         if FACTOR > 0:
             # factor * delta is what the sum holds besides x (and shift and skip): delta need not be kept for it.
@@ -156,27 +161,27 @@ def _backward(
             slope = (1 - factor) * along_made  # of the sigmoid's argument
             grad_delta = factor[:, None] * grad
             tl.store(grad_delta_ptr + at, grad_delta.to(grad_delta_ptr.dtype.element_ty), mask=inside)
-            seen = (rows < num_rows)[:, None] & (near < WIDTH)
-            read = tl.load(x_ptr + rows[:, None] * D + near, mask=seen, other=0.0).to(tl.float32)
-            sum_factor += slope[:, None] * read
-            sum_bias += slope
+            if HAS_SUMS:
+                seen = (rows < num_rows)[:, None] & (near < WIDTH)
+                read = tl.load(x_ptr + rows[:, None] * D + near, mask=seen, other=0.0).to(tl.float32)
+                sum_factor += slope[:, None] * read
+                sum_bias += slope
             grad += slope[:, None] * over
         tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    if FACTOR > 0:
+    if HAS_SUMS and FACTOR > 0:
         place = factor_partial_ptr + program * (FACTOR + 1)
         tl.store(place, tl.sum(sum_bias, axis=0))
         tl.store(place + 1 + tl.arange(0, NEAR), tl.sum(sum_factor, axis=0), mask=tl.arange(0, NEAR) < FACTOR)
-    if SHIFT > 0:
-        tl.store(partial_ptr + program * PARTS * D + 4 * D + cols, tl.sum(sum_shift, axis=0), mask=known)
-    if HAS_MIX:
+    if HAS_SUMS and HAS_MIX:
         place = partial_ptr + program * PARTS * D + cols
         tl.store(place, tl.sum(sum_a, axis=0), mask=known)
         tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
-    if HAS_SKIP:
-        place = partial_ptr + program * PARTS * D + cols
-        # The gate's share is (x - weight * skip) g (1 - g) for x before the merge; after it the bracket has g in it.
-        tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
-        tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
+        if HAS_SKIP:
+            # The gate's share is (x - weight * skip) g (1 - g) for x before the merge; after it g is in the bracket.
+            tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
+            tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
+        if SHIFT > 0:
+            tl.store(place + 4 * D, tl.sum(sum_shift, axis=0), mask=known)
 
 
 def _shift_place(shift: Tensor | None, skip: Tensor | None) -> int:
@@ -231,11 +236,15 @@ class MixNorm(torch.autograd.Function):
         if grad_normed is None:  # of a stream that was settled: nobody reads its norm
             grad_normed = torch.zeros_like(total)
         grads = [None if g is None else g.contiguous() for g in (grad_sum, grad_mixed, grad_normed, grad_columns)]
-        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_mix)]
+        # adaptation learns adapters alone: no vector has a gradient then, and neither has the first state
+        has_sums, has_first = any(ctx.needs_input_grad[i] for i in (3, 4, 6, 8, 9)), ctx.needs_input_grad[5]
+        made = [torch.empty_like(total) if has else None for has in (True, has_factor, has_skip, has_first)]
         programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
         parts = 5 if has_shift else 4
-        partial = total.new_empty(programs, parts, width, dtype=torch.float32) if has_mix or has_skip else None
-        factor_partial = total.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
+        shapes = ((parts, width) if has_mix else None, (factor.numel(),) if has_factor else None)
+        partial, factor_partial = (
+            total.new_empty(programs, *shape, dtype=torch.float32) if has_sums and shape else None for shape in shapes
+        )
         launch(
             _backward, (programs,),
             *grads, x, total, mixed if has_mix else total, skip, first, mix, weight, gate, factor, shift,
@@ -243,11 +252,12 @@ class MixNorm(torch.autograd.Function):
             D=width, COLS=triton.next_power_of_2(width), ROWS=ROWS, PARTS=parts,
             HAS_GRAD_SUM=grad_sum is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix, **gate_sizes(factor, width),
             SHIFT=_shift_place(shift, skip), COLUMNS=0 if grad_columns is None else grad_columns.size(1),
+            HAS_SUMS=has_sums, HAS_FIRST=has_first,
             num_warps=8 if has_factor else 4,  # twice the rows in flight would not fit the registers
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
         sums = partial.sum(0) if partial is not None else None
-        grad_mix = sums[:2].to(mix.dtype) if sums is not None and has_mix else None
+        grad_mix = sums[:2].to(mix.dtype) if sums is not None else None
         grad_weight = sums[2].to(weight.dtype) if sums is not None and has_skip else None
         grad_gate = sums[3].to(gate.dtype) if sums is not None and has_skip else None
         grad_shift = sums[4].to(shift.dtype) if sums is not None and has_shift else None
