@@ -315,10 +315,13 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     adapters = LowRank(ours[1], dict(zip(b, ours[2:])), buffers)
     y, reduced = adapt_product(ours[0], weight, adapters, {"q": (0, 4), "k": (4, 6)}, torch.nn.functional.linear)
     assert reduced is not None
+    places: list[int] = []
+    reduced.register_hook(lambda grad: places.append(grad.stride(1)))
     out = add_low_rank_(torch.zeros(rows, time, 4, dtype=torch.float64), reduced, adapters, "o", scale)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     assert torch.allclose(out, expected_out, rtol=0, atol=1e-12)
     torch.autograd.backward((y * grad).sum() + (out * grad_out).sum())
+    assert places == [3 * rank]  # beside room for the others, so that nothing is copied to them
     got = [ours[0].grad, *(zero if has_buffers else [leaf.grad for leaf in ours[1:]])]
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine is not None
@@ -329,8 +332,15 @@ def test_an_adapter_of_its_own_input_reads_it() -> None:
     generator = torch.Generator().manual_seed(6)
     x, a, b = (torch.randn(shape, generator=generator) for shape in ((2, 3, 4), (2, 2, 4), (2, 5, 2)))
     pair = LowRank(a, {"mlp": b})
-    y = add_low_rank_(torch.zeros(2, 3, 5), reduce_inputs(x, pair), pair, "mlp", torch.ones(5))
+    reduced, same = reduce_inputs(x.requires_grad_(), pair)
+    y = add_low_rank_(torch.zeros(2, 3, 5), reduced, pair, "mlp", torch.ones(5))
     assert torch.allclose(y, low_rank(x, a, b), atol=1e-6)
+    assert torch.equal(same, x)
+    grad, grad_same = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5), (2, 3, 4)))
+    torch.autograd.backward((y * grad).sum() + (same * grad_same).sum())
+    wanted = torch.autograd.grad((low_rank(x, a, b) * grad).sum(), x)[0] + grad_same
+    assert x.grad is not None
+    assert torch.allclose(x.grad, wanted, atol=1e-6)
 
 
 def test_a_layout_gives_every_number_of_a_row_to_one_adapter() -> None:
