@@ -182,7 +182,7 @@ class GPT(nn.Module):
         visits = self._visits((*plan.encoder, *plan.decoder), is_looped, adapters)
         n = num_scored or tokens.size(1)
         x0 = self._embed(tokens, left_padding)  # (B, T, D)
-        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding), n)
+        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding, None, {}), n)
         stream, skips = self._encode(visits[: len(plan.encoder)], context)
         lanes: Lanes | CrossedLanes = Lanes(stream, None)
         for step, visit in enumerate(visits[len(plan.encoder) :]):

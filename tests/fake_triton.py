@@ -129,12 +129,16 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
     return language
 
 
+def _jit(function: Any = None, **_options: Any) -> Any:
+    return function if function is not None else _jit
+
+
 def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
     program, count = [0, 0], [0]
     language = _language(program, count)
     triton = types.ModuleType("triton")
-    triton.__dict__.update(jit=lambda function: function, language=language, cdiv=_divide_up)
+    triton.__dict__.update(jit=_jit, language=language, cdiv=_divide_up)
     triton.__dict__["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
     tools, descriptors = types.ModuleType("triton.tools"), types.ModuleType("triton.tools.tensor_descriptor")
     descriptors.__dict__["TensorDescriptor"] = Descriptor

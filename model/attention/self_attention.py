@@ -26,12 +26,14 @@ class Rows(NamedTuple):
     """How the tokens of a batch see each other.
 
     Rows (B, T) are causal sequences; packing cuts a single one into segments; left_padding (B,) int64 counts leading
-    tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all).
+    tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all). tables: where
+    visits keep what they can share, see Bounds.
     """
 
     packing: Packing | None = None
     left_padding: Tensor | None = None
     num_queries: int | None = None
+    tables: dict[tuple[int, ...], Tensor] | None = None
 
 
 class HeadGate(NamedTuple):
@@ -105,8 +107,9 @@ def _fused(
     inputs = (x for x in (flat, gain, columns, weights) if x is not None)
     is_recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     z: Tensor = _SelfAttention.apply(
-        flat, *tables, gain, columns, weights, bounds, shape, is_value_excluded, name, is_recording
-    )
+        flat, *tables, gain, columns, weights, bounds._replace(tables=rows.tables), shape, is_value_excluded, name,
+        is_recording,
+    )  # fmt: skip
     return z.view(shape.batch, shape.num_queries, -1)
 
 
