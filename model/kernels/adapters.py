@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.kernels.dispatch import uses_triton
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -94,9 +96,16 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rank = a.size(1) // len(b)
         h = torch.bmm(x, a.mT)  # (S, T, K R)
-        y = apply(x, weight)
-        for i, (first, end) in enumerate(places):
-            y[..., first:end].baddbmm_(h[..., i * rank : (i + 1) * rank], b[i].mT)
+        y, ends = None, [end for _, end in places]
+        # no column is without an adapter
+        if uses_triton(x) and [0, *ends] == [*(first for first, _ in places), weight.size(0)]:
+            from model.kernels.adapter_update_triton import adapted
+
+            y = adapted(x, weight, h, b[: len(places)], ends)
+        if y is None:
+            y = apply(x, weight)
+            for i, (first, end) in enumerate(places):
+                y[..., first:end].baddbmm_(h[..., i * rank : (i + 1) * rank], b[i].mT)
         ctx.save_for_backward(x, weight, h, a, *b)
         ctx.places, ctx.buffers = places, buffers
         ctx.set_materialize_grads(False)
