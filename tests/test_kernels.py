@@ -24,6 +24,7 @@ from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
+from model.kernels.adapters import LowRank, adapt_product
 from model.kernels.cross_entropy import softcap_cross_entropy
 from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -114,6 +115,23 @@ def test_mlp_node(shape: tuple[int, ...]) -> None:
     check(
         lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear, 0.5), [draw(batch, time, width), *weights]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "time"), [(1, 128), (3, 200), (2, 1984), (5, 64)])  # 64: not by the one kernel
+def test_adapted_product(rows: int, time: int) -> None:
+    """Queries, keys and values at once; a tile that reaches beyond a row's end must not touch the next row."""
+    weight = draw(1024, 512, scale=512**-0.5)
+    columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+
+    def function(x: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        b = {"q": q, "k": k, "v": v, "o": v.detach()}  # that of o is for another product
+        y, rest = adapt_product(x, weight.to(x.dtype), LowRank(a, b), columns, F.linear)
+        assert rest is not None
+        return y, rest
+
+    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256)]
+    check(function, [draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b], tolerance=0.02)
 
 
 @pytest.mark.gpu
