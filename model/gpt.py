@@ -188,7 +188,7 @@ class GPT(nn.Module):
         visits = self._visits((*plan.encoder, *plan.decoder), is_looped, adapters)
         n = num_scored or tokens.size(1)
         x0 = self._embed(tokens, left_padding)  # (B, T, D)
-        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding), n)
+        context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding, None, {}), n)
         stream, skips = self._encode(visits[: len(plan.encoder)], context)
         lanes: Lanes | CrossedLanes = Lanes(stream, None)
         for step, visit in enumerate(visits[len(plan.encoder) :]):
@@ -342,10 +342,11 @@ class GPT(nn.Module):
         """Return what the MLP makes of its normed input (B, n, D), its scale included."""
         layer, w, adapters, _ = visit
         up, down = (self.projections[f"layers_{layer}_{kind}"] for kind in ("up", "down"))
+        if adapters.mlp is None:
+            return mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
+        reduced, normed = reduce_inputs(normed, adapters.mlp)
         out = mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
-        if adapters.mlp is not None:
-            out = add_low_rank_(out, reduce_inputs(normed, adapters.mlp), adapters.mlp, "mlp", w.mlp_scale)
-        return out
+        return add_low_rank_(out, reduced, adapters.mlp, "mlp", w.mlp_scale)
 
     def _rotary(self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotation tables for every position of the rows."""

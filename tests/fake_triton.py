@@ -51,7 +51,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A tensor of two dimensions that comes and goes in blocks; what lies outside reads as zero and is not written."""
+    """A tensor that comes and goes in blocks; what lies outside reads as zero and is not written."""
 
     def __init__(self, x: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
         self.array, self.shape = x.detach().as_strided(shape, strides).numpy(), block_shape
@@ -68,14 +68,14 @@ class Descriptor:
     def load(self, at: list[Any]) -> Value:
         """Return the block at a place."""
         block, part = np.zeros(self.shape, self.array.dtype), self._part(at)
-        block[: part.shape[0], : part.shape[1]] = part
+        block[tuple(map(slice, part.shape))] = part
         return as_value(block)
 
     def store(self, at: list[Any], value: Any) -> None:
         """Write the block at a place."""
         part = self._part(at)
         assert list(value.shape) == self.shape, (value.shape, self.shape)
-        part[:] = np.asarray(value)[: part.shape[0], : part.shape[1]]
+        part[:] = np.asarray(value)[tuple(map(slice, part.shape))]
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
@@ -146,9 +146,13 @@ def _language(program: list[int], count: list[int]) -> types.ModuleType:
     return language
 
 
+def _jit(function: Any = None, **_options: Any) -> Any:
+    return function if function is not None else _jit
+
+
 def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
-    program, count = [0, 0], [0]
+    program, count = [0, 0, 0], [0]
     language = _language(program, count)
     triton = types.ModuleType("triton")
     triton.__dict__.update(jit=_jit, language=language, cdiv=_divide_up)
@@ -168,7 +172,7 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             options.pop(name, None)
         given = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
         count[0] = grid[0]
-        for program[:] in itertools.product(range(grid[0]), range(grid[1] if len(grid) > 1 else 1)):
+        for program[:] in itertools.product(*map(range, (*grid, 1, 1)[:3])):
             kernel(*given, **options)
 
     monkeypatch.setattr(module, "launch", launch)

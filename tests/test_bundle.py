@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from model.bundle.program import (
     code_program,
     escape,
     is_twin,
+    minify_used,
     read_modules,
     tool_versions,
 )
@@ -133,6 +135,33 @@ def test_what_neither_training_nor_scoring_needs_is_left_out() -> None:
         assert word not in text, word
     assert "/work" not in text
     assert str(Path.home()) not in text
+
+
+def test_the_twin_leaves_out_what_no_code_names() -> None:
+    tools = """
+        from __future__ import annotations
+        import json
+        import re
+        from math import ceil, floor, pi
+        from typing import NamedTuple
+        UNUSED, KEPT = 1, 2
+        ALONE = 3
+        def helper(): return floor(2.5)
+        def caller() -> NamedTuple: return helper()
+        def asked_for_by_name(): return json.dumps(1)
+        class Idle: pass
+    """
+    main = """
+        from model.tools import pi
+        import model.tools as tools
+        print(pi, getattr(tools, "asked_for_by_name")(), tools.KEPT)
+    """
+    modules = {"model.tools": textwrap.dedent(tools), "model.main": textwrap.dedent(main)}
+    small = minify_used(modules, "")
+    names = {"helper", "caller", "Idle", "ALONE", "re", "ceil", "floor", "NamedTuple"}
+    found = set(re.findall(r"\w+", "\n".join(small.values())))
+    assert not found & names  # the caller of a helper goes first, then the helper, then what it needed
+    assert {"asked_for_by_name", "json", "pi", "KEPT", "annotations"} <= found
 
 
 def test_counted_code_stays_small() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import model.kernels
 from model.attention import self_attention
+from model.attention.bounds import Bounds
 from model.banks import visit_plan
 from model.gpt import GPT
 from model.kernels import lanes, residual
@@ -248,6 +250,25 @@ def test_the_heads_gate(
         assert (mine is None) == (theirs is None)
         if theirs is not None:
             torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_visits_that_share_bounds_share_the_tables_of_their_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = load_kernels(Path(self_attention.__file__).with_name("varlen_tiles_triton.py"), monkeypatch)
+    launched: list[dict[str, Any]] = []
+    monkeypatch.setattr(kernels, "launch", lambda _kernel, _grid, *_args, **options: launched.append(options))
+    monkeypatch.setattr(kernels, "TILE_FIELDS", SimpleNamespace(value=4))
+    queries, keys = torch.tensor([0, 5, 10]), torch.tensor([0, 9, 18])
+    for tables, count in ((None, 10), ({}, 5)):
+        launched.clear()
+        whole, last = Bounds(keys, keys, 9, 9, tables), Bounds(queries, keys, 5, 9, tables)
+        for _visit in range(2):
+            found = [kernels.list_query_tiles(whole, 18, 4), kernels.list_key_tiles(whole, 18, 4)]
+            # the last visit of a window asks for fewer positions, and other kernels have other tiles
+            found += [kernels.list_query_tiles(last, 10, block) for block in (4, 2)] + [
+                kernels.list_key_tiles(last, 18, 4)
+            ]
+            assert [x.size(0) - 1 for x in found] == [6, 6, 4, 6, 6]
+        assert len(launched) == count
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])

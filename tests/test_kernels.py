@@ -27,6 +27,7 @@ from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
+from model.kernels.adapters import LowRank, adapt_product
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -45,14 +46,16 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got.detach().double() - wanted.detach().double()).norm() / wanted.detach().double().norm())
 
 
-def run(function: Function, inputs: Sequence[Tensor | None], grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs and the gradients of the inputs (each that is a floating tensor)."""
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+def run(
+    function: Function, inputs: Sequence[Tensor | None], grads: Sequence[Tensor], *, is_frozen: bool = False
+) -> list[Tensor]:
+    """Return the outputs and the gradients of the inputs, or, as in adaptation, of those that are no parameters."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_(not is_frozen or x.dim() >= 3) for x in inputs]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     loss = sum((y.double() * g).sum() for y, g in zip(outputs, grads, strict=True))
     assert isinstance(loss, Tensor)
-    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None])]
+    return [*outputs, *torch.autograd.grad(loss, [x for x in leaves if x is not None and x.requires_grad])]
 
 
 def check(function: Function, inputs: Sequence[Tensor | None], *, tolerance: float = TOLERANCE) -> None:
@@ -63,8 +66,10 @@ def check(function: Function, inputs: Sequence[Tensor | None], *, tolerance: flo
         shapes = function(*wide)
     shapes = [shapes] if isinstance(shapes, Tensor) else shapes
     grads = [torch.randn_like(y) for y in shapes]
-    for number, (got, wanted) in enumerate(zip(run(function, inputs, grads), run(function, wide, grads), strict=True)):
-        assert relative_error(got, wanted) < tolerance, f"tensor {number} of outputs and gradients"
+    for is_frozen in (False, True):
+        found = [run(function, each, grads, is_frozen=is_frozen) for each in (inputs, wide)]
+        for number, (got, wanted) in enumerate(zip(*found, strict=True)):
+            assert relative_error(got, wanted) < tolerance, f"tensor {number} of outputs and gradients, {is_frozen=}"
 
 
 def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -114,6 +119,23 @@ def test_mlp_node(shape: tuple[int, ...]) -> None:
     check(
         lambda x, up, down: mlp(x, up, down, project_and_activate, F.linear, 0.5), [draw(batch, time, width), *weights]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "time"), [(1, 128), (3, 200), (2, 1984), (5, 64)])  # 64: not by the one kernel
+def test_adapted_product(rows: int, time: int) -> None:
+    """Queries, keys and values at once; a tile that reaches beyond a row's end must not touch the next row."""
+    weight = draw(1024, 512, scale=512**-0.5)
+    columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+
+    def function(x: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        b = {"q": q, "k": k, "v": v, "o": v.detach()}  # that of o is for another product
+        y, rest = adapt_product(x, weight.to(x.dtype), LowRank(a, b), columns, F.linear)
+        assert rest is not None
+        return y, rest
+
+    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256)]
+    check(function, [draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b], tolerance=0.02)
 
 
 @pytest.mark.gpu

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import brotli
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.quant import rans
 from model.quant.compression import compress
+from tests.fake_triton import as_value, load_kernels
 from tests.memory import peak_bytes
 
 
@@ -194,3 +199,52 @@ def test_a_lying_table_count_takes_no_memory() -> None:
             rans.decode(data, [100])
 
     assert peak_bytes(attempt) < 5_000_000
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def draw_codes(*plan: tuple[int, float, int]) -> list[np.ndarray]:
+    """Return arrays of so many codes each, normal with a deviation, up to a magnitude."""
+    rng = np.random.default_rng(3)
+    return [np.clip(np.rint(rng.normal(0, std, n)), -most, most).astype(np.int8) for n, std, most in plan]
+
+
+def check_device_coder(kernels: Any, device: torch.device, arrays: list[np.ndarray]) -> None:
+    """The GPU's bytes are numpy's, each reads the other's, and both refuse the same damage in the same words."""
+    sizes = [array.size for array in arrays]
+    data = rans.encode(arrays)
+    damaged = (data[:-2], data[:-6], data + b"ab")
+
+    def refuse(stream: bytes) -> str:
+        with pytest.raises(ValueError, match="rans stream") as caught:
+            rans.decode(stream, sizes)
+        return str(caught.value)
+
+    refusals = [refuse(stream) for stream in damaged]
+    with kernels.coding_on(device):
+        assert rans.encode(arrays) == data
+        assert all(map(np.array_equal, rans.decode(data, sizes), arrays))
+        assert [refuse(stream) for stream in damaged] == refusals
+    assert len(rans.coders) == 1
+
+
+@pytest.mark.parametrize("plan", [[(100, 3.0, 31)], [(1, 1.0, 3), (17, 2.0, 31), (1500, 9.0, 127), (333, 0.2, 7)]])
+def test_the_kernels_give_the_same_bytes(plan: list[tuple[int, float, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = load_kernels(Path(rans.__file__).with_name("rans_triton.py"), monkeypatch)
+    kernels.tl.__dict__.update(
+        where=lambda chosen, x, y: as_value(np.where(chosen, x, y)), int32=np.int32, uint8=np.uint8,
+        sum=lambda x, axis: as_value(np.sum(x, axis=axis)), cumsum=lambda x, axis: as_value(np.cumsum(x, axis=axis)),
+    )  # fmt: skip
+    monkeypatch.setattr(kernels, "FIELDS", type("Three", (int,), {"value": 3})(3))
+    monkeypatch.setattr(kernels, "MAX_LANES", 32)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    check_device_coder(kernels, torch.device("cpu"), draw_codes(*plan))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", [[(100, 3.0, 31)], [(1, 1.0, 3), (5_000_000, 3.2, 31), (3_000_001, 20.0, 127)]])
+def test_a_gpu_gives_the_same_bytes(plan: list[tuple[int, float, int]]) -> None:
+    from model.quant import rans_triton
+
+    check_device_coder(rans_triton, torch.device("cuda"), draw_codes(*plan))

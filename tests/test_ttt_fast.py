@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.kernels import adapter_update
+from model.kernels import adapters as adapters_module
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
 from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, reduce_inputs
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
@@ -315,22 +317,71 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     adapters = LowRank(ours[1], dict(zip(b, ours[2:])), buffers)
     y, reduced = adapt_product(ours[0], weight, adapters, {"q": (0, 4), "k": (4, 6)}, torch.nn.functional.linear)
     assert reduced is not None
+    places: list[int] = []
+    reduced.register_hook(lambda grad: places.append(grad.stride(1)))
     out = add_low_rank_(torch.zeros(rows, time, 4, dtype=torch.float64), reduced, adapters, "o", scale)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     assert torch.allclose(out, expected_out, rtol=0, atol=1e-12)
     torch.autograd.backward((y * grad).sum() + (out * grad_out).sum())
+    assert places == [3 * rank]  # beside room for the others, so that nothing is copied to them
     got = [ours[0].grad, *(zero if has_buffers else [leaf.grad for leaf in ours[1:]])]
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine is not None
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("num_reads", "num_sets", "time", "is_joined"),
+    [(3, 2, 21, True), (2, 1, 16, True), (1, 2, 17, True), (3, 2, 7, False)],
+)
+def test_one_kernel_makes_a_product_with_its_adapters(
+    num_reads: int, num_sets: int, time: int, is_joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of any length: a tile that reaches beyond its rows must not touch those of the next set."""
+    kernels = load_kernels(Path(adapters_module.__file__).with_name("adapter_update_triton.py"), monkeypatch)
+    for name in ("TILE", "DEPTH"):
+        monkeypatch.setattr(kernels, name, 8)
+    monkeypatch.setattr(kernels, "has_bulk_copies", lambda _device: True)
+    monkeypatch.setitem(sys.modules, "model.kernels.adapter_update_triton", kernels)
+    monkeypatch.setattr(adapters_module, "uses_triton", lambda _x: True)
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    ends, rank = [16, 24, 40][:num_reads], 16
+    products: list[Tensor] = []
+    x, weight, a = draw(num_sets, time, 16), draw(ends[-1], 16), draw(num_sets, (num_reads + 1) * rank, 16)
+    columns = dict(zip("qkv", zip([0, *ends], ends)))
+    b = {kind: draw(num_sets, end - first, rank) for kind, (first, end) in columns.items()}
+    adapters = LowRank(a, {**b, "o": draw(num_sets, 5, rank)})
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        products.append(x)
+        return x @ weight.T
+
+    y, rest = adapt_product(x, weight, adapters, columns, apply)
+    parts = torch.split(adapters.a, rank, dim=1)
+    expected = x @ weight.T + torch.cat([low_rank(x, parts[i], b[kind]) for i, kind in enumerate(b)], dim=2)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+    assert rest is not None
+    torch.testing.assert_close(rest, x @ parts[num_reads].mT)
+    assert bool(products) != is_joined
+
+
 def test_an_adapter_of_its_own_input_reads_it() -> None:
     generator = torch.Generator().manual_seed(6)
     x, a, b = (torch.randn(shape, generator=generator) for shape in ((2, 3, 4), (2, 2, 4), (2, 5, 2)))
     pair = LowRank(a, {"mlp": b})
-    y = add_low_rank_(torch.zeros(2, 3, 5), reduce_inputs(x, pair), pair, "mlp", torch.ones(5))
+    reduced, same = reduce_inputs(x.requires_grad_(), pair)
+    y = add_low_rank_(torch.zeros(2, 3, 5), reduced, pair, "mlp", torch.ones(5))
     assert torch.allclose(y, low_rank(x, a, b), atol=1e-6)
+    assert torch.equal(same, x)
+    grad, grad_same = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5), (2, 3, 4)))
+    torch.autograd.backward((y * grad).sum() + (same * grad_same).sum())
+    wanted = torch.autograd.grad((low_rank(x, a, b) * grad).sum(), x)[0] + grad_same
+    assert x.grad is not None
+    assert torch.allclose(x.grad, wanted, atol=1e-6)
 
 
 def test_a_layout_gives_every_number_of_a_row_to_one_adapter() -> None:

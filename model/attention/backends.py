@@ -94,7 +94,7 @@ def _varlen_attn() -> Callable[..., Any]:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
-    return _first(_varlen_attn()(q, k, v, *bounds))
+    return _first(_varlen_attn()(q, k, v, *bounds[:4]))
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:

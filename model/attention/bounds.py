@@ -14,13 +14,15 @@ if TYPE_CHECKING:
 class Bounds(NamedTuple):
     """Where the segments of packed queries and keys lie: cu_seqlens int32 of both, and their longest segments.
 
-    A segment with fewer queries than keys has the last ones.
+    A segment with fewer queries than keys has the last ones. tables: the kernels' lists of tiles, kept as they are made
+    for other visits to the same rows; None: each makes its own.
     """
 
     queries: Tensor
     keys: Tensor
     max_queries: int
     max_keys: int
+    tables: dict[tuple[int, ...], Tensor] | None = None
 
 
 def segment_bounds(packing: Packing | None, num_rows: int, row_len: int, device: torch.device) -> Bounds:

@@ -67,7 +67,7 @@ def _load_copies(ptr, rows, kv, e, mask, K: tl.constexpr, G: tl.constexpr, E: tl
 def _rotate_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_own_ptr, y_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
     grad_x_ptr, partial_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     head = tl.arange(0, HEADS)[None, :, None]
     heads = tl.arange(0, HEADS)[None, :]
@@ -90,7 +90,8 @@ def _rotate_backward(
         sin = tl.load(sin_ptr + angle, mask=turns, other=0.0) * sign
         grad = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, e, inside, H, K, G, E)
         y = tl.load(y_ptr + y_at + e, mask=inside & (head < H + K), other=0.0).to(tl.float32)
-        sums += tl.sum(grad * y, axis=2)
+        if HAS_SUMS:
+            sums += tl.sum(grad * y, axis=2)
         # Turned back: the gradient of the normed head, and the normed head itself.
         grad_other = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, other, turns, H, K, G, E)
         grad = (grad * cos - grad_other * sin) * gain[:, :, None]
@@ -105,9 +106,10 @@ def _rotate_backward(
             own_at = rows * (K * E) + (head - H - K) * E + e
             grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + at + e, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    place = partial_ptr + tl.program_id(0) * H + tl.arange(0, HEADS)
-    total = tl.sum(sums * over_gain, axis=0)
-    tl.store(place, total, mask=tl.arange(0, HEADS) < H)
+    if HAS_SUMS:
+        place = partial_ptr + tl.program_id(0) * H + tl.arange(0, HEADS)
+        total = tl.sum(sums * over_gain, axis=0)
+        tl.store(place, total, mask=tl.arange(0, HEADS) < H)
 
 
 def rotate(
@@ -136,11 +138,11 @@ def rotate(
 
 def rotate_backward(
     grads: tuple[Tensor, Tensor, Tensor], grad_own: Tensor | None, y: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor,
-    gain: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gain: Tensor, *, needs_gain: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y (N, its heads, E).
 
-    Gradients of copies are added up. grad_own (N, K, E) is added to the values'.
+    Gradients of copies are added up. grad_own (N, K, E) is added to the values'. The second is None unless needs_gain.
     """
     grad_q, grad_k, grad_v = (g.contiguous() for g in grads)
     num_rows, num_heads, head_dim = grad_q.shape
@@ -148,11 +150,11 @@ def rotate_backward(
     width = (num_heads + 2 * num_kv_heads) * head_dim
     grad_x = torch.empty(num_rows, width, device=y.device, dtype=y.dtype)
     programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-    partial = torch.empty(programs, num_heads, device=y.device, dtype=torch.float32)
+    partial = torch.empty(programs, num_heads, device=y.device, dtype=torch.float32) if needs_gain else None
     launch(
         _rotate_backward, (programs,),
         grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
         H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=cos.size(1),
-        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
+        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_SUMS=needs_gain, num_warps=4,
     )  # fmt: skip
-    return grad_x, partial.sum(0).to(gain.dtype)
+    return grad_x, None if partial is None else partial.sum(0).to(gain.dtype)

@@ -27,12 +27,14 @@ class Rows(NamedTuple):
     """How the tokens of a batch see each other.
 
     Rows (B, T) are causal sequences; packing cuts a single one into segments; left_padding (B,) int64 counts leading
-    tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all).
+    tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all). tables: where
+    visits keep what they can share, see Bounds.
     """
 
     packing: Packing | None = None
     left_padding: Tensor | None = None
     num_queries: int | None = None
+    tables: dict[tuple[int, ...], Tensor] | None = None
 
 
 class HeadGate(NamedTuple):
@@ -106,8 +108,9 @@ def _fused(
     inputs = (x for x in (flat, gain, columns, weights) if x is not None)
     is_recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     z: Tensor = _SelfAttention.apply(
-        flat, *tables, gain, columns, weights, bounds, shape, is_value_excluded, name, is_recording
-    )
+        flat, *tables, gain, columns, weights, bounds._replace(tables=rows.tables), shape, is_value_excluded, name,
+        is_recording,
+    )  # fmt: skip
     return z.view(shape.batch, shape.num_queries, -1)
 
 
@@ -171,7 +174,9 @@ class _SelfAttention(torch.autograd.Function):
             grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
             ctx.inner = ()  # lets go of the graph
         grad_q, grad_own = _whole(grad_q, shape), None if grad_own is None else _whole(grad_own, shape)
-        grad_qkv, grad_gain = rotate_backward((grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain)
+        grad_qkv, grad_gain = rotate_backward(
+            (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=ctx.needs_input_grad[3]
+        )
         return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
 

@@ -94,10 +94,14 @@ def _list_tiles(
         tl.store(at + 3, num_others - num_rows + row, mask=inside)
 
 
-def _list(rows: Tensor, others: Tensor, longest: int, num_tokens: int, block: int, *, last_first: bool) -> Tensor:
+def _list(bounds: Bounds, num_tokens: int, block: int, *, last_first: bool) -> Tensor:
+    made, key = bounds.tables if bounds.tables is not None else {}, (bounds.max_queries, last_first, block)
+    if key in made:
+        return made[key]
+    rows, others, longest = bounds[:3] if last_first else (bounds.keys, bounds.queries, bounds.max_keys)
     num_segments = rows.numel() - 1
     slots = min(num_tokens // block + num_segments, num_segments * triton.cdiv(longest, block))
-    tiles = torch.empty(1 + slots, TILE_FIELDS.value, dtype=torch.int32, device=rows.device)
+    made[key] = tiles = torch.empty(1 + slots, TILE_FIELDS.value, dtype=torch.int32, device=rows.device)
     launch(
         _list_tiles, (num_segments,), tiles, rows, others, num_segments,
         LAST_FIRST=last_first, BLOCK=block, ENTRIES=ENTRIES, BLOCKS=32, num_warps=2,
@@ -112,7 +116,7 @@ def list_query_tiles(bounds: Bounds, num_queries: int, block: int) -> Tensor:
     end of its segment, the segment's first key, and the last key, counted from that one, that the first query sees.
     Tiles of segments with many keys come first, in a segment those that see the most.
     """
-    return _list(bounds.queries, bounds.keys, bounds.max_queries, num_queries, block, last_first=True)
+    return _list(bounds, num_queries, block, last_first=True)
 
 
 def list_key_tiles(bounds: Bounds, num_keys: int, block: int) -> Tensor:
@@ -121,4 +125,4 @@ def list_key_tiles(bounds: Bounds, num_keys: int, block: int) -> Tensor:
     The last field is the first query, counted from the segment's first, that sees the tile's first key: it is negative
     for keys before those of the first query.
     """
-    return _list(bounds.keys, bounds.queries, bounds.max_keys, num_keys, block, last_first=False)
+    return _list(bounds, num_keys, block, last_first=False)

@@ -1,9 +1,9 @@
 """The code of a run as it is counted: one readable train_gpt.py out of the model package, and its packed twin.
 
 The readable file holds verbatim every module that training or scoring needs, in the order in which they need each
-other, and a short loader. The twin holds the same modules minified, compressed and self-extracting: its size is what
-counts. The same sources, settings and versions of Python and python-minifier give the same bytes. Sources are read as
-text; nothing of them is imported here.
+other, and a short loader. The twin holds the same modules minified, without what no code of theirs names, compressed
+and self-extracting: its size is what counts. The same sources, settings and versions of Python and python-minifier
+give the same bytes. Sources are read as text; nothing of them is imported here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import graphlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -49,6 +50,7 @@ TAIL = """if __name__ == "__main__":
 LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("""{payload}""".encode("latin-1")))\n'
 # Between three quotes only these need an escape; a line feed and a lone quote stand for themselves.
 ESCAPED = re.compile(r'[\\\r\0]|"(?="")|"\Z')
+IMPORTED = re.compile(r"from (\S+) import ([^\n;]+)")
 ESCAPES = {"\r": "\\r", "\0": "\\x00"}
 
 
@@ -112,13 +114,65 @@ def make_program(settings: str, root: Path) -> Program:
 
 def pack_twin(modules: Mapping[str, str], loader: str, settings: str) -> bytes:
     """Return the packed program of the same modules, loader and settings."""
-    small = {name: minify(text, name=name) for name, text in modules.items()}
+    small = minify_used(modules, loader)
     settings = json.dumps(json.loads(settings), separators=(",", ":"), sort_keys=True)
     text = render(
         small, minify(loader, name=LOADER), settings,
         code_bytes="os.path.getsize(__file__)", quoted=repr,  # a minifier chooses the quotes it likes
     )  # fmt: skip
     return pack(text)
+
+
+def minify_used(modules: Mapping[str, str], loader: str) -> dict[str, str]:
+    """Return the modules minified, without what no code here names: functions, classes, constants and imports.
+
+    Other parts of the package, and annotations, use them. A definition's name counts wherever it stands, in texts too,
+    and an import's in its own module or where another imports it from there.
+    """
+    while True:
+        small = {name: minify(text, name=name) for name, text in modules.items()}
+        words = _count_words("\n".join([*small.values(), loader, TAIL]))
+        passed_on = {
+            (match[1], word)
+            for text in small.values()
+            for match in IMPORTED.finditer(text)
+            for word in _count_words(match[2])
+        }
+        used = {}
+        for name, text in modules.items():
+            tree, own = _parse(text, name), _count_words(small[name])
+            idle = {word for word, count in own.items() if count == 1 and (name, word) not in passed_on}
+            unused = {word for word in idle if words[word] == 1}
+            used[name] = text if _keep_used(tree, idle, unused) else ast.unparse(tree)
+        if used == modules:
+            return small
+        modules = used
+
+
+def _count_words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text))
+
+
+def _keep_used(tree: ast.Module, idle: Collection[str], unused: Collection[str]) -> bool:
+    """Drop idle imports and unused definitions from a module's top level; return whether there were none."""
+    before, body = ast.dump(tree), list[ast.stmt]()
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            is_plain = not isinstance(node, ast.ImportFrom) or node.module != "__future__"
+            node.names = [each for each in node.names if not is_plain or (each.asname or each.name) not in idle]
+        if not (isinstance(node, ast.Import | ast.ImportFrom) and not node.names) and _defined_name(node) not in unused:
+            body.append(node)
+    tree.body = body
+    return ast.dump(tree) == before
+
+
+def _defined_name(node: ast.stmt) -> str:
+    """Return the name that a statement defines and does nothing else, or nothing."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.targets[0], ast.Name):
+        return node.targets[0].id
+    return ""
 
 
 def tool_versions() -> str:

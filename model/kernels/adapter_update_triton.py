@@ -1,17 +1,23 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels over the stored adapters: gather rows into the compute type, step rows by Adam."""
+"""Triton kernels of adapters: stored rows gathered into the compute type and stepped by Adam, and their product."""
 
-# S slots, B rows of a batch, P numbers of one document
+# S slots, B rows of a batch (one adapter set each), P numbers of one document
+# T tokens, D inputs, W outputs, K adapters of one input, R lora_rank
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.kernels.launch import launch
+from model.kernels.mlp_triton import has_bulk_copies
 
+TILE, DEPTH = 128, 64  # rows and columns of a product's tile, and how many inputs it reads at a time
 BLOCK = 4096  # numbers a program: 32 a thread
 
 
@@ -70,3 +76,44 @@ def launch_adam(
         values, moments, index.contiguous(), gradients, correction.float(), size,
         lr, 1 - lr * weight_decay, beta2, 1 - beta2, eps, factor, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _adapted(
+    x_box, weight_box, h_box, b_box, y_box, depth, rank, end0, end1,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * N
+    row = tl.program_id(1) * M
+    place = tl.program_id(2)
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(0, depth, K):
+        x = tl.reshape(x_box.load([place, row, k]), (M, K))
+        total = tl.dot(x, weight_box.load([column, k]).T, total)
+    first = tl.where(column < end0, 0, tl.where(column < end1, rank, 2 * rank))  # in h, of this column's adapter
+    for r in range(0, rank, R):
+        h = tl.reshape(h_box.load([place, row, first + r]), (M, R))
+        b = tl.reshape(b_box.load([place, column, r]), (N, R))
+        total = tl.dot(h, b.T, total)
+    y_box.store([place, row, column], tl.reshape(total.to(y_box.dtype), (1, M, N)))
+
+
+def adapted(x: Tensor, weight: Tensor, h: Tensor, b: Sequence[Tensor], ends: list[int]) -> Tensor | None:
+    """Return x weight^T plus, in columns up to ends[i] and not the one before, the i-th part of h times b[i]^T.
+
+    x (B, T, D), weight (W, D), h (B, T, K R), b[i] (B, columns, R), all of 16-bit floats; returns (B, T, W). None where
+    the kernel does not serve them: it wants Hopper's bulk copies, and whole tiles of rows and of each b's columns.
+    """
+    rank = b[0].size(2)
+    is_tiled = x.size(1) >= TILE and x.size(2) % 8 == rank % 16 == 0 and not any(end % TILE for end in ends)
+    if len(b) > 3 or not (is_tiled and has_bulk_copies(x.device)):
+        return None
+    y, step = x.new_empty(*x.shape[:2], weight.size(0)), min(rank & -rank, DEPTH)
+    tensors = x.contiguous(), weight.contiguous(), h, torch.cat([*b], dim=1), y
+    blocks = [1, TILE, DEPTH], [TILE, DEPTH], [1, TILE, step], [1, TILE, step], [1, TILE, TILE]
+    launch(
+        _adapted, (weight.size(0) // TILE, triton.cdiv(x.size(1), TILE), x.size(0)),
+        *map(TensorDescriptor.from_tensor, tensors, blocks), x.size(2), rank, *(ends * 2)[:2],
+        M=TILE, N=TILE, K=DEPTH, R=step, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return y

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.kernels.dispatch import uses_triton
+
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -61,10 +63,13 @@ def adapt_product(
     return y, rest
 
 
-def reduce_inputs(x: Tensor, adapters: LowRank) -> Tensor:
-    """Return x A^T (S, T, R) for the one adapter of x (S, T, D)."""
-    h: Tensor = _Reduce.apply(x, adapters.a.to(x.dtype), adapters.buffers, adapters.anchor)
-    return h
+def reduce_inputs(x: Tensor, adapters: LowRank) -> tuple[Tensor, Tensor]:
+    """Return x A^T (S, T, R) for the one adapter of x (S, T, D), and x for its one other reader.
+
+    The gradient from there comes through here, and takes up this one where it stands.
+    """
+    h, x = _Reduce.apply(x, adapters.a.to(x.dtype), adapters.buffers, adapters.anchor)
+    return h, x
 
 
 def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor) -> Tensor:
@@ -91,19 +96,32 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rank = a.size(1) // len(b)
         h = torch.bmm(x, a.mT)  # (S, T, K R)
-        y = apply(x, weight)
-        for i, (first, end) in enumerate(places):
-            y[..., first:end].baddbmm_(h[..., i * rank : (i + 1) * rank], b[i].mT)
+        y, ends = None, [end for _, end in places]
+        # no column is without an adapter
+        if uses_triton(x) and [0, *ends] == [*(first for first, _ in places), weight.size(0)]:
+            from model.kernels.adapter_update_triton import adapted
+
+            y = adapted(x, weight, h, b[: len(places)], ends)
+        if y is None:
+            y = apply(x, weight)
+            for i, (first, end) in enumerate(places):
+                y[..., first:end].baddbmm_(h[..., i * rank : (i + 1) * rank], b[i].mT)
         ctx.save_for_backward(x, weight, h, a, *b)
         ctx.places, ctx.buffers = places, buffers
         ctx.set_materialize_grads(False)
-        return y, h[..., len(places) * rank :].contiguous() if len(places) < len(b) else None
+        return y, h[..., len(places) * rank :] if len(places) < len(b) else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, h, a, *b = ctx.saved_tensors
         buffers, rank = ctx.buffers, a.size(1) // len(b)
-        grad_h = torch.empty_like(h)
+        begin, rest = len(ctx.places) * rank, grads[1]
+        if rest is not None and (rest.stride(1), rest.storage_offset()) == (h.size(2), begin):
+            grad_h = rest.as_strided(h.shape, h.stride(), 0)  # _AddLowRank left room for the others beside its own
+        else:
+            grad_h = torch.empty_like(h)
+            if begin < h.size(2):
+                grad_h[..., begin:] = 0 if rest is None else rest
         grad_y = grads[0].contiguous() if grads[0] is not None else x.new_zeros(*x.shape[:-1], weight.size(0))
         outs = list(buffers.b.values()) if buffers is not None else [None] * len(b)
         grad_b: list[Tensor | None] = [None] * len(b)
@@ -111,9 +129,6 @@ class _AdaptedProduct(torch.autograd.Function):
             part, block = grad_y[..., first:end], slice(i * rank, (i + 1) * rank)
             torch.bmm(part, b[i], out=grad_h[..., block])
             grad_b[i] = _product(part.mT, h[..., block], outs[i])
-        if len(ctx.places) < len(b):
-            rest = grad_h[..., len(ctx.places) * rank :]
-            rest.zero_() if grads[1] is None else rest.copy_(grads[1])
         grad_a = _product(grad_h.mT, x, buffers.a if buffers is not None else None)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
@@ -124,19 +139,25 @@ class _AdaptedProduct(torch.autograd.Function):
 
 
 class _Reduce(torch.autograd.Function):
-    """(x, a, buffers, anchor) -> x a^T."""
+    """(x, a, buffers, anchor) -> (x a^T, x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, buffers: GradientBuffers | None, _anchor: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, buffers: GradientBuffers | None, _anchor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, a)
         ctx.buffers = buffers
-        return torch.bmm(x, a.mT)
+        return torch.bmm(x, a.mT), x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, a = ctx.saved_tensors
         grad_a = _product(grads[0].mT, x, ctx.buffers.a if ctx.buffers is not None else None)
-        return torch.bmm(grads[0], a) if ctx.needs_input_grad[0] else None, grad_a, None, None
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # one pass on a GPU; apart on a CPU, where the last bits would depend on it
+            is_joined = grads[1].is_cuda
+            grad_x = grads[1].baddbmm_(grads[0], a) if is_joined else grads[1] + torch.bmm(grads[0], a)
+        return grad_x, grad_a, None, None
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -158,4 +179,7 @@ class _AddLowRank(torch.autograd.Function):
         grad = grads[0].contiguous()
         grad_b = _product(grad.mT, h, ctx.buffers.b[ctx.kind] if ctx.buffers is not None else None)
         (ctx.buffers.b[ctx.kind] if grad_b is None else grad_b).mul_(scale.unsqueeze(-1))
-        return grad, torch.bmm(grad, scaled), grad_b, None, None, None
+        # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
+        whole = grad.new_empty(*h.shape[:2], h.stride(1))
+        grad_h = whole[..., h.stride(1) - h.size(2) :]
+        return grad, torch.bmm(grad, scaled, out=grad_h), grad_b, None, None, None

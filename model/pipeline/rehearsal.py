@@ -89,7 +89,10 @@ def _train(model: GPT, config: RunConfig) -> None:
 @torch.no_grad()
 def _quantize(model: GPT, config: RunConfig) -> None:
     """Forward over calibration windows, packed or as whole rows; with the loss where the artifact is made to fit."""
+    from model.quant.rans_triton import rehearse
+
     device = model.qo_bank.device
+    rehearse(device)
     windows, packing = torch.from_numpy(_documents(config, ROW_TOKENS)).to(device).view(4, -1), None
     if config.quant.calibration_documents == "masked":
         windows = windows.view(1, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from model.bundle.program import CONVENTION, PACKED_NAME, READABLE_NAME, Program
 from model.config import recipe_hash
 from model.files.atomic import replace_file
 from model.files.ledger import Ledger
+from model.kernels.dispatch import has_triton
 from model.pipeline.inputs import (
     ARTIFACT,
     Outcome,
@@ -51,7 +52,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         with ledger.span("program"), run.long_call():
             wait_for_program()
     if dist.is_main:
-        with run.long_call():
+        with run.long_call(), _coding(dist.device):
             probe = LossProbe(model, loader, config.quant, seed=config.seed)
             metrics = _round_and_save(run, ledger, weights, hessians, probe)
     compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
@@ -66,6 +67,15 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         + sum(ledger.seconds(name) for name in ("load", "warm_up", "hessians", "program", "reload")),
     }
     return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
+
+
+def _coding(device: torch.device) -> AbstractContextManager[None]:
+    """Return what has the artifact's codes packed, and read back, by the GPU where there is one."""
+    if device.type != "cuda" or not has_triton():
+        return nullcontext()
+    from model.quant.rans_triton import coding_on
+
+    return coding_on(device)
 
 
 def _round_and_save(

@@ -11,8 +11,8 @@ everywhere. Source: rANS, arXiv:1311.2540; interleaved lanes, arXiv:1402.3392.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ def encode(arrays: Sequence[Codes]) -> bytes:
     counts = np.stack([np.bincount(symbol, minlength=ALPHABET) for symbol in symbols])  # (N, A)
     merged, table_of = _share_tables(counts)
     tables = np.stack([_normalize(row) for row in merged])  # (T, A)
-    states, words = _encode_words(symbols, tables[table_of])
+    states, words = coders[-1][0](symbols, tables[table_of])
     head = compress(table_of.astype("<u2").tobytes() + tables.astype("<u2").tobytes())
     return PREFIX.pack(len(tables), len(head)) + head + states.astype("<u4").tobytes() + words.tobytes()
 
@@ -68,7 +68,7 @@ def decode(data: bytes, sizes: Sequence[int]) -> list[Codes]:
         raise ValueError("rans stream has a table whose frequencies do not add up")
     states = np.frombuffer(data, dtype="<u4", count=lanes, offset=body).astype(np.uint32)
     words = np.frombuffer(data, dtype="<u2", offset=body + 4 * lanes).astype(np.uint32)
-    return _decode_words(states, words, sizes, tables, table_of)
+    return coders[-1][1](states, words, sizes, tables, table_of)
 
 
 def _share_tables(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -162,10 +162,21 @@ def _decode_words(
             is_low = np.flatnonzero(x < LEAST_STATE)
             incoming = words[position : position + is_low.size]
             if incoming.size < is_low.size:
-                raise ValueError("rans stream ends before its last symbol")
+                check_end(position + is_low.size, words.size, states)
             x[is_low] = (x[is_low] << WORD) | incoming
             position += is_low.size
         arrays.append((symbols ^ np.uint8(128)).view(np.int8))
-    if position != words.size or (states != LEAST_STATE).any():
-        raise ValueError("rans stream does not end in the state that coding starts from")
+    check_end(position, words.size, states)
     return arrays
+
+
+def check_end(num_taken: int, num_words: int, states: NDArray[Any]) -> None:
+    """Raise ValueError unless decoding took every word and left the lanes (M,) as coding found them."""
+    if num_taken > num_words:
+        raise ValueError("rans stream ends before its last symbol")
+    if num_taken != num_words or (states != LEAST_STATE).any():
+        raise ValueError("rans stream does not end in the state that coding starts from")
+
+
+# What codes the lanes and what undoes it. The last pair runs: a stage on a GPU may put one there that gives the same.
+coders: list[tuple[Callable[..., tuple[Table, Words]], Callable[..., list[Codes]]]] = [(_encode_words, _decode_words)]
