@@ -24,6 +24,7 @@ from model.bundle.program import (
     code_program,
     escape,
     is_twin,
+    minify,
     minify_used,
     read_modules,
     tool_versions,
@@ -161,7 +162,11 @@ def test_the_twin_leaves_out_what_no_code_names() -> None:
     names = {"helper", "caller", "Idle", "ALONE", "re", "ceil", "floor", "NamedTuple"}
     found = set(re.findall(r"\w+", "\n".join(small.values())))
     assert not found & names  # the caller of a helper goes first, then the helper, then what it needed
-    assert {"asked_for_by_name", "json", "pi", "KEPT", "annotations"} <= found
+    assert {"asked_for_by_name", "json", "pi", "KEPT"} <= found
+    future = "from __future__ import annotations"
+    assert future not in small["model.tools"]  # nothing there is annotated any more
+    field = minify(f"{future}\nfrom typing import NamedTuple\nclass Pair(NamedTuple):\n    x: int\n", name="model.pair")
+    assert field.startswith(future)
 
 
 def test_counted_code_stays_small() -> None:

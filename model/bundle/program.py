@@ -314,7 +314,7 @@ def minify_module(source: str, *, name: str) -> str:
 
     has_kernels = "triton" in source
     _parse(source, name)  # for its words; what the minifier raises names no module
-    return python_minifier.minify(
+    text = python_minifier.minify(
         source,
         filename=name,
         remove_annotations=python_minifier.RemoveAnnotationsOptions(
@@ -328,6 +328,8 @@ def minify_module(source: str, *, name: str) -> str:
         rename_globals=False,
         remove_asserts=True,
     )
+    is_annotated = any(getattr(node, "annotation", None) is not None for node in ast.walk(_parse(text, name)))
+    return text if is_annotated else text.replace("from __future__ import annotations\n", "", 1)
 
 
 @functools.lru_cache(maxsize=8)  # a third of a second each, and the seeds of a folder have the same program
