@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -389,3 +390,20 @@ print(len(triton.NAMES), len(names) > 5)
     count, are_there = done.stdout.split()
     assert int(count) == code_program(tiny()).readable.count("@triton.jit")
     assert are_there == "True"
+
+
+def test_a_kernel_keeps_its_constants_when_it_is_minified() -> None:
+    """A constant that is assigned to a plain name is a number of the run to Triton's compiler, not of the kernel."""
+    kernels = {name: text for name, text in read_modules(ROOT).items() if "constexpr" in text}
+    assert len(kernels) > 5
+    for name, text in kernels.items():
+        small = ast.parse(minify(text, name=name))
+        for function in (node for node in ast.walk(small) if isinstance(node, ast.FunctionDef)):
+            constants = {arg.arg for arg in function.args.args if "constexpr" in ast.unparse(arg.annotation or arg)}
+            values = [node.value for node in ast.walk(function) if isinstance(node, ast.Assign)]
+            assert not [value.id for value in values if isinstance(value, ast.Name) and value.id in constants], name
+        marked, still_marked = (
+            [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and "constexpr" in ast.unparse(node)]
+            for tree in (ast.parse(text), small)
+        )
+        assert len(marked) == len(still_marked), name

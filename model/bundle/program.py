@@ -308,23 +308,28 @@ def minify_module(source: str, *, name: str) -> str:
     """Return a module without docstrings, comments and most annotations, its local names shortened.
 
     Names that other modules may use stay: they cost little once compressed. Triton reads the source of a kernel with
-    its parameters' annotations, so these stay where kernels are.
+    its annotations, so these stay where kernels are. There a constant under a second, shorter name would be a constant
+    no more.
     """
     import python_minifier
 
     has_kernels = "triton" in source
-    _parse(source, name)  # for its words; what the minifier raises names no module
+    constants = {
+        node.arg for node in ast.walk(_parse(source, name))
+        if isinstance(node, ast.arg) and node.annotation and ast.unparse(node.annotation).endswith("constexpr")
+    }  # fmt: skip
     text = python_minifier.minify(
         source,
         filename=name,
         remove_annotations=python_minifier.RemoveAnnotationsOptions(
-            remove_variable_annotations=True,
+            remove_variable_annotations=not has_kernels,
             remove_return_annotations=True,
             remove_argument_annotations=not has_kernels,
             remove_class_attribute_annotations=False,  # fields of dataclasses and tuples
         ),
         remove_literal_statements=True,
         hoist_literals=False,
+        preserve_locals=sorted(constants),
         rename_globals=False,
         remove_asserts=True,
     )
