@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -407,3 +408,14 @@ def test_a_kernel_keeps_its_constants_when_it_is_minified() -> None:
             for tree in (ast.parse(text), small)
         )
         assert len(marked) == len(still_marked), name
+
+
+def test_a_launch_takes_constants_of_any_name_when_it_is_minified() -> None:
+    """The minifier shortens the names of what is given by its place, to such as kernels have for their constants."""
+    module: dict[str, Any] = {}
+    exec(minify((ROOT / "model/kernels/launch.py").read_text(), name="model.kernels.launch"), module)
+    heard: list[tuple[Any, ...]] = []
+    module["listeners"].append(lambda *call: heard.append(call))
+    options = dict.fromkeys("ABCDEFGH", 1)
+    module["launch"]("kernel", (1,), 2, 3, **options)
+    assert heard == [("kernel", (1,), (2, 3), options)]

@@ -309,7 +309,7 @@ def minify_module(source: str, *, name: str) -> str:
 
     Names that other modules may use stay: they cost little once compressed. Triton reads the source of a kernel with
     its annotations, so these stay where kernels are. There a constant under a second, shorter name would be a constant
-    no more.
+    no more. What is given by its place only stays so: its shortened name may be that of a constant given by name.
     """
     import python_minifier
 
@@ -332,6 +332,7 @@ def minify_module(source: str, *, name: str) -> str:
         preserve_locals=sorted(constants),
         rename_globals=False,
         remove_asserts=True,
+        convert_posargs_to_args=False,
     )
     is_annotated = any(getattr(node, "annotation", None) is not None for node in ast.walk(_parse(text, name)))
     return text if is_annotated else text.replace("from __future__ import annotations\n", "", 1)
