@@ -348,3 +348,17 @@ def test_the_triton_kernel_feels_no_neighbor() -> None:
     spoiled = [x.requires_grad_() for x in spoiled[:3]] + spoiled[3:]
     for got, want in zip(forward_backward(VARLEN_KERNELS["triton"], spoiled, bounds), wanted, strict=True):
         assert torch.equal(got[200:333], want[200:333])
+
+
+def test_another_kernel_is_told_where_segments_lie_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[object] = []
+
+    def listen(*args: object) -> Tensor:
+        heard.extend(args)
+        return q
+
+    monkeypatch.setattr("model.attention.backends._varlen_attn", lambda: listen)
+    entries, q = torch.tensor([0, 3, 8], dtype=torch.int32), torch.zeros(8, 2, 16)
+    VARLEN_KERNELS["varlen"](q, q, q, Bounds(entries, entries, 5, 5, tables={}))
+    assert [x for x in heard if isinstance(x, int)] == [5, 5]
+    assert len(heard) == 7  # tables are our own kernels' business
