@@ -48,8 +48,8 @@ ROW_SPAN, ROW_TOKENS = 198, 24_576
 def plain_operations() -> Iterator[None]:
     """Keep every tensor from the fused kernels."""
     with ExitStack() as stack:
-        for name in ("residual", "self_attention", "mlp", "cross_entropy"):
-            stack.enter_context(mock.patch(f"model.kernels.{name}.uses_triton", return_value=False))
+        for name in ("kernels.residual", "attention.self_attention", "kernels.mlp", "kernels.cross_entropy"):
+            stack.enter_context(mock.patch(f"model.{name}.uses_triton", return_value=False))
         yield
 
 
