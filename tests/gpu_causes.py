@@ -42,13 +42,14 @@ VARIANTS = {
 CONFIG = bench_500()
 CUDA = torch.device("cuda")
 ROW_SPAN, ROW_TOKENS = 198, 24_576
+KERNELS = ("adapters", "cross_entropy", "lanes", "mlp", "residual")
 
 
 @contextmanager
 def plain_operations() -> Iterator[None]:
     """Keep every tensor from the fused kernels."""
     with ExitStack() as stack:
-        for name in ("kernels.residual", "attention.self_attention", "kernels.mlp", "kernels.cross_entropy"):
+        for name in ("gpt", "attention.self_attention", *(f"kernels.{each}" for each in KERNELS)):
             stack.enter_context(mock.patch(f"model.{name}.uses_triton", return_value=False))
         yield
 
