@@ -68,7 +68,7 @@ def test_code_bytes_are_those_of_the_modules_that_training_and_scoring_need(tmp_
         })  # fmt: skip
         if file:
             with (root / "model" / file).open("a") as source:
-                source.write(f'NOISE = "{os.urandom(400).hex()}"\n')  # a comment would be taken out
+                source.write(f'str("{os.urandom(400).hex()}")\n')  # a comment or an unused name would be taken out
         sizes.append(code_program(tiny(), root=root).num_bytes)
     assert sizes[1] > sizes[0] + 300
     assert sizes[2] == sizes[0]
