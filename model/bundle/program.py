@@ -50,8 +50,8 @@ TAIL = """if __name__ == "__main__":
 LAUNCHER = '# coding: latin-1\nimport brotli\nexec(brotli.decompress("""{payload}""".encode("latin-1")))\n'
 # Between three quotes only these need an escape; a line feed and a lone quote stand for themselves.
 ESCAPED = re.compile(r'[\\\r\0]|"(?="")|"\Z')
-IMPORTED = re.compile(r"from (\S+) import ([^\n;]+)")
 ESCAPES = {"\r": "\\r", "\0": "\\x00"}
+IMPORTED = re.compile(r"from (\S+) import ([^\n;]+)")
 
 
 NUM_PROGRAMS, NUM_MODULES = 8, 512  # that a process keeps
