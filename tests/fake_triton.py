@@ -116,10 +116,6 @@ def _where(chosen: Any, x: Any, y: Any) -> Value:
     return as_value(np.where(chosen, np.asarray(x, kind), np.asarray(y, kind)))
 
 
-def _jit(function: Any = None, **_options: Any) -> Any:
-    return _jit if function is None else function
-
-
 def _divide_up(x: Any, y: Any) -> int:
     return -(-int(x) // int(y))
 
@@ -127,7 +123,8 @@ def _divide_up(x: Any, y: Any) -> int:
 def _language(program: list[int], count: list[int]) -> types.ModuleType:
     language = types.ModuleType("triton.language")
     language.__dict__.update(
-        constexpr=Constant, int64=np.int64, float32=np.float32, load=_load, store=_store, exp=_exp, log=_log,
+        constexpr=Constant, int32=np.int32, int64=np.int64, float32=np.float32,
+        load=_load, store=_store, exp=_exp, log=_log,
         program_id=lambda axis: as_value(program[axis]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
         arange=lambda first, end: as_value(np.arange(first, end)), zeros=lambda shape, t: as_value(np.zeros(shape, t)),
         full=lambda shape, value, dtype: as_value(np.full(shape, value, dtype)),

@@ -130,9 +130,8 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
     logits, targets = rows(vocab), torch.randint(vocab, (TOKENS,), device=DEVICE)
     up = torch.randn(2048, width, device=DEVICE, dtype=torch.bfloat16)
     flat, down = x.detach(), torch.randn(width, 2048, device=DEVICE, dtype=torch.bfloat16)
-    activate_up, back_down = (
-        partial(kernel, slope=0.5) for kernel in (mlp_triton.up_and_activate, mlp_triton.down_backward)
-    )
+    activate_up = partial(mlp_triton.up_and_activate, flat, up, slope=0.5)
+    signs, activated = activate_up(needs_signs=True)
     cases: dict[str, tuple[Callable[[], object], float]] = {
         "mix_norm": (lambda: apply(x, delta, None, None, None, first, mix, 0.5), 6 * unit),
         "mix_norm_skip": (lambda: apply(x, delta, skip, weight, gate, first, mix, 0.5), 7 * unit),
@@ -150,10 +149,9 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
         "activate_backward": (
             lambda: mlp_triton.activate_backward_(grad_hidden, hidden, needs_y=True, slope=0.5), 16 * unit
         ),
-        "up_and_activate": (lambda: activate_up(flat, up, needs_hidden=True), 17 * unit),
-        "up_and_activate_no_hidden": (lambda: activate_up(flat, up, needs_hidden=False), 9 * unit),
-        "down_backward": (lambda: back_down(flat, down, hidden, needs_y=True), 25 * unit),
-        "down_backward_no_y": (lambda: back_down(flat, down, hidden, needs_y=False), 17 * unit),
+        "up_and_activate": (lambda: activate_up(needs_signs=True), 5.25 * unit),
+        "up_and_activate_no_signs": (lambda: activate_up(needs_signs=False), 5 * unit),
+        "down_backward": (lambda: mlp_triton.down_backward(flat, down, signs, activated, slope=0.5), 9.25 * unit),
         "cross_entropy": (lambda: cross_entropy_triton.row_nll(logits, targets, 30.0), 16 * unit),
         "cross_entropy_grad": (lambda: cross_entropy_triton.row_nll(logits, targets, 30.0, 1.0), 32 * unit),
         "copy": (lambda: hidden.copy_(grad_hidden), 8 * unit),

@@ -275,10 +275,10 @@ def test_visits_that_share_bounds_share_the_tables_of_their_tiles(monkeypatch: p
 def test_the_activation_s_slope(monkeypatch: pytest.MonkeyPatch, slope: float) -> None:
     kernels = load_kernels(Path(residual.__file__).with_name("mlp_triton.py"), monkeypatch)
     monkeypatch.setattr(kernels, "_grid", lambda _out, _tiling: (3,))
-    tiling = kernels.Tiling(8, 16, 8, 1, 1, 1)
+    tiling = kernels.Tiling(8, 128, 8, 1, 1, 1)
     monkeypatch.setattr(kernels, "UP_TILING", tiling)
     monkeypatch.setattr(kernels, "DOWN_TILING", tiling)
-    x, up, down, grad = draw(21, 16, seed=1), draw(24, 16, seed=2), draw(16, 24, seed=3), draw(21, 16, seed=4)
+    x, up, down, grad = draw(21, 16, seed=1), draw(200, 16, seed=2), draw(16, 200, seed=3), draw(21, 16, seed=4)
     hidden = (x.double() @ up.double().T).requires_grad_()
     y = squared_leaky_relu(hidden, slope)
     (wanted,) = torch.autograd.grad(y, hidden, grad.double() @ down.double())
@@ -288,8 +288,12 @@ def test_the_activation_s_slope(monkeypatch: pytest.MonkeyPatch, slope: float) -
         for got, right in pairs:
             torch.testing.assert_close(got.double(), right.detach(), rtol=1e-4, atol=1e-4)
 
-    kept, activated = kernels.up_and_activate(x, up, needs_hidden=True, slope=slope)
-    same((kept, hidden), (activated, y), (kernels.activate(narrow, slope), y))
-    same(*zip(kernels.down_backward(grad, down, narrow, needs_y=True, slope=slope), (wanted, y), strict=True))
+    signs, activated = kernels.up_and_activate(x, up, needs_signs=True, slope=slope)
+    assert signs.shape == (7, 21)
+    bits = (signs.T.unsqueeze(2) >> torch.arange(32)) & 1
+    assert torch.equal(bits.flatten(1)[:, :200].bool(), narrow < 0)
+    same((activated, y), (kernels.activate(narrow, slope), y))
+    same((kernels.up_and_activate(x, up, needs_signs=False, slope=slope)[1], y))
+    same((kernels.down_backward(grad, down, signs, activated, slope=slope), wanted))
     overwritten = grad @ down
     same((kernels.activate_backward_(overwritten, narrow, needs_y=True, slope=slope), y), (overwritten, wanted))

@@ -112,7 +112,9 @@ def test_merge_norm_kernel(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 7, 64, 128), (2, 300, 512, 2048), (1, 33, 48, 100), (3, 77, 40, 264)])
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 64, 128), (2, 300, 512, 2048), (1, 33, 48, 100), (3, 77, 40, 264), (1, 200, 72, 520)]
+)
 def test_mlp_node(shape: tuple[int, ...]) -> None:
     batch, time, width, hidden = shape
     weights = [draw(hidden, width, scale=width**-0.5), draw(width, hidden, scale=hidden**-0.5)]

@@ -1,4 +1,7 @@
-"""The MLP as one autograd node that keeps its input and the hidden state before the activation, nothing else."""
+"""The MLP as one autograd node that keeps its input and one tensor of the hidden state's size.
+
+That is the hidden state, or its activation and one bit for each number: whether it was below zero.
+"""
 
 # B rows, T tokens, D model_dim, M mlp_hidden, N = B T
 
@@ -33,44 +36,46 @@ def mlp(x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down, slo
 def project_and_activate(x: Tensor, weight: Tensor, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
     """Return the hidden state x weight^T and its activation leaky_relu(hidden, slope)^2, both (B, T, M).
 
-    Without needs_hidden the first may be None.
+    Instead of the first there may be its signs (up_and_activate), and without needs_hidden None.
     """
     if not uses_triton(x):
         hidden = F.linear(x, weight)
         return hidden, squared_leaky_relu(hidden, slope)
     from model.kernels.mlp_triton import activate, fits_products, up_and_activate
 
-    rows, shape = x.reshape(-1, x.size(-1)), (*x.shape[:-1], weight.size(0))
+    rows = x.reshape(-1, x.size(-1))
     if fits_products(rows, weight.size(0)):
-        kept, y = up_and_activate(rows, weight, needs_hidden=needs_hidden, slope=slope)
-        return None if kept is None else kept.view(shape), y.view(shape)
+        signs, y = up_and_activate(rows, weight, needs_signs=needs_hidden, slope=slope)
+        return signs, y.view(*x.shape[:-1], weight.size(0))
     hidden = F.linear(x, weight)
     return hidden, activate(hidden, slope)
 
 
 class _Mlp(torch.autograd.Function):
-    """The activation is computed again in the backward, in the pass that applies its derivative."""
+    """Where the hidden state is kept, the activation is computed again in the pass that applies its derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, apply_up: Up, apply_down: Down, slope: float) -> Tensor:
-        hidden, y = apply_up(x, up, True, slope)  # (B, T, M) each
-        ctx.save_for_backward(x, hidden, up, down)
+        kept, y = apply_up(x, up, True, slope)  # (B, T, M)
+        assert kept is not None
+        ctx.save_for_backward(x, kept, y if kept.dtype == torch.int32 else None, up, down)
         ctx.slope = slope
         return apply_down(y, down)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from model.kernels.mlp_triton import activate_backward_, down_backward, fits_products
+        from model.kernels.mlp_triton import activate_backward_, down_backward
 
-        x, hidden, up, down = ctx.saved_tensors
+        x, kept, activated, up, down = ctx.saved_tensors
         needs_x, needs_up, needs_down, *_ = ctx.needs_input_grad
-        grad, rows, hidden = (y.flatten(0, -2).contiguous() for y in (grads[0], x, hidden))  # (N, D or M)
-        if fits_products(grad, hidden.size(1)):
-            grad_hidden, activated = down_backward(grad, down, hidden, needs_y=needs_down, slope=ctx.slope)
+        grad, rows = (y.flatten(0, -2).contiguous() for y in (grads[0], x))  # (N, D)
+        if activated is not None:
+            activated = activated.flatten(0, -2)
+            grad_hidden = down_backward(grad, down, kept, activated, slope=ctx.slope)  # (N, M)
         else:
-            grad_hidden = grad @ down  # (N, M)
+            grad_hidden, hidden = grad @ down, kept.flatten(0, -2).contiguous()
             activated = activate_backward_(grad_hidden, hidden, needs_y=needs_down, slope=ctx.slope)
-        grad_down = grad.mT @ activated if activated is not None else None
+        grad_down = grad.mT @ activated if needs_down else None
         grad_up = grad_hidden.mT @ rows if needs_up else None
         grad_x = (grad_hidden @ up).view(x.shape) if needs_x else None
         return grad_x, grad_up, grad_down, None, None, None

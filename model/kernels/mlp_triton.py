@@ -99,12 +99,19 @@ def _tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def _sign_places(rows, words, num_rows, num_columns):
+    """Return where the signs of 32 columns of each row lie, and which of them exist."""
+    return words * num_rows + rows, (rows < num_rows) & (words * 32 < num_columns)
+
+
+@triton.jit
 def _up(
-    x_desc, weight_desc, hidden_desc, y_desc, num_rows, num_columns, depth,
+    x_desc, weight_desc, y_desc, signs_ptr, num_rows, num_columns, depth,
     SLOPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_HIDDEN: tl.constexpr,
+    HAS_SIGNS: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
+    W: tl.constexpr = N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         m, n = _tile_place(tile, num_m, num_n, GROUP_M)
         total = tl.zeros((M, N), tl.float32)
@@ -112,23 +119,28 @@ def _up(
             x = x_desc.load([m * M, k * K])
             weight = weight_desc.load([n * N, k * K])
             total = tl.dot(x, weight.T, total)
-        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
+        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, W)), (0, 2, 1)))
+        rows = m * M + tl.arange(0, M)
         for half in tl.static_range(2):
             part = left if half == 0 else right
-            at = [m * M, n * N + half * (N // 2)]
-            if HAS_HIDDEN:
-                hidden_desc.store(at, part.to(y_desc.dtype))
+            column = n * N + half * W
+            if HAS_SIGNS:
+                bits = tl.reshape((part < 0).to(tl.int32), (M, 2, 32)) << tl.arange(0, 32)[None, None, :]
+                words = tl.split(tl.sum(bits, axis=2))  # two stores: one would take shared memory that is not there
+                for word in tl.static_range(2):
+                    places, inside = _sign_places(rows, column // 32 + word, num_rows, num_columns)
+                    tl.store(signs_ptr + places, words[word], mask=inside)
             leaky = tl.where(part >= 0, part, SLOPE * part)
-            y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
+            y_desc.store([m * M, column], (leaky * leaky).to(y_desc.dtype))
 
 
 @triton.jit
 def _down_backward(
-    grad_desc, weight_desc, hidden_desc, grad_hidden_desc, y_desc, num_rows, num_columns, depth,
+    grad_desc, weight_desc, y_desc, signs_ptr, grad_hidden_desc, num_rows, num_columns, depth,
     SLOPE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP_M: tl.constexpr,
-    HAS_Y: tl.constexpr,
 ):  # fmt: skip
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
+    W: tl.constexpr = N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         m, n = _tile_place(tile, num_m, num_n, GROUP_M)
         total = tl.zeros((M, N), tl.float32)
@@ -136,16 +148,18 @@ def _down_backward(
             grad = grad_desc.load([m * M, k * K])
             weight = weight_desc.load([k * K, n * N])
             total = tl.dot(grad, weight, total)
-        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, N // 2)), (0, 2, 1)))
+        left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, W)), (0, 2, 1)))
+        rows = m * M + tl.arange(0, M)
         for half in tl.static_range(2):
             part = left if half == 0 else right
-            at = [m * M, n * N + half * (N // 2)]
-            hidden = hidden_desc.load(at).to(tl.float32)
-            leaky = tl.where(hidden >= 0, hidden, SLOPE * hidden)
-            part *= tl.where(hidden >= 0, 2 * leaky, 2 * SLOPE * leaky)
-            grad_hidden_desc.store(at, part.to(y_desc.dtype))
-            if HAS_Y:
-                y_desc.store(at, (leaky * leaky).to(y_desc.dtype))
+            column = n * N + half * W
+            words = (column // 32 + tl.arange(0, W // 32))[None, :]
+            places, inside = _sign_places(rows[:, None], words, num_rows, num_columns)
+            signs = tl.load(signs_ptr + places, mask=inside, other=0)  # (M, W / 32)
+            below = tl.reshape((signs[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1, (M, W))
+            size = tl.sqrt(y_desc.load([m * M, column]).to(tl.float32))  # |leaky_relu(hidden)|
+            part *= tl.where(below == 0, 2 * size, -2 * SLOPE * size)
+            grad_hidden_desc.store([m * M, column], part.to(grad_hidden_desc.dtype))
 
 
 @lru_cache(maxsize=8)
@@ -170,35 +184,36 @@ def _grid(out: Tensor, tiling: Tiling) -> tuple[int]:
     return (min(tiles, tiling.programs * torch.cuda.get_device_properties(out.device).multi_processor_count),)
 
 
-def up_and_activate(x: Tensor, weight: Tensor, *, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
-    """Return (x weight^T, its activation) for x (N, D) and weight (M, D); the first only if needs_hidden."""
+def up_and_activate(x: Tensor, weight: Tensor, *, needs_signs: bool, slope: float) -> tuple[Tensor | None, Tensor]:
+    """Return (signs of hidden = x weight^T if needs_signs, its activation (N, M)) for x (N, D) and weight (M, D).
+
+    Signs are bits, set below zero: bit i of signs[j, n] is that of hidden[n, 32 j + i]; int32 (ceil(M / 32), N).
+    """
     x, weight, t = x.contiguous(), weight.contiguous(), UP_TILING
     y = torch.empty(x.size(0), weight.size(0), device=x.device, dtype=x.dtype)
-    hidden = torch.empty_like(y) if needs_hidden else None
-    out = _descriptor(y, t.m, t.n // 2)
+    num_words = triton.cdiv(y.size(1), 32)
+    signs = torch.empty(num_words, y.size(0), device=x.device, dtype=torch.int32) if needs_signs else None
     launch(
         _up, _grid(y, t),
-        _descriptor(x, t.m, t.k), _descriptor(weight, t.n, t.k),
-        out if hidden is None else _descriptor(hidden, t.m, t.n // 2), out, *y.shape, x.size(1),
-        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_HIDDEN=needs_hidden,
+        _descriptor(x, t.m, t.k), _descriptor(weight, t.n, t.k), _descriptor(y, t.m, t.n // 2), signs,
+        *y.shape, x.size(1),
+        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_SIGNS=needs_signs,
         num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
-    return hidden, y
+    return signs, y
 
 
-def down_backward(
-    grad: Tensor, weight: Tensor, hidden: Tensor, *, needs_y: bool, slope: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return (gradient of hidden (N, M), its activation if needs_y) from grad (N, D) and weight (D, M)."""
+def down_backward(grad: Tensor, weight: Tensor, signs: Tensor, y: Tensor, *, slope: float) -> Tensor:
+    """Return the gradient of hidden (N, M) from grad (N, D), weight (D, M) and what up_and_activate returned.
+
+    The activation's derivative is 2 sqrt(y), and -2 slope sqrt(y) below zero.
+    """
     grad, weight, t = grad.contiguous(), weight.contiguous(), DOWN_TILING
-    grad_hidden = torch.empty_like(hidden)
-    y = torch.empty_like(hidden) if needs_y else None
-    out = _descriptor(grad_hidden, t.m, t.n // 2)
+    grad_hidden = torch.empty_like(y)
     launch(
-        _down_backward, _grid(hidden, t),
-        _descriptor(grad, t.m, t.k), _descriptor(weight, t.k, t.n),
-        _descriptor(hidden, t.m, t.n // 2), out, out if y is None else _descriptor(y, t.m, t.n // 2),
-        *hidden.shape, grad.size(1),
-        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_Y=needs_y, num_stages=t.stages, num_warps=t.warps,
+        _down_backward, _grid(y, t),
+        _descriptor(grad, t.m, t.k), _descriptor(weight, t.k, t.n), _descriptor(y, t.m, t.n // 2), signs,
+        _descriptor(grad_hidden, t.m, t.n // 2), *y.shape, grad.size(1),
+        SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
-    return grad_hidden, y
+    return grad_hidden
