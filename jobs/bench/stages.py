@@ -35,6 +35,7 @@ from model.pipeline.compile_clock import COMPILE
 from model.pipeline.inputs import open_training
 from model.pipeline.memory import peak_memory_bytes
 from model.pipeline.rehearsal import compile_kernels
+from model.pipeline.stage_quantize import device_coding
 from model.quant.artifact import ArtifactSizes, load_artifact, pack_artifact, read_artifact_info, save_artifact
 from model.quant.calibrate import collect_hessians
 from model.quant.compression import compress
@@ -91,8 +92,9 @@ def _quantize_once(
     hessian_s, hessians = timed_s(work.device, calibrate)
     solve_s, state = timed_s(work.device, solve)
     save = partial(save_artifact, path, state, run.config.model, {}, codec=quant.codec)
-    compress_s, sizes = timed_s(work.device, save)
-    reload_s, _ = timed_s(work.device, reload)
+    with device_coding(work.device):  # as the stage does
+        compress_s, sizes = timed_s(work.device, save)
+        reload_s, _ = timed_s(work.device, reload)
     seconds = {"Hessians": hessian_s, "solve": solve_s, "compress": compress_s, "reload": reload_s}
     for name, value in seconds.items():
         probe.add(f"{label}: {name}", "s", [value])

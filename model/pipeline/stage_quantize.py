@@ -52,7 +52,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
         with ledger.span("program"), run.long_call():
             wait_for_program()
     if dist.is_main:
-        with run.long_call(), _coding(dist.device):
+        with run.long_call(), device_coding(dist.device):
             probe = LossProbe(model, loader, config.quant, seed=config.seed)
             metrics = _round_and_save(run, ledger, weights, hessians, probe)
     compress_s, rounding_s = ledger.seconds("compress"), ledger.seconds("round")
@@ -69,7 +69,7 @@ def run_quantize(run: Run, ledger: Ledger) -> Outcome:
     return metrics, [ARTIFACT, READABLE_NAME, PACKED_NAME]
 
 
-def _coding(device: torch.device) -> AbstractContextManager[None]:
+def device_coding(device: torch.device) -> AbstractContextManager[None]:
     """Return what has the artifact's codes packed, and read back, by the GPU where there is one."""
     if device.type != "cuda" or not has_triton():
         return nullcontext()
