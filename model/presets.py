@@ -72,14 +72,7 @@ def add_frontier(base: RunConfig) -> RunConfig:
             on_oversize="fit",
             fit_unit="matrix",
         ),
-        ttt=replace(
-            base.ttt,
-            lora_rank=80,
-            lora_alpha=144.0,
-            beta2=0.99,
-            adapter_kinds=("q", "v", "o", "mlp", "head"),
-            chunk_tokens=48,
-        ),
+        ttt=replace(base.ttt, lora_alpha=144.0, beta2=0.99),
     )
 
 

@@ -32,6 +32,8 @@ SAME_WEIGHTS = (
     ("ttt_rank_96", "base", "adaptation"),
     ("ttt_chunk_48", "base", "adaptation"),
     ("all", "all_but_ttt", "adaptation"),
+    ("all_chunk_48", "all_but_ttt", "adaptation"),
+    ("all_chunk_48", "all", "adaptation"),
 )
 PAIRS = {"At equal bytes": EQUAL_BYTES, "On the same trained weights or the same artifact": SAME_WEIGHTS}
 QUANTITIES: dict[str, Callable[[dict[str, Any]], float]] = {
