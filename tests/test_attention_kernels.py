@@ -108,7 +108,7 @@ def test_self_attention_by_its_kernels(
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("is_value_excluded", [False, True])
-def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
+def test_our_attention_keeps_each_head_once_and_where_it_stood(backend: str, is_value_excluded: bool) -> None:
     """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
     qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
     tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
@@ -124,3 +124,4 @@ def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: boo
         )
     kept.pop(y.untyped_storage().data_ptr(), None)
     assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4
+    assert qkv.untyped_storage().data_ptr() in kept, "the heads are not turned where they stand"

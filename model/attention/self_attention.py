@@ -52,7 +52,7 @@ def self_attention(
 
     Queries and keys are normed and turned by cos and sin (T or B x T, rope_dims / 2), queries multiplied by q_gain
     (H,); is_value_excluded removes from each head's output its component along the token's own value; gate multiplies
-    what is left.
+    what is left. TRAP: 16-bit qkv on CUDA may be overwritten.
     """
     batch, time, width = qkv.shape
     num_heads = q_gain.numel()
