@@ -36,7 +36,7 @@ from model.attention.self_attention import HeadGate, Rows, self_attention
 from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_skips, optional_shapes, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
-from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
+from model.kernels.adapters import adapt_product, add_low_rank_, add_product, reduce_inputs
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
 from model.kernels.lanes import CrossedLanes, Lanes, cross_norm, mean_norm, merge_norm
@@ -317,11 +317,13 @@ class GPT(nn.Module):
             gate=gate,
             backend=self.attention_backend,
         )  # (B, n, D)
-        out = self.projections[f"layers_{layer}_o"](y, w.out)
-        if reduced is not None:  # TRAP: o-LoRA reads the block's input, not y, as the reference does
-            assert adapters.attention is not None
-            out = add_low_rank_(out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale)
-        return out
+        apply = self.projections[f"layers_{layer}_o"]
+        if reduced is None:
+            output: Tensor = apply(y, w.out)
+            return output
+        assert adapters.attention is not None
+        # TRAP: o-LoRA reads the block's input, not y, as the reference does
+        return add_product(y, w.out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale, apply)
 
     def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""

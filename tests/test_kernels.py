@@ -27,7 +27,7 @@ from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
-from model.kernels.adapters import LowRank, adapt_product
+from model.kernels.adapters import LowRank, adapt_product, add_product
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -128,14 +128,17 @@ def test_adapted_product(rows: int, time: int) -> None:
     weight = draw(1024, 512, scale=512**-0.5)
     columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
 
-    def function(x: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        b = {"q": q, "k": k, "v": v, "o": v.detach()}  # that of o is for another product
-        y, rest = adapt_product(x, weight.to(x.dtype), LowRank(a, b), columns, F.linear)
-        assert rest is not None
-        return y, rest
+    out_weight, scale = draw(512, 512, scale=512**-0.5), vector(512)
 
-    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256)]
-    check(function, [draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b], tolerance=0.02)
+    def function(x: Tensor, seen: Tensor, a: Tensor, *b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        adapters = LowRank(a, dict(zip("qkvo", b, strict=True)))  # that of o is for another product
+        y, rest = adapt_product(x, weight.to(x.dtype), adapters, columns, F.linear)
+        assert rest is not None
+        return y, rest, add_product(seen, out_weight.to(x.dtype), rest, adapters, "o", scale, F.linear)
+
+    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256, 512)]
+    inputs = [draw(rows, time, 512), draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b]
+    check(function, inputs, tolerance=0.02)
 
 
 @pytest.mark.gpu

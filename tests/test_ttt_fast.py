@@ -24,7 +24,7 @@ from model.distributed import Dist
 from model.kernels import adapter_update
 from model.kernels import adapters as adapters_module
 from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
-from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, reduce_inputs
+from model.kernels.adapters import GradientBuffers, LowRank, adapt_product, add_low_rank_, add_product, reduce_inputs
 from model.kernels.graphs import MOST_FAILURES, MOST_RECORDINGS
 from model.lora import Adapters, Layout
 from model.ttt.batches import Limits, Schedule
@@ -300,31 +300,33 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     rows, time, dim, rank = 3, 5, 6, 2
     widths = {"q": 4, "k": 2, "o": 4}
     x, weight, scale = draw(rows, time, dim), draw(6, dim), draw(4)
+    seen, out_weight = draw(rows, time, 7), draw(4, 7)  # what the o adapter's result is added to a product of
     a, b = draw(rows, 3 * rank, dim), {kind: draw(rows, width, rank) for kind, width in widths.items()}
-    leaves = [x, a, *b.values()]
+    leaves = [x, a, *b.values(), seen, out_weight]
     grad, grad_out = draw(rows, time, 6), draw(rows, time, 4)
 
     inputs = [leaf.clone().requires_grad_() for leaf in leaves]
     parts = torch.split(inputs[1], rank, dim=1)
     expected = inputs[0] @ weight.T + torch.cat([low_rank(inputs[0], parts[i], inputs[2 + i]) for i in range(2)], dim=2)
-    expected_out = scale * low_rank(inputs[0], parts[2], inputs[4])
+    expected_out = inputs[5] @ inputs[6].T + scale * low_rank(inputs[0], parts[2], inputs[4])
     wanted = torch.autograd.grad((expected * grad).sum() + (expected_out * grad_out).sum(), inputs)
 
-    ours = [leaf.clone().requires_grad_(not has_buffers or leaf is x) for leaf in leaves]
-    zero = [torch.full_like(leaf, torch.nan) for leaf in leaves[1:]]
+    ours = [leaf.clone().requires_grad_(not has_buffers or place in (0, 5, 6)) for place, leaf in enumerate(leaves)]
+    zero = [torch.full_like(leaf, torch.nan) for leaf in leaves[1:5]]
     anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
     buffers = GradientBuffers(zero[0], dict(zip(b, zero[1:])), anchor) if has_buffers else None
-    adapters = LowRank(ours[1], dict(zip(b, ours[2:])), buffers)
+    adapters = LowRank(ours[1], dict(zip(b, ours[2:5])), buffers)
     y, reduced = adapt_product(ours[0], weight, adapters, {"q": (0, 4), "k": (4, 6)}, torch.nn.functional.linear)
     assert reduced is not None
     places: list[int] = []
     reduced.register_hook(lambda grad: places.append(grad.stride(1)))
-    out = add_low_rank_(torch.zeros(rows, time, 4, dtype=torch.float64), reduced, adapters, "o", scale)
+    out = add_product(ours[5], ours[6], reduced, adapters, "o", scale, torch.nn.functional.linear)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     assert torch.allclose(out, expected_out, rtol=0, atol=1e-12)
     torch.autograd.backward((y * grad).sum() + (out * grad_out).sum())
     assert places == [3 * rank]  # beside room for the others, so that nothing is copied to them
-    got = [ours[0].grad, *(zero if has_buffers else [leaf.grad for leaf in ours[1:]])]
+    middle = zero if has_buffers else [leaf.grad for leaf in ours[1:5]]
+    got = [ours[0].grad, *middle, ours[5].grad, ours[6].grad]
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine is not None
         assert torch.allclose(mine, theirs, rtol=0, atol=1e-12)
@@ -339,7 +341,7 @@ def test_one_kernel_makes_a_product_with_its_adapters(
 ) -> None:
     """Sets of any length: a tile that reaches beyond its rows must not touch those of the next set."""
     kernels = load_kernels(Path(adapters_module.__file__).with_name("adapter_update_triton.py"), monkeypatch)
-    for name in ("TILE", "DEPTH"):
+    for name in ("TILE_M", "TILE_N", "DEPTH"):
         monkeypatch.setattr(kernels, name, 8)
     monkeypatch.setattr(kernels, "has_bulk_copies", lambda _device: True)
     monkeypatch.setitem(sys.modules, "model.kernels.adapter_update_triton", kernels)
@@ -354,7 +356,7 @@ def test_one_kernel_makes_a_product_with_its_adapters(
     x, weight, a = draw(num_sets, time, 16), draw(ends[-1], 16), draw(num_sets, (num_reads + 1) * rank, 16)
     columns = dict(zip("qkv", zip([0, *ends], ends)))
     b = {kind: draw(num_sets, end - first, rank) for kind, (first, end) in columns.items()}
-    adapters = LowRank(a, {**b, "o": draw(num_sets, 5, rank)})
+    adapters = LowRank(a, {**b, "o": draw(num_sets, 24, rank)})
 
     def apply(x: Tensor, weight: Tensor) -> Tensor:
         products.append(x)
@@ -366,7 +368,12 @@ def test_one_kernel_makes_a_product_with_its_adapters(
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
     assert rest is not None
     torch.testing.assert_close(rest, x @ parts[num_reads].mT)
-    assert bool(products) != is_joined
+    # the last adapter's result is added to a product of something else
+    seen, out_weight, scale = draw(num_sets, time, 32), draw(24, 32), draw(24)
+    out = add_product(seen, out_weight, rest, adapters, "o", scale, apply)
+    expected = seen @ out_weight.T + scale * (rest @ adapters.b["o"].mT)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
+    assert len(products) == (0 if is_joined else 2)
 
 
 def test_an_adapter_of_its_own_input_reads_it() -> None:

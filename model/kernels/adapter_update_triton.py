@@ -17,7 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from model.kernels.launch import launch
 from model.kernels.mlp_triton import has_bulk_copies
 
-TILE, DEPTH = 128, 64  # rows and columns of a product's tile, and how many inputs it reads at a time
+TILE_M, TILE_N, DEPTH = 128, 128, 64  # rows and columns of a product's tile, and how many inputs it reads at a time
+WARPS, STAGES = 4, 3
 BLOCK = 4096  # numbers a program: 32 a thread
 
 
@@ -105,15 +106,15 @@ def adapted(x: Tensor, weight: Tensor, h: Tensor, b: Sequence[Tensor], ends: lis
     the kernel does not serve them: it wants Hopper's bulk copies, and whole tiles of rows and of each b's columns.
     """
     rank = b[0].size(2)
-    is_tiled = x.size(1) >= TILE and x.size(2) % 8 == rank % 16 == 0 and not any(end % TILE for end in ends)
+    is_tiled = x.size(1) >= TILE_M and x.size(2) % 8 == rank % 16 == 0 and not any(end % TILE_N for end in ends)
     if len(b) > 3 or not (is_tiled and has_bulk_copies(x.device)):
         return None
     y, step = x.new_empty(*x.shape[:2], weight.size(0)), min(rank & -rank, DEPTH)
-    tensors = x.contiguous(), weight.contiguous(), h, torch.cat([*b], dim=1), y
-    blocks = [1, TILE, DEPTH], [TILE, DEPTH], [1, TILE, step], [1, TILE, step], [1, TILE, TILE]
+    tensors = x.contiguous(), weight.contiguous(), h, torch.cat([*b], dim=1) if len(b) > 1 else b[0], y
+    blocks = [1, TILE_M, DEPTH], [TILE_N, DEPTH], [1, TILE_M, step], [1, TILE_N, step], [1, TILE_M, TILE_N]
     launch(
-        _adapted, (weight.size(0) // TILE, triton.cdiv(x.size(1), TILE), x.size(0)),
+        _adapted, (weight.size(0) // TILE_N, triton.cdiv(x.size(1), TILE_M), x.size(0)),
         *map(TensorDescriptor.from_tensor, tensors, blocks), x.size(2), rank, *(ends * 2)[:2],
-        M=TILE, N=TILE, K=DEPTH, R=step, num_warps=4, num_stages=3,
+        M=TILE_M, N=TILE_N, K=DEPTH, R=step, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return y

@@ -78,6 +78,18 @@ def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scal
     return z
 
 
+def add_product(
+    x: Tensor, weight: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor, apply: Product
+) -> Tensor:
+    """Return x weight^T + scale * (reduced B^T) (S, T, W) for x (S, T, any) and weight (W, any); others as above.
+
+    apply(x, weight) is the frozen matrix product.
+    """
+    b, scale = adapters.b[kind].to(x.dtype), scale.to(x.dtype)
+    y: Tensor = _AddedProduct.apply(x, weight, reduced, b, scale, kind, adapters.buffers, apply)
+    return y
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor | None:
     """Return a @ b, or write it to out and return None: autograd then carries nothing further."""
     if out is None:
@@ -170,16 +182,53 @@ class _AddLowRank(torch.autograd.Function):
         scaled = b * scale.unsqueeze(-1)  # (S, W, R)
         ctx.mark_dirty(y)
         ctx.save_for_backward(h, scaled, scale)
-        ctx.kind, ctx.buffers = kind, buffers
+        ctx.buffer = None if buffers is None else buffers.b[kind]
         return y.baddbmm_(h, scaled.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, scaled, scale = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_b = _product(grad.mT, h, ctx.buffers.b[ctx.kind] if ctx.buffers is not None else None)
-        (ctx.buffers.b[ctx.kind] if grad_b is None else grad_b).mul_(scale.unsqueeze(-1))
-        # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
-        whole = grad.new_empty(*h.shape[:2], h.stride(1))
-        grad_h = whole[..., h.stride(1) - h.size(2) :]
-        return grad, torch.bmm(grad, scaled, out=grad_h), grad_b, None, None, None
+        h, scaled, scale = ctx.saved_tensors
+        return grad, *_low_rank_gradients(grad, h, scaled, scale, ctx.buffer), None, None, None
+
+
+class _AddedProduct(torch.autograd.Function):
+    """(x, weight, h, b, scale, kind, buffers, apply) -> x weight^T + scale * (h b^T)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, b: Tensor, scale: Tensor, kind: str,
+        buffers: GradientBuffers | None, apply: Product,
+    ) -> Tensor:  # fmt: skip
+        y, scaled = None, b * scale.unsqueeze(-1)  # (S, W, R)
+        if uses_triton(x):
+            from model.kernels.adapter_update_triton import adapted
+
+            y = adapted(x, weight, h, [scaled], [weight.size(0)])
+        if y is None:
+            y = apply(x, weight).baddbmm_(h, scaled.mT)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, h, scaled, scale)
+        ctx.buffer = None if buffers is None else buffers.b[kind]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h, scaled, scale = ctx.saved_tensors
+        grad, needs_x = grads[0].contiguous(), ctx.needs_input_grad[0]
+        grad_h, grad_b = _low_rank_gradients(grad, h, scaled, scale, ctx.buffer)
+        rows = grad.flatten(0, 1)
+        grad_x = (rows @ weight).view(*grad.shape[:2], -1) if needs_x else None
+        return grad_x, None if x is None else rows.mT @ x.flatten(0, 1), grad_h, grad_b, *(None,) * 4
+
+
+def _low_rank_gradients(
+    grad: Tensor, h: Tensor, scaled: Tensor, scale: Tensor, buffer: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of h and b from grad (S, T, W) of scale * (h b^T); b's goes to buffer where there is one."""
+    grad_b = _product(grad.mT, h, buffer)
+    made = buffer if grad_b is None else grad_b
+    assert made is not None
+    made.mul_(scale.unsqueeze(-1))
+    # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
+    whole = grad.new_empty(*h.shape[:2], h.stride(1))
+    return torch.bmm(grad, scaled, out=whole[..., h.stride(1) - h.size(2) :]), grad_b
