@@ -210,7 +210,10 @@ class GPT(nn.Module):
     def _visits(self, layers: tuple[int, ...], is_looped: bool, adapters: Adapters | None) -> list[Visit]:
         """Return the visits: a layer has the same weights at each of its own, but adapters of its own for each."""
         weights = layer_weights(dict(self.named_parameters(recurse=False)), self.compute_dtype)
-        own = [VisitAdapters(None, None)] * len(layers) if adapters is None else adapters.visits(len(layers))
+        own = [VisitAdapters(None, None)] * len(layers)
+        if adapters is not None:  # a layer's output scales lie in its matrices, and so they do in its adapters
+            scales = {"o": [weights[i].attn_scale for i in layers], "mlp": [weights[i].mlp_scale for i in layers]}
+            own = adapters.scaled({kind: torch.stack(rows) for kind, rows in scales.items()}).visits(len(layers))
         # Each pass over the repeated block begins with a vector of its own, so that a layer can tell the passes apart.
         shifts = iter(self.get_parameter("pass_embeddings") if self.config.pass_embeddings and is_looped else ())
         starts = [next(shifts, None) if layer == self.config.loop_start else None for layer in layers]
@@ -323,7 +326,7 @@ class GPT(nn.Module):
             return output
         assert adapters.attention is not None
         # TRAP: o-LoRA reads the block's input, not y, as the reference does
-        return add_product(y, w.out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale, apply)
+        return add_product(y, w.out, last_positions(reduced, n), adapters.attention, "o", apply)
 
     def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
@@ -348,7 +351,7 @@ class GPT(nn.Module):
             return mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
         reduced, normed = reduce_inputs(normed, adapters.mlp)
         out = mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
-        return add_low_rank_(out, reduced, adapters.mlp, "mlp", w.mlp_scale)
+        return add_low_rank_(out, reduced, adapters.mlp, "mlp")
 
     def _rotary(self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotation tables for every position of the rows."""

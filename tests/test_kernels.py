@@ -128,13 +128,13 @@ def test_adapted_product(rows: int, time: int) -> None:
     weight = draw(1024, 512, scale=512**-0.5)
     columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
 
-    out_weight, scale = draw(512, 512, scale=512**-0.5), vector(512)
+    out_weight = draw(512, 512, scale=512**-0.5)
 
     def function(x: Tensor, seen: Tensor, a: Tensor, *b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         adapters = LowRank(a, dict(zip("qkvo", b, strict=True)))  # that of o is for another product
         y, rest = adapt_product(x, weight.to(x.dtype), adapters, columns, F.linear)
         assert rest is not None
-        return y, rest, add_product(seen, out_weight.to(x.dtype), rest, adapters, "o", scale, F.linear)
+        return y, rest, add_product(seen, out_weight.to(x.dtype), rest, adapters, "o", F.linear)
 
     b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256, 512)]
     inputs = [draw(rows, time, 512), draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b]

@@ -8,12 +8,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -299,7 +301,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
 
     rows, time, dim, rank = 3, 5, 6, 2
     widths = {"q": 4, "k": 2, "o": 4}
-    x, weight, scale = draw(rows, time, dim), draw(6, dim), draw(4)
+    x, weight = draw(rows, time, dim), draw(6, dim)
     seen, out_weight = draw(rows, time, 7), draw(4, 7)  # what the o adapter's result is added to a product of
     a, b = draw(rows, 3 * rank, dim), {kind: draw(rows, width, rank) for kind, width in widths.items()}
     leaves = [x, a, *b.values(), seen, out_weight]
@@ -308,7 +310,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     inputs = [leaf.clone().requires_grad_() for leaf in leaves]
     parts = torch.split(inputs[1], rank, dim=1)
     expected = inputs[0] @ weight.T + torch.cat([low_rank(inputs[0], parts[i], inputs[2 + i]) for i in range(2)], dim=2)
-    expected_out = inputs[5] @ inputs[6].T + scale * low_rank(inputs[0], parts[2], inputs[4])
+    expected_out = inputs[5] @ inputs[6].T + low_rank(inputs[0], parts[2], inputs[4])
     wanted = torch.autograd.grad((expected * grad).sum() + (expected_out * grad_out).sum(), inputs)
 
     ours = [leaf.clone().requires_grad_(not has_buffers or place in (0, 5, 6)) for place, leaf in enumerate(leaves)]
@@ -320,7 +322,7 @@ def test_joined_adapters_have_the_values_and_gradients_of_their_formula(has_buff
     assert reduced is not None
     places: list[int] = []
     reduced.register_hook(lambda grad: places.append(grad.stride(1)))
-    out = add_product(ours[5], ours[6], reduced, adapters, "o", scale, torch.nn.functional.linear)
+    out = add_product(ours[5], ours[6], reduced, adapters, "o", torch.nn.functional.linear)
     assert torch.allclose(y, expected, rtol=0, atol=1e-12)
     assert torch.allclose(out, expected_out, rtol=0, atol=1e-12)
     torch.autograd.backward((y * grad).sum() + (out * grad_out).sum())
@@ -369,9 +371,9 @@ def test_one_kernel_makes_a_product_with_its_adapters(
     assert rest is not None
     torch.testing.assert_close(rest, x @ parts[num_reads].mT)
     # the last adapter's result is added to a product of something else
-    seen, out_weight, scale = draw(num_sets, time, 32), draw(24, 32), draw(24)
-    out = add_product(seen, out_weight, rest, adapters, "o", scale, apply)
-    expected = seen @ out_weight.T + scale * (rest @ adapters.b["o"].mT)
+    seen, out_weight = draw(num_sets, time, 32), draw(24, 32)
+    out = add_product(seen, out_weight, rest, adapters, "o", apply)
+    expected = seen @ out_weight.T + rest @ adapters.b["o"].mT
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
     assert len(products) == (0 if is_joined else 2)
 
@@ -381,7 +383,7 @@ def test_an_adapter_of_its_own_input_reads_it() -> None:
     x, a, b = (torch.randn(shape, generator=generator) for shape in ((2, 3, 4), (2, 2, 4), (2, 5, 2)))
     pair = LowRank(a, {"mlp": b})
     reduced, same = reduce_inputs(x.requires_grad_(), pair)
-    y = add_low_rank_(torch.zeros(2, 3, 5), reduced, pair, "mlp", torch.ones(5))
+    y = add_low_rank_(torch.zeros(2, 3, 5), reduced, pair, "mlp")
     assert torch.allclose(y, low_rank(x, a, b), atol=1e-6)
     assert torch.equal(same, x)
     grad, grad_same = (torch.randn(shape, generator=generator) for shape in ((2, 3, 5), (2, 3, 4)))
@@ -389,6 +391,43 @@ def test_an_adapter_of_its_own_input_reads_it() -> None:
     wanted = torch.autograd.grad((low_rank(x, a, b) * grad).sum(), x)[0] + grad_same
     assert x.grad is not None
     assert torch.allclose(x.grad, wanted, atol=1e-6)
+
+
+def test_output_scales_lie_in_the_adapters_and_come_back_into_their_gradients() -> None:
+    """Into the buffers, too, and only when every gradient is there."""
+    generator = torch.Generator().manual_seed(9)
+    model = random_model(dtype=torch.float64)
+    layout = Layout(model.config, 3, 2, ("q", "o", "mlp"))
+    rows, found = torch.randn(2, layout.num_parameters, generator=generator, dtype=torch.float64), []
+    x = torch.randn(2, 5, model.config.model_dim, generator=generator, dtype=torch.float64)
+    dim = model.config.model_dim
+    scales = {kind: torch.randn(3, dim, generator=generator, dtype=torch.float64) for kind in ("o", "k", "mlp")}
+    for has_buffers in (True, False):
+        gradients = torch.full_like(rows, torch.nan)
+        leaf = rows.clone().requires_grad_(not has_buffers)
+        adapters = layout.view(leaf)
+        if has_buffers:
+            anchor = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            adapters = replace(adapters, gradients=layout.view(gradients), anchor=anchor)
+        total = x.new_zeros(())
+        for visit, each in enumerate(adapters.scaled(scales).visits(3)):
+            assert each.attention is not None
+            assert each.mlp is not None
+            y, reduced = adapt_product(x, x.new_zeros(dim, dim), each.attention, {"q": (0, dim)}, F.linear)
+            assert reduced is not None
+            if not has_buffers:
+                wanted = scales["o"][visit] * (reduced @ adapters.b["o"][:, visit].mT)
+                assert torch.allclose(add_low_rank_(torch.zeros_like(x), reduced, each.attention, "o"), wanted)
+            out = add_product(y, x.new_zeros(dim, dim), reduced, each.attention, "o", F.linear)
+            hidden, same = reduce_inputs(out + y, each.mlp)
+            total = total + add_low_rank_(same * 1.0, hidden, each.mlp, "mlp").square().sum()
+        total.backward()
+        if not has_buffers:
+            assert leaf.grad is not None
+            gradients = leaf.grad
+        found.append([*layout.view(gradients).a.values(), *layout.view(gradients).b.values()])
+    assert all(map(torch.allclose, *found))
+    assert len(found[0]) == 6
 
 
 def test_a_layout_gives_every_number_of_a_row_to_one_adapter() -> None:
@@ -420,6 +459,22 @@ def test_stepping_rows_is_adam_without_momentum_on_those_rows_only(rows: list[in
     assert torch.allclose(gather_rows(values, index, torch.float64).float(), torch.stack([*reference]), atol=1e-5)
     others = [row for row in range(4) if row not in rows]
     assert torch.equal(values[others], kept[others])
+
+
+def test_the_kernel_scales_as_plain_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of longer rows, to a tensor of their own and where they stand; no number beside them changes."""
+    kernels = load_kernels(Path(adapter_update.__file__).with_name("adapter_update_triton.py"), monkeypatch)
+    monkeypatch.setattr(kernels, "BLOCK", 8)
+    generator = torch.Generator().manual_seed(4)
+    rows, scale = torch.randn(3, 50, generator=generator), torch.randn(2, 5, generator=generator)
+    part = rows[:, 7:37].view(3, 2, 5, 3)
+    expected, kept = adapter_update.scale_rows(part, scale), rows.clone()
+    assert torch.equal(expected, part * scale.unsqueeze(-1))
+    assert torch.equal(kernels.launch_scale(part, scale, None), expected)
+    assert kernels.launch_scale(part, scale, part) is part
+    assert torch.equal(part, expected)
+    assert torch.equal(rows[:, :7], kept[:, :7])
+    assert torch.equal(rows[:, 37:], kept[:, 37:])
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.3])

@@ -50,6 +50,25 @@ def _adam(
     tl.store(values_ptr + slot * size + at, value * decay - lr * step, mask=known)
 
 
+@triton.jit
+def _scale(x_ptr, scale_ptr, y_ptr, size, x_row, y_row, R: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row + at, mask=at < size, other=0.0).to(tl.float32)
+    x *= tl.load(scale_ptr + at // R, mask=at < size, other=0.0)
+    tl.store(y_ptr + row * y_row + at, x.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+def launch_scale(x: Tensor, scale: Tensor, out: Tensor | None) -> Tensor:
+    """Return x (S, N, W, R), whose sets lie without gaps, times scale (N, W), in out (laid out so) or a new tensor."""
+    y, size = x.new_empty(x.shape) if out is None else out, scale.numel() * x.size(3)
+    launch(
+        _scale, (triton.cdiv(size, BLOCK), x.size(0)),
+        x, scale.float().contiguous(), y, size, x.stride(0), y.stride(0), R=x.size(3), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
 def launch_gather(values: Tensor, index: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
     """Return rows index (B,) int64 of values (S, P) float32 times factor, in dtype."""
     size = values.size(1)

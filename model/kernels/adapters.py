@@ -9,12 +9,13 @@ gradient, the backward writes there, and autograd never holds a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.kernels.adapter_update import scale_rows
 from model.kernels.dispatch import uses_triton
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -72,21 +73,18 @@ def reduce_inputs(x: Tensor, adapters: LowRank) -> tuple[Tensor, Tensor]:
     return h, x
 
 
-def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor) -> Tensor:
-    """Return y + scale * (reduced B^T), written over y (S, T, W); reduced (S, T, R), scale (W,)."""
-    z: Tensor = _AddLowRank.apply(y, reduced, adapters.b[kind].to(y.dtype), scale.to(y.dtype), kind, adapters.buffers)
+def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str) -> Tensor:
+    """Return y + reduced B^T, written over y (S, T, W); reduced (S, T, R)."""
+    z: Tensor = _AddLowRank.apply(y, reduced, adapters.b[kind].to(y.dtype), kind, adapters.buffers)
     return z
 
 
-def add_product(
-    x: Tensor, weight: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor, apply: Product
-) -> Tensor:
-    """Return x weight^T + scale * (reduced B^T) (S, T, W) for x (S, T, any) and weight (W, any); others as above.
+def add_product(x: Tensor, weight: Tensor, reduced: Tensor, adapters: LowRank, kind: str, apply: Product) -> Tensor:
+    """Return x weight^T + reduced B^T (S, T, W) for x (S, T, any), weight (W, any) and reduced (S, T, R).
 
     apply(x, weight) is the frozen matrix product.
     """
-    b, scale = adapters.b[kind].to(x.dtype), scale.to(x.dtype)
-    y: Tensor = _AddedProduct.apply(x, weight, reduced, b, scale, kind, adapters.buffers, apply)
+    y: Tensor = _AddedProduct.apply(x, weight, reduced, adapters.b[kind].to(x.dtype), kind, adapters.buffers, apply)
     return y
 
 
@@ -173,62 +171,72 @@ class _Reduce(torch.autograd.Function):
 
 
 class _AddLowRank(torch.autograd.Function):
-    """(y, h, b, scale, kind, buffers) -> y + scale * (h b^T), in place."""
+    """(y, h, b, kind, buffers) -> y + h b^T, in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: Tensor, kind: str, buffers: GradientBuffers | None
-    ) -> Tensor:
-        scaled = b * scale.unsqueeze(-1)  # (S, W, R)
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, kind: str, buffers: GradientBuffers | None) -> Tensor:
         ctx.mark_dirty(y)
-        ctx.save_for_backward(h, scaled, scale)
+        ctx.save_for_backward(h, b)
         ctx.buffer = None if buffers is None else buffers.b[kind]
-        return y.baddbmm_(h, scaled.mT)
+        return y.baddbmm_(h, b.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].contiguous()
-        h, scaled, scale = ctx.saved_tensors
-        return grad, *_low_rank_gradients(grad, h, scaled, scale, ctx.buffer), None, None, None
+        h, b = ctx.saved_tensors
+        return grad, *_low_rank_gradients(grad, h, b, ctx.buffer), None, None
 
 
 class _AddedProduct(torch.autograd.Function):
-    """(x, weight, h, b, scale, kind, buffers, apply) -> x weight^T + scale * (h b^T)."""
+    """(x, weight, h, b, kind, buffers, apply) -> x weight^T + h b^T."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, b: Tensor, scale: Tensor, kind: str,
-        buffers: GradientBuffers | None, apply: Product,
+        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, b: Tensor, kind: str, buffers: GradientBuffers | None,
+        apply: Product,
     ) -> Tensor:  # fmt: skip
-        y, scaled = None, b * scale.unsqueeze(-1)  # (S, W, R)
+        y = None
         if uses_triton(x):
             from model.kernels.adapter_update_triton import adapted
 
-            y = adapted(x, weight, h, [scaled], [weight.size(0)])
+            y = adapted(x, weight, h, [b], [weight.size(0)])
         if y is None:
-            y = apply(x, weight).baddbmm_(h, scaled.mT)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, h, scaled, scale)
+            y = apply(x, weight).baddbmm_(h, b.mT)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, h, b)
         ctx.buffer = None if buffers is None else buffers.b[kind]
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, h, scaled, scale = ctx.saved_tensors
-        grad, needs_x = grads[0].contiguous(), ctx.needs_input_grad[0]
-        grad_h, grad_b = _low_rank_gradients(grad, h, scaled, scale, ctx.buffer)
+        x, weight, h, b = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_h, grad_b = _low_rank_gradients(grad, h, b, ctx.buffer)
         rows = grad.flatten(0, 1)
-        grad_x = (rows @ weight).view(*grad.shape[:2], -1) if needs_x else None
-        return grad_x, None if x is None else rows.mT @ x.flatten(0, 1), grad_h, grad_b, *(None,) * 4
+        grad_x = (rows @ weight).view(*grad.shape[:2], -1) if ctx.needs_input_grad[0] else None
+        return grad_x, None if x is None else rows.mT @ x.flatten(0, 1), grad_h, grad_b, None, None, None
 
 
-def _low_rank_gradients(
-    grad: Tensor, h: Tensor, scaled: Tensor, scale: Tensor, buffer: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of h and b from grad (S, T, W) of scale * (h b^T); b's goes to buffer where there is one."""
-    grad_b = _product(grad.mT, h, buffer)
-    made = buffer if grad_b is None else grad_b
-    assert made is not None
-    made.mul_(scale.unsqueeze(-1))
+def _low_rank_gradients(grad: Tensor, h: Tensor, b: Tensor, buffer: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of h and b from grad (S, T, W) of h b^T; b's goes to buffer where there is one."""
     # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
-    whole = grad.new_empty(*h.shape[:2], h.stride(1))
-    return torch.bmm(grad, scaled, out=whole[..., h.stride(1) - h.size(2) :]), grad_b
+    grad_h = grad.new_empty(*h.shape[:2], h.stride(1))[..., h.stride(1) - h.size(2) :]
+    return torch.bmm(grad, b, out=grad_h), _product(grad.mT, h, buffer)
+
+
+class ScaleGradients(torch.autograd.Function):
+    """(anchor, scaled) -> another anchor; its backward, which comes when all gradients are in their buffers, scales.
+
+    scaled: buffers (S, N, W, R) and what to multiply each by (N, W).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, scaled: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.scaled = scaled
+        ctx.set_materialize_grads(False)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor | None) -> tuple[None, None]:
+        for buffer, scale in ctx.scaled:
+            scale_rows(buffer, scale, out=buffer)
+        return None, None
