@@ -123,21 +123,24 @@ def test_mlp_node(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "time"), [(1, 128), (3, 200), (2, 1984), (5, 64)])  # 64: not by the one kernel
-def test_adapted_product(rows: int, time: int) -> None:
+@pytest.mark.parametrize(("kinds", "rank"), [("qkvo", 96), ("qvo", 80)])
+def test_adapted_product(rows: int, time: int, kinds: str, rank: int) -> None:
     """Queries, keys and values at once; a tile that reaches beyond a row's end must not touch the next row."""
     weight = draw(1024, 512, scale=512**-0.5)
-    columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+    places = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+    columns = {kind: places[kind] for kind in kinds[:-1]}
 
     out_weight = draw(512, 512, scale=512**-0.5)
 
     def function(x: Tensor, seen: Tensor, a: Tensor, *b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        adapters = LowRank(a, dict(zip("qkvo", b, strict=True)))  # that of o is for another product
+        adapters = LowRank(a, dict(zip(kinds, b, strict=True)))  # that of o is for another product
         y, rest = adapt_product(x, weight.to(x.dtype), adapters, columns, F.linear)
         assert rest is not None
         return y, rest, add_product(seen, out_weight.to(x.dtype), rest, adapters, "o", F.linear)
 
-    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256, 512)]
-    inputs = [draw(rows, time, 512), draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b]
+    widths = [*(end - first for first, end in columns.values()), 512]
+    b = [draw(rows, width, rank, scale=rank**-0.5) for width in widths]
+    inputs = [draw(rows, time, 512), draw(rows, time, 512), draw(rows, len(kinds) * rank, 512, scale=512**-0.5), *b]
     check(function, inputs, tolerance=0.02)
 
 

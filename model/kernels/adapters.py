@@ -106,12 +106,11 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rank = a.size(1) // len(b)
         h = torch.bmm(x, a.mT)  # (S, T, K R)
-        y, ends = None, [end for _, end in places]
-        # no column is without an adapter
-        if uses_triton(x) and [0, *ends] == [*(first for first, _ in places), weight.size(0)]:
+        y = None
+        if uses_triton(x) and 2 * sum(end - first for first, end in places) > weight.size(0):  # else it costs more
             from model.kernels.adapter_update_triton import adapted
 
-            y = adapted(x, weight, h, b[: len(places)], ends)
+            y = adapted(x, weight, h, b[: len(places)], places)
         if y is None:
             y = apply(x, weight)
             for i, (first, end) in enumerate(places):
@@ -199,7 +198,7 @@ class _AddedProduct(torch.autograd.Function):
         if uses_triton(x):
             from model.kernels.adapter_update_triton import adapted
 
-            y = adapted(x, weight, h, [b], [weight.size(0)])
+            y = adapted(x, weight, h, [b], [(0, weight.size(0))])
         if y is None:
             y = apply(x, weight).baddbmm_(h, b.mT)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, h, b)
