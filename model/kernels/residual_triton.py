@@ -238,7 +238,7 @@ class MixNorm(torch.autograd.Function):
         num_rows, width = kept.shape
         has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
         # adaptation learns adapters alone: no vector has a gradient then, and neither has the first state
-        has_sums, has_first = any(ctx.needs_input_grad[i] for i in (3, 4, 6, 8, 9)), ctx.needs_input_grad[5]
+        has_first, has_sums = ctx.needs_input_grad[5], any((*ctx.needs_input_grad[3:5], *ctx.needs_input_grad[6:]))
         given = [None if g is None else g.contiguous() for g in grads]
         for place in (1, 2) if has_mix else (2,):
             if given[place] is None:  # nobody read a settled stream's norm, or the mixture where crossed lanes part
