@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,11 +177,13 @@ class LayerWeights(NamedTuple):
     mlp_gate: Tensor | None  # (P,): bias, weights, zeros
 
 
-def layer_weights(weights: Mapping[str, Tensor], dtype: torch.dtype) -> list[LayerWeights]:
-    """Return every layer's weights out of a model's parameters by name, cast once to the compute type.
+def layer_weights(model: Any) -> list[LayerWeights]:
+    """Return every layer's weights out of a GPT's parameters, cast once to the compute type.
 
-    Once a forward pass, for all visits: a layer that is visited three times is cast once.
+    Once a forward pass, for all visits: a layer that is visited three times is cast once. While no weight changes,
+    they serve any number of passes.
     """
+    weights, dtype = dict(model.named_parameters(recurse=False)), model.compute_dtype
     qo, count = weights["qo_bank"], weights["mlp_up_bank"].size(0)
     attn_scale, mlp_scale = weights["attn_scale"], weights["mlp_scale"]
     kv = weights["kv_bank"].to(dtype)

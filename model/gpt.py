@@ -36,7 +36,7 @@ from model.attention.self_attention import HeadGate, Rows, self_attention
 from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_skips, optional_shapes, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
-from model.kernels.adapters import adapt_product, add_low_rank_, reduce_inputs
+from model.kernels.adapters import adapt_product, add_low_rank_, add_product, reduce_inputs
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.dispatch import uses_triton
 from model.kernels.lanes import CrossedLanes, Lanes, cross_norm, mean_norm, merge_norm
@@ -140,6 +140,7 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         num_scored: int | None = None,
         reduction: str = "mean",
+        weights: list[LayerWeights] | None = None,
     ) -> Tensor:
         """Return the loss in nats (float32), or the capped logits where targets is None.
 
@@ -147,11 +148,11 @@ class GPT(nn.Module):
         other; without it each row is one causal sequence. left_padding (B,) int64: leading tokens of each row that
         do not belong to it. With num_scored = n only the last n positions of each row are scored: targets and results
         have n columns, and work that cannot reach them is left out. adapters: one set a row.
-        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n).
-        Logits are (B, T or n, V).
+        reduction: "mean" -> scalar; "sum" -> scalar; "none" -> (B, T or n). Logits are (B, T or n, V).
+        weights: what layer_weights returned, where no weight has changed since then.
         """
         assert packing is None or (left_padding is None and num_scored is None), "a pack is scored whole"
-        hidden = self._run_visits(tokens, is_looped, packing, left_padding, adapters, num_scored)  # (B, n, D)
+        hidden = self._run_visits(tokens, is_looped, packing, left_padding, adapters, num_scored, weights)  # (B, n, D)
         # the head is the embedding again (tied weights), and may have an adapter of its own
         embedding, head = self.tok_emb.weight, adapters.head() if adapters is not None else None
         project, cap = self.projections["head"], self.config.logit_softcap
@@ -181,11 +182,12 @@ class GPT(nn.Module):
         left_padding: Tensor | None,
         adapters: Adapters | None,
         num_scored: int | None,
+        weights: list[LayerWeights] | None = None,
     ) -> Tensor:
         """Run every visit and return the final normed hidden state (B, n, D)."""
         # The plan lists layers in the order of their visits: a first half that leaves skips, a second that takes them.
         plan = visit_plan(self.config, is_looped=is_looped)
-        visits = self._visits((*plan.encoder, *plan.decoder), is_looped, adapters)
+        visits = self._visits((*plan.encoder, *plan.decoder), is_looped, adapters, weights or layer_weights(self))
         n = num_scored or tokens.size(1)
         x0 = self._embed(tokens, left_padding)  # (B, T, D)
         context = Context(x0, *self._rotary(tokens, packing, left_padding), Rows(packing, left_padding, None, {}), n)
@@ -198,19 +200,22 @@ class GPT(nn.Module):
             if step < self.skip_weights.size(0) and skips:
                 skip = Skip(skips.pop(), self.skip_weights[step], self.skip_gates[step])
             is_last = step + 1 == len(plan.decoder)
-            is_parting = (
-                isinstance(lanes, Lanes) and lanes.mlp is None and visit.layer >= self.config.parallel_start_layer
-            )
+            is_one = isinstance(lanes, Lanes) and lanes.mlp is None
+            is_parting = is_one and visit.layer >= self.config.parallel_start_layer
             if isinstance(lanes, CrossedLanes) or (is_parting and self.config.lane_routing == "full"):
                 lanes = self._cross(visit, lanes, context, skip, is_last=is_last)
             else:
                 lanes = self._decode(visit, lanes, context, skip, is_parting=is_parting, is_last=is_last)
         return self._join(lanes, n)
 
-    def _visits(self, layers: tuple[int, ...], is_looped: bool, adapters: Adapters | None) -> list[Visit]:
+    def _visits(
+        self, layers: tuple[int, ...], is_looped: bool, adapters: Adapters | None, weights: list[LayerWeights]
+    ) -> list[Visit]:
         """Return the visits: a layer has the same weights at each of its own, but adapters of its own for each."""
-        weights = layer_weights(dict(self.named_parameters(recurse=False)), self.compute_dtype)
-        own = [VisitAdapters(None, None)] * len(layers) if adapters is None else adapters.visits(len(layers))
+        own = [VisitAdapters(None, None)] * len(layers)
+        if adapters is not None:  # a layer's output scales lie in its matrices, and so they do in its adapters
+            scales = {"o": [weights[i].attn_scale for i in layers], "mlp": [weights[i].mlp_scale for i in layers]}
+            own = adapters.scaled({kind: torch.stack(rows) for kind, rows in scales.items()}).visits(len(layers))
         # Each pass over the repeated block begins with a vector of its own, so that a layer can tell the passes apart.
         shifts = iter(self.get_parameter("pass_embeddings") if self.config.pass_embeddings and is_looped else ())
         starts = [next(shifts, None) if layer == self.config.loop_start else None for layer in layers]
@@ -317,11 +322,12 @@ class GPT(nn.Module):
             gate=gate,
             backend=self.attention_backend,
         )  # (B, n, D)
-        out = self.projections[f"layers_{layer}_o"](y, w.out)
-        if reduced is not None:  # TRAP: o-LoRA reads the block's input, not y, as the reference does
-            assert adapters.attention is not None
-            out = add_low_rank_(out, last_positions(reduced, n), adapters.attention, "o", w.attn_scale)
-        return out
+        apply, low_rank = self.projections[f"layers_{layer}_o"], adapters.attention
+        if reduced is None or low_rank is None:
+            output: Tensor = apply(y, w.out)
+            return output
+        # TRAP: o-LoRA reads the block's input, not y, as the reference does
+        return add_product(y, w.out, last_positions(reduced, n), low_rank, "o", apply)
 
     def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
@@ -346,7 +352,7 @@ class GPT(nn.Module):
             return mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
         reduced, normed = reduce_inputs(normed, adapters.mlp)
         out = mlp(normed, w.up, w.down, up, down, self.config.leaky_slope)
-        return add_low_rank_(out, reduced, adapters.mlp, "mlp", w.mlp_scale)
+        return add_low_rank_(out, reduced, adapters.mlp, "mlp")
 
     def _rotary(self, tokens: Tensor, packing: Packing | None, left_padding: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the rotation tables for every position of the rows."""

@@ -12,14 +12,15 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.config import ADAPTER_KINDS, ModelConfig
-from model.kernels.adapters import GradientBuffers, LowRank
+from model.kernels.adapter_update import scale_rows
+from model.kernels.adapters import GradientBuffers, LowRank, ScaleGradients
 
 ATTENTION_KINDS = ("q", "k", "v", "o")  # they read the same input
 VISIT_KINDS = (*ATTENTION_KINDS, "mlp")
@@ -138,6 +139,15 @@ class Adapters:
     def tensors(self) -> list[Tensor]:
         """Return all tensors, A before B, kinds in their order."""
         return [*self.a.values(), *self.b.values()]
+
+    def scaled(self, scales: Mapping[str, Tensor]) -> Adapters:
+        """Return the adapters with B of the kinds in scales times scales[kind] (N, out); gradients stay those of B."""
+        kinds = [kind for kind in scales if kind in self.b]
+        b = {**self.b, **{kind: scale_rows(self.b[kind], scales[kind]) for kind in kinds}}
+        anchor, gradients = self.anchor, self.gradients
+        if gradients is not None and kinds:
+            anchor = ScaleGradients.apply(anchor, [(gradients.b[kind], scales[kind]) for kind in kinds])
+        return replace(self, b=b, anchor=anchor)
 
     def visits(self, num_visits: int) -> list[VisitAdapters]:
         """Return each visit's adapters; the head is left out."""

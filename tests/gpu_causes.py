@@ -42,7 +42,7 @@ VARIANTS = {
 CONFIG = bench_500()
 CUDA = torch.device("cuda")
 ROW_SPAN, ROW_TOKENS = 198, 24_576
-KERNELS = ("adapters", "cross_entropy", "lanes", "mlp", "residual")
+KERNELS = ("adapter_update", "adapters", "cross_entropy", "lanes", "mlp", "residual")
 
 
 @contextmanager

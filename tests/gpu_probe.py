@@ -139,7 +139,7 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
         "mix_norm_backward": (backward(mixed), 8 * unit),
         "mix_norm_skip_backward": (backward(merged), 10 * unit),
         "add_norm_backward": (backward(added), 4 * unit),
-        "rotate": (lambda: heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=1), 4 * unit),
+        "rotate": (lambda: heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=1), 3 * unit),
         "rotate_backward": (lambda: heads_triton.rotate_backward(head_grads, own, *saved), 6 * unit),
         "exclude": (lambda: gate_triton.gate(y, v, None, None, is_value_excluded=True), 2.5 * unit),
         "exclude_backward": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_self_attention_by_its_kernels(
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("is_value_excluded", [False, True])
-def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
+def test_our_attention_keeps_each_head_once_and_where_it_stood(backend: str, is_value_excluded: bool) -> None:
     """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
     qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
     tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
@@ -124,3 +125,28 @@ def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: boo
         )
     kept.pop(y.untyped_storage().data_ptr(), None)
     assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4
+    assert qkv.untyped_storage().data_ptr() in kept, "the heads are not turned where they stand"
+
+
+def test_visits_share_where_their_segments_lie(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once a pass for whole rows, and once for the last visit's fewer queries; without tables by each visit."""
+    made: list[int] = []
+
+    def count(*arguments: Any, make: Any = self_attention.window_bounds) -> Bounds:
+        made.append(arguments[3])
+        bounds: Bounds = make(*arguments)
+        return bounds
+
+    monkeypatch.setattr(self_attention, "window_bounds", count)
+    qkv, positions = torch.randn(2, TIME, 8 * HEAD_DIM), torch.arange(TIME)
+    cos, sin = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    for tables, wanted in ((None, [TIME, TIME, 66]), ({}, [TIME, 66])):
+        made.clear()
+        found = []
+        for num_queries in (None, None, 66):
+            rows = Rows(None, torch.tensor([0, 89]), num_queries, tables)
+            how = {"num_kv_heads": 2, "is_value_excluded": True}
+            found.append(self_attention.self_attention(qkv.clone(), cos, sin, torch.ones(4), rows, **how))  # type: ignore[arg-type]
+        assert made == wanted
+        assert torch.equal(found[0], found[1])
+        torch.testing.assert_close(found[2][0], found[0][0, -66:])

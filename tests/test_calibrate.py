@@ -12,7 +12,10 @@ from model.corpus.shard_file import write_shard
 from model.data.loader import SpanLoader
 from model.distributed import Dist
 from model.gpt import GPT
+from model.quant import hessians
 from model.quant.calibrate import collect_hessians, draw_windows, window_packing
+from model.quant.hessians import mirror_lower
+from tests.fake_triton import as_value, load_kernels
 from tests.micro_model import VOCAB_SIZE, ignore, micro_loader, random_model
 
 CONFIG = QuantConfig(num_calibration_batches=3, calibration_windows=4, calibration_seq_len=48)
@@ -119,3 +122,36 @@ def test_listening_leaves_no_hook_behind(tmp_path: Path) -> None:
     model = random_model()
     collect(model, micro_loader(tmp_path), CONFIG)
     assert not any(module._forward_pre_hooks for module in model.projections.values())
+
+
+def test_the_kernel_of_half_a_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows than its parts have whole steps for, and more columns than a tile; the other half is never written."""
+    kernels = load_kernels(Path(hessians.__file__).with_name("hessians_triton.py"), monkeypatch)
+    kernels.tl.__dict__.update(minimum=lambda x, y: as_value(np.minimum(x, y)))
+    for name, size in (("TILE_M", 4), ("TILE_N", 8), ("DEPTH", 4), ("PARTS", 3)):
+        monkeypatch.setattr(kernels, name, size)
+    for num_rows in (1, 29):
+        x = torch.randn(num_rows, 24, generator=torch.Generator().manual_seed(num_rows))
+        whole = mirror_lower(kernels.half_moment(x))
+        assert torch.equal(whole, whole.T)
+        torch.testing.assert_close(whole, x.T @ x, rtol=1e-5, atol=1e-5)
+
+
+def test_what_stands_above_the_diagonal_is_not_looked_at() -> None:
+    half = torch.tensor([[1.0, torch.nan, torch.inf], [2.0, 3.0, torch.nan], [4.0, 5.0, 6.0]])
+    assert mirror_lower(half).tolist() == [[1.0, 2.0, 4.0], [2.0, 3.0, 5.0], [4.0, 5.0, 6.0]]
+
+
+@pytest.mark.gpu
+def test_half_a_hessian_on_a_gpu_is_the_whole_one() -> None:
+    for num_rows, width in ((98_304, 2048), (1000, 2048), (65, 1024)):
+        x = torch.randn(num_rows, width, device="cuda").bfloat16()
+        total = torch.zeros(width, width, device="cuda")
+        for _ in range(2):
+            hessians.add_second_moment(total, x)
+        wanted = 2 * (x.double().T @ x.double())
+        assert float((mirror_lower(total).double() - wanted).norm() / wanted.norm()) < 1e-5
+        again = torch.zeros_like(total)
+        for _ in range(2):
+            hessians.add_second_moment(again, x)
+        assert torch.equal(mirror_lower(total), mirror_lower(again))

@@ -27,6 +27,13 @@ class Table(torch.nn.Module):
         return torch.arange(targets.size(1), dtype=torch.float32).expand(targets.shape)
 
 
+class Unweighted(RowScorer):
+    """Of a model without weights."""
+
+    def refresh(self) -> None:
+        """Do nothing."""
+
+
 def score(validation: ValidationSet, config: EvalConfig = ROWS) -> np.ndarray:
     return score_rows(random_model(), validation, config, Dist.single(), ignore)
 
@@ -132,8 +139,26 @@ def test_each_row_is_scored_by_one_rank() -> None:
     heard: list[int] = []
     for rank in range(3):
         dist = LoneRank(rank=rank, world_size=3)
-        score_rows(Table(), validation, ROWS, dist, lambda _p, row, _t, _m: heard.append(row))  # type: ignore[arg-type]
+        scorer = Unweighted(Table())  # type: ignore[arg-type]
+        score_rows(scorer.model, validation, ROWS, dist, lambda _p, row, _t, _m: heard.append(row), scorer=scorer)
     assert sorted(heard) == [1, 2, 3]
+
+
+def test_a_scorer_takes_the_weights_as_they_are_when_a_pass_begins() -> None:
+    """Also where recordings read them: those of the pass before are overwritten, not replaced."""
+    validation, model = micro_validation(*LENGTHS), random_model()
+    recorder = FakeRecorder(lambda inputs, *_: (inputs.size(1),), lambda *_inputs: False)
+    scorer, scores, places = RowScorer(model, recorder=recorder), [], []
+    for _ in range(3):
+        scores.append(score_rows(model, validation, ROWS, Dist.single(), ignore, scorer=scorer))
+        assert np.array_equal(scores[-1], score_rows(model, validation, ROWS, Dist.single(), ignore))
+        assert scorer.weights is not None
+        places.append([weight.qkv.data_ptr() for weight in scorer.weights])
+        with torch.no_grad():
+            model.qo_bank.mul_(1.5)
+    assert recorder.num_made
+    assert places[2] == places[1]
+    assert np.abs(scores[2] - scores[1]).max() > 1e-3
 
 
 def test_rows_that_cannot_be_recorded_score_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -167,6 +167,46 @@ def test_frozen_weights_need_no_gradient_of_the_first_state(fused: None, monkeyp
     assert heard == [None] * 4 + [False] * 4
 
 
+@pytest.mark.parametrize("has_skip", [False, True])
+@pytest.mark.parametrize("width", [None, 12])
+@pytest.mark.parametrize("kind", ["stream", "lanes", "end"])
+def test_frozen_vectors_get_no_sums_and_the_streams_the_same_gradients(
+    fused: None, monkeypatch: pytest.MonkeyPatch, has_skip: bool, width: int | None, kind: str
+) -> None:
+    """As in test-time training, where gradients come back to adapters only."""
+    kernels = sys.modules[f"model.kernels.{'residual' if kind == 'stream' else 'lanes'}_triton"]
+    heard: list[bool] = []
+
+    def listen(*args: Any, launch: Any = kernels.launch, **options: Any) -> None:
+        heard.extend([options["HAS_SUMS"]] if "HAS_SUMS" in options else [])
+        launch(*args, **options)
+
+    monkeypatch.setattr(kernels, "launch", listen)
+    xs, gate = streams(1, 2, 3, 4, 5, 6), None if width is None else parameter(width, seed=7)
+    vectors = [parameter(2, DIM, seed=8), parameter(DIM, seed=9), parameter(DIM, seed=10), parameter(8, seed=11)]
+
+    def outputs(xs: list[Tensor], vectors: list[Tensor], gate: Tensor | None) -> list[Tensor]:
+        mix, skip = Mix(xs[4], vectors[0]), Skip(xs[5], *vectors[1:3]) if has_skip else None
+        crossed = CrossedLanes(xs[0], xs[1], xs[2], xs[3], vectors[3], gate)
+        if kind == "end":
+            return [mean_norm(crossed)]
+        if kind == "lanes":
+            return [y for y in cross_norm(crossed, mix, 0.7, skip)[:4] if y is not None]
+        return list(mix_norm(Stream(xs[0], xs[1], gate), mix, 0.7, skip)[:3])
+
+    found = []
+    for is_frozen in (True, False):
+        leaves = [x.clone().requires_grad_(place != 4) for place, x in enumerate(xs)]
+        learned = [v.clone().requires_grad_(not is_frozen) for v in vectors]
+        sums = [(y * draw(*y.shape, seed=20 + i)).sum() for i, y in enumerate(outputs(leaves, learned, gate))]
+        torch.stack(sums).sum().backward()
+        assert all((v.grad is None) or not is_frozen for v in learned)
+        found.append([x.grad for x in leaves if x.grad is not None])
+    assert heard == [False, True]
+    assert len(found[0]) == {"stream": 2, "lanes": 4, "end": 4}[kind] + (has_skip and kind != "end")
+    assert all(map(torch.equal, *found))
+
+
 def crossed_inputs(width: int | None) -> list[Tensor | None]:
     gate = None if width is None else parameter(width, seed=6)
     return [*streams(1, 2, 3, 4), parameter(8, seed=5), gate]

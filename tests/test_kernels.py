@@ -27,7 +27,7 @@ from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
 from model.gpt import GPT
 from model.kernels import cross_entropy
-from model.kernels.adapters import LowRank, adapt_product
+from model.kernels.adapters import LowRank, adapt_product, add_product
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
 from model.kernels.lanes import merge_norm
 from model.kernels.mlp import mlp, project_and_activate
@@ -125,19 +125,25 @@ def test_mlp_node(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "time"), [(1, 128), (3, 200), (2, 1984), (5, 64)])  # 64: not by the one kernel
-def test_adapted_product(rows: int, time: int) -> None:
+@pytest.mark.parametrize(("kinds", "rank"), [("qkvo", 96), ("qvo", 80)])
+def test_adapted_product(rows: int, time: int, kinds: str, rank: int) -> None:
     """Queries, keys and values at once; a tile that reaches beyond a row's end must not touch the next row."""
     weight = draw(1024, 512, scale=512**-0.5)
-    columns = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+    places = {"q": (0, 512), "k": (512, 768), "v": (768, 1024)}
+    columns = {kind: places[kind] for kind in kinds[:-1]}
 
-    def function(x: Tensor, a: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        b = {"q": q, "k": k, "v": v, "o": v.detach()}  # that of o is for another product
-        y, rest = adapt_product(x, weight.to(x.dtype), LowRank(a, b), columns, F.linear)
+    out_weight = draw(512, 512, scale=512**-0.5)
+
+    def function(x: Tensor, seen: Tensor, a: Tensor, *b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        adapters = LowRank(a, dict(zip(kinds, b, strict=True)))  # that of o is for another product
+        y, rest = adapt_product(x, weight.to(x.dtype), adapters, columns, F.linear)
         assert rest is not None
-        return y, rest
+        return y, rest, add_product(seen, out_weight.to(x.dtype), rest, adapters, "o", F.linear)
 
-    b = [draw(rows, width, 96, scale=96**-0.5) for width in (512, 256, 256)]
-    check(function, [draw(rows, time, 512), draw(rows, 4 * 96, 512, scale=512**-0.5), *b], tolerance=0.02)
+    widths = [*(end - first for first, end in columns.values()), 512]
+    b = [draw(rows, width, rank, scale=rank**-0.5) for width in widths]
+    inputs = [draw(rows, time, 512), draw(rows, time, 512), draw(rows, len(kinds) * rank, 512, scale=512**-0.5), *b]
+    check(function, inputs, tolerance=0.02)
 
 
 @pytest.mark.gpu
@@ -316,7 +322,8 @@ def test_self_attention_gives_the_same_bits_every_time(rows: Rows) -> None:
     grad = draw(3, rows.num_queries or 300, 8 * 64)
 
     def attend() -> Tensor:
-        return self_attention(qkv, *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
+        # a copy, for it is overwritten
+        return self_attention(qkv.clone(), *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
 
     def outputs() -> list[Tensor]:
         y = attend()

@@ -15,7 +15,7 @@ from model.data.shards import BOS_ID, find_documents
 from model.data.validation import ValidationSet
 from model.distributed import Dist
 from model.gpt import GPT
-from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows
+from model.kernels.adapter_update import AdamSettings, adam_rows_, gather_rows, scale_rows
 from model.kernels.graphs import Recorder
 from model.presets import published
 from model.quant.sensitivity import LossProbe
@@ -78,6 +78,20 @@ def test_the_kernels_gather_and_step_as_plain_pytorch_does() -> None:
         adam_rows_(ours, sums, at, steps, factors, settings, factor)
     assert torch.allclose(ours.cpu(), values, rtol=1e-6, atol=1e-8)
     assert torch.allclose(sums.cpu(), moments, rtol=1e-6, atol=1e-12)
+
+
+def test_the_kernel_scales_as_float32_does() -> None:
+    """A part of longer rows, as adapters lie there, into a tensor of its own and where it stands."""
+    torch.manual_seed(0)
+    rows, scale = torch.randn(3, 200_003, device=CUDA).bfloat16(), 1 + 0.3 * torch.randn(17, 40, device=CUDA)
+    part, kept = rows[:, 1008 : 1008 + 17 * 40 * 96].view(3, 17, 40, 96), rows.clone()
+    wanted = (part.float() * scale.unsqueeze(-1)).bfloat16()
+    assert torch.equal(scale_rows(part, scale), wanted)
+    assert torch.equal(rows, kept)
+    scale_rows(part, scale, out=part)
+    assert torch.equal(part, wanted)
+    assert torch.equal(rows[:, :1008], kept[:, :1008])
+    assert torch.equal(rows[:, 1008 + 17 * 40 * 96 :], kept[:, 1008 + 17 * 40 * 96 :])
 
 
 def test_a_recorded_step_does_what_single_operations_do() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Bounds(NamedTuple):
     keys: Tensor
     max_queries: int
     max_keys: int
-    tables: dict[tuple[int, ...], Tensor] | None = None
+    tables: dict[tuple[int, ...], Any] | None = None
 
 
 def segment_bounds(packing: Packing | None, num_rows: int, row_len: int, device: torch.device) -> Bounds:

@@ -21,11 +21,12 @@ BACKWARD_PROGRAMS = 132 * 8
 def _rotate(
     x_ptr, cos_ptr, sin_ptr, gain_ptr, y_ptr, inverse_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr,
     G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr,
+    IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     head = tl.arange(0, HEADS)[None, :, None]
     e = tl.arange(0, E)[None, None, :]
-    inside = (rows < num_rows) & (head < H + 2 * K)
+    inside = (rows < num_rows) & (head < H + (K if IN_PLACE else 2 * K))
     at = rows * ((H + 2 * K) * E) + head * E
     x = tl.load(x_ptr + at + e, mask=inside & (e < E), other=0.0).to(tl.float32)
     turns = inside & (head < H + K) & (e < 2 * HALF)
@@ -39,6 +40,8 @@ def _rotate(
     factor = tl.where(heads < H + K, gain * inverse, 1.0)
     y = (x * cos + tl.where(e < HALF, partner, -partner) * sin) * factor[:, :, None]
     y = y.to(y_ptr.dtype.element_ty)
+    if IN_PLACE:
+        tl.debug_barrier()  # other threads have read what is overwritten now
     out = y_ptr + rows * ((H + 2 * K * G) * E) + e
     tl.store(out + head * E, y, mask=inside & (head < H))
     for copy in tl.static_range(G):  # G copies of each key and value head
@@ -119,19 +122,23 @@ def rotate(
 
     y (N, H + 2 K num_copies, E) holds H queries, normed, turned and scaled, then the keys, normed and turned, and the
     values, each of them num_copies times: with H / K copies attention and its backward need no grouping. cos and sin
-    float32 (rows, E'), row n of qkv (N, W) uses row n modulo rows; gain (H,).
+    float32 (rows, E'), row n of qkv (N, W) uses row n modulo rows; gain (H,). TRAP: one copy is written over qkv, whose
+    values are in their place already; whoever saved qkv for a backward is told by an error.
     """
     num_heads = gain.numel()
     head_dim = qkv.size(1) // (num_heads + 2 * num_kv_heads)
-    y = torch.empty(
-        qkv.size(0), num_heads + 2 * num_kv_heads * num_copies, head_dim, device=qkv.device, dtype=qkv.dtype
-    )
+    shape = qkv.size(0), num_heads + 2 * num_kv_heads * num_copies, head_dim
+    if num_copies == 1:
+        torch.autograd.graph.increment_version(qkv)
+        y = qkv.detach().view(shape)
+    else:
+        y = qkv.new_empty(shape)
     inverse = torch.empty(qkv.size(0), num_heads + num_kv_heads, device=qkv.device, dtype=torch.float32)
     launch(
         _rotate, (triton.cdiv(qkv.size(0), ROWS),),
         qkv, cos, sin, gain, y, inverse, qkv.size(0), cos.size(0), H=num_heads, K=num_kv_heads, G=num_copies,
         E=head_dim, HALF=cos.size(1),
-        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, num_warps=4,
+        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, IN_PLACE=num_copies == 1, num_warps=4,
     )  # fmt: skip
     return y, inverse
 

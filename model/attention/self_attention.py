@@ -28,13 +28,13 @@ class Rows(NamedTuple):
 
     Rows (B, T) are causal sequences; packing cuts a single one into segments; left_padding (B,) int64 counts leading
     tokens that belong to nobody; num_queries: only the last so many positions are wanted (None: all). tables: where
-    visits keep what they can share, see Bounds.
+    visits keep what they can share, bounds by (num_queries,) and what Bounds has there.
     """
 
     packing: Packing | None = None
     left_padding: Tensor | None = None
     num_queries: int | None = None
-    tables: dict[tuple[int, ...], Tensor] | None = None
+    tables: dict[tuple[int, ...], Any] | None = None
 
 
 class HeadGate(NamedTuple):
@@ -52,7 +52,7 @@ def self_attention(
 
     Queries and keys are normed and turned by cos and sin (T or B x T, rope_dims / 2), queries multiplied by q_gain
     (H,); is_value_excluded removes from each head's output its component along the token's own value; gate multiplies
-    what is left.
+    what is left. TRAP: 16-bit qkv on CUDA may be overwritten.
     """
     batch, time, width = qkv.shape
     num_heads = q_gain.numel()
@@ -98,17 +98,18 @@ def _fused(
     backend: str,
 ) -> Tensor:
     name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
-    if rows.left_padding is not None or shape.num_queries < shape.time:
-        bounds = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
-    else:
-        bounds = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
+    made, key = {} if rows.tables is None else rows.tables, (shape.num_queries,)
+    if key not in made and (rows.left_padding is not None or shape.num_queries < shape.time):
+        made[key] = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
+    elif key not in made:
+        made[key] = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
     flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
     columns, weights = (None, None) if gate is None else (gate.columns.flatten(0, 1).contiguous(), gate.weights)
     inputs = (x for x in (flat, gain, columns, weights) if x is not None)
     is_recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     z: Tensor = _SelfAttention.apply(
-        flat, *tables, gain, columns, weights, bounds._replace(tables=rows.tables), shape, is_value_excluded, name,
+        flat, *tables, gain, columns, weights, made[key]._replace(tables=rows.tables), shape, is_value_excluded, name,
         is_recording,
     )  # fmt: skip
     return z.view(shape.batch, shape.num_queries, -1)

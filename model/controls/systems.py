@@ -202,10 +202,17 @@ class GatelessGPT(GPT):
     forgotten, stand_in = "skip_gates", -math.inf  # sigmoid 0: the skip connection takes all
 
     def _run_visits(
-        self, tokens: Tensor, is_looped: bool, packing: Any, left_padding: Any, adapters: Any, n: Any
+        self,
+        tokens: Tensor,
+        is_looped: bool,
+        packing: Any,
+        left_padding: Any,
+        adapters: Any,
+        n: Any,
+        weights: Any = None,
     ) -> Tensor:
         if adapters is None:
-            return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n)
+            return super()._run_visits(tokens, is_looped, packing, left_padding, adapters, n, weights)
         part = self.get_parameter(self.forgotten)
         kept = part.data
         part.data = torch.full_like(kept, self.stand_in)

@@ -1,4 +1,4 @@
-"""What happens to the stored adapters between two forwards: rows gathered for a batch, and stepped by Adam.
+"""What happens to the stored adapters between two forwards: rows gathered for a batch, scaled, and stepped by Adam.
 
 All numbers of one document lie in one row, so each is one pass over memory: Triton for float32 on CUDA
 (model.kernels.adapter_update_triton), plain PyTorch elsewhere.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.dispatch import has_triton
+from model.kernels.dispatch import has_triton, uses_triton
 
 
 class AdamSettings(NamedTuple):
@@ -59,6 +59,16 @@ def adam_rows_(
     moments[index] = moment
     root = (moment / correction.to(values.dtype).unsqueeze(1)).sqrt_().add_(eps)
     values[index] = values[index].mul_(1 - lr * weight_decay).addcdiv_(gradient, root, value=-lr)
+
+
+def scale_rows(x: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return x (S, N, W, R) times scale (N, W), in x's type; out: where to, x itself perhaps."""
+    is_dense = x.stride()[1:] == (x.size(2) * x.size(3), x.size(3), 1)
+    if uses_triton(x) and is_dense and not (x.requires_grad or scale.requires_grad):
+        from model.kernels.adapter_update_triton import launch_scale
+
+        return launch_scale(x, scale, out)
+    return torch.mul(x, scale.to(x.dtype).unsqueeze(-1), out=out)
 
 
 def _is_served(values: Tensor) -> bool:

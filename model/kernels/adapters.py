@@ -9,12 +9,13 @@ gradient, the backward writes there, and autograd never holds a copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.kernels.adapter_update import scale_rows
 from model.kernels.dispatch import uses_triton
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -72,10 +73,19 @@ def reduce_inputs(x: Tensor, adapters: LowRank) -> tuple[Tensor, Tensor]:
     return h, x
 
 
-def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str, scale: Tensor) -> Tensor:
-    """Return y + scale * (reduced B^T), written over y (S, T, W); reduced (S, T, R), scale (W,)."""
-    z: Tensor = _AddLowRank.apply(y, reduced, adapters.b[kind].to(y.dtype), scale.to(y.dtype), kind, adapters.buffers)
+def add_low_rank_(y: Tensor, reduced: Tensor, adapters: LowRank, kind: str) -> Tensor:
+    """Return y + reduced B^T, written over y (S, T, W); reduced (S, T, R)."""
+    z: Tensor = _AddLowRank.apply(y, reduced, adapters.b[kind].to(y.dtype), kind, adapters.buffers)
     return z
+
+
+def add_product(x: Tensor, weight: Tensor, reduced: Tensor, adapters: LowRank, kind: str, apply: Product) -> Tensor:
+    """Return x weight^T + reduced B^T (S, T, W) for x (S, T, any), weight (W, any) and reduced (S, T, R).
+
+    apply(x, weight) is the frozen matrix product.
+    """
+    y: Tensor = _AddedProduct.apply(x, weight, reduced, adapters.b[kind].to(x.dtype), kind, adapters.buffers, apply)
+    return y
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor | None:
@@ -96,12 +106,11 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         rank = a.size(1) // len(b)
         h = torch.bmm(x, a.mT)  # (S, T, K R)
-        y, ends = None, [end for _, end in places]
-        # no column is without an adapter
-        if uses_triton(x) and [0, *ends] == [*(first for first, _ in places), weight.size(0)]:
+        y = None
+        if uses_triton(x) and 2 * sum(end - first for first, end in places) > weight.size(0):  # else it costs more
             from model.kernels.adapter_update_triton import adapted
 
-            y = adapted(x, weight, h, b[: len(places)], ends)
+            y = adapted(x, weight, h, b[: len(places)], places)
         if y is None:
             y = apply(x, weight)
             for i, (first, end) in enumerate(places):
@@ -161,25 +170,72 @@ class _Reduce(torch.autograd.Function):
 
 
 class _AddLowRank(torch.autograd.Function):
-    """(y, h, b, scale, kind, buffers) -> y + scale * (h b^T), in place."""
+    """(y, h, b, kind, buffers) -> y + h b^T, in place."""
 
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, h: Tensor, b: Tensor, scale: Tensor, kind: str, buffers: GradientBuffers | None
-    ) -> Tensor:
-        scaled = b * scale.unsqueeze(-1)  # (S, W, R)
+    def forward(ctx: Any, y: Tensor, h: Tensor, b: Tensor, kind: str, buffers: GradientBuffers | None) -> Tensor:
         ctx.mark_dirty(y)
-        ctx.save_for_backward(h, scaled, scale)
-        ctx.kind, ctx.buffers = kind, buffers
-        return y.baddbmm_(h, scaled.mT)
+        ctx.save_for_backward(h, b)
+        ctx.buffer = None if buffers is None else buffers.b[kind]
+        return y.baddbmm_(h, b.mT)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, scaled, scale = ctx.saved_tensors
         grad = grads[0].contiguous()
-        grad_b = _product(grad.mT, h, ctx.buffers.b[ctx.kind] if ctx.buffers is not None else None)
-        (ctx.buffers.b[ctx.kind] if grad_b is None else grad_b).mul_(scale.unsqueeze(-1))
-        # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
-        whole = grad.new_empty(*h.shape[:2], h.stride(1))
-        grad_h = whole[..., h.stride(1) - h.size(2) :]
-        return grad, torch.bmm(grad, scaled, out=grad_h), grad_b, None, None, None
+        h, b = ctx.saved_tensors
+        return grad, *_low_rank_gradients(grad, h, b, ctx.buffer), None, None
+
+
+class _AddedProduct(torch.autograd.Function):
+    """(x, weight, h, b, kind, buffers, apply) -> x weight^T + h b^T."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, h: Tensor, b: Tensor, kind: str, buffers: GradientBuffers | None,
+        apply: Product,
+    ) -> Tensor:  # fmt: skip
+        y = None
+        if uses_triton(x):
+            from model.kernels.adapter_update_triton import adapted
+
+            y = adapted(x, weight, h, [b], [(0, weight.size(0))])
+        if y is None:
+            y = apply(x, weight).baddbmm_(h, b.mT)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, h, b)
+        ctx.buffer = None if buffers is None else buffers.b[kind]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, h, b = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_h, grad_b = _low_rank_gradients(grad, h, b, ctx.buffer)
+        rows = grad.flatten(0, 1)
+        grad_x = (rows @ weight).view(*grad.shape[:2], -1) if ctx.needs_input_grad[0] else None
+        return grad_x, None if x is None else rows.mT @ x.flatten(0, 1), grad_h, grad_b, None, None, None
+
+
+def _low_rank_gradients(grad: Tensor, h: Tensor, b: Tensor, buffer: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of h and b from grad (S, T, W) of h b^T; b's goes to buffer where there is one."""
+    # laid out as h, which may be the last part of the reduced inputs of several: see _AdaptedProduct
+    grad_h = grad.new_empty(*h.shape[:2], h.stride(1))[..., h.stride(1) - h.size(2) :]
+    return torch.bmm(grad, b, out=grad_h), _product(grad.mT, h, buffer)
+
+
+class ScaleGradients(torch.autograd.Function):
+    """(anchor, scaled) -> another anchor; its backward, which comes when all gradients are in their buffers, scales.
+
+    scaled: buffers (S, N, W, R) and what to multiply each by (N, W).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, scaled: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.scaled = scaled
+        ctx.set_materialize_grads(False)
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor | None) -> tuple[None, None]:
+        for buffer, scale in ctx.scaled:
+            scale_rows(buffer, scale, out=buffer)
+        return None, None

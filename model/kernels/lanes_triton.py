@@ -104,7 +104,8 @@ def _cross_backward(
     partial_ptr, routes_partial_ptr, factor_partial_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr, IS_END: tl.constexpr,
     HAS_GRAD0: tl.constexpr, HAS_GRAD1: tl.constexpr, HAS_SKIP: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr, FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr, HAS_SUMS: tl.constexpr,
+    FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr,
 ):  # fmt: skip
     """Of _cross, or of _mean (IS_END): then the norm's gradient is all there is."""
     program = tl.program_id(0)
@@ -129,12 +130,9 @@ def _cross_backward(
         bias = tl.load(factor_ptr)
         sum_factor = tl.zeros((ROWS, NEAR), tl.float32)
         sum_bias = tl.zeros((ROWS,), tl.float32)
-    sum_keep0 = tl.zeros((ROWS,), tl.float32)
-    sum_keep1 = tl.zeros((ROWS,), tl.float32)
-    sum_attention0 = tl.zeros((ROWS,), tl.float32)
-    sum_attention1 = tl.zeros((ROWS,), tl.float32)
-    sum_mlp0 = tl.zeros((ROWS,), tl.float32)
-    sum_mlp1 = tl.zeros((ROWS,), tl.float32)
+    sum_keep0, sum_keep1 = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sum_attention0, sum_attention1 = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    sum_mlp0, sum_mlp1 = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for tile in range(program, (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         at = rows[:, None] * D + cols[None, :]
@@ -164,9 +162,10 @@ def _cross_backward(
             if HAS_GRAD0:
                 grad0 += tl.load(grad0_ptr + at, mask=inside, other=0.0).to(tl.float32)
             if HAS_SKIP:
-                skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                sum_weight += grad0 * skip
-                sum_gate += grad0 * (x - weight * skip)
+                if HAS_SUMS:
+                    skip = tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                    sum_weight += grad0 * skip
+                    sum_gate += grad0 * (x - weight * skip)
                 grad_skip = (1 - gate) * weight * grad0
                 tl.store(grad_skip_ptr + at, grad_skip.to(grad_skip_ptr.dtype.element_ty), mask=inside)
                 grad0 = gate * grad0
@@ -175,19 +174,22 @@ def _cross_backward(
             grad1 = _norm_backward(grad, y, scale, D)
             if HAS_GRAD1:
                 grad1 += tl.load(grad1_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        lane0 = tl.load(lane0_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        sum_keep0 += tl.sum(grad0 * lane0, axis=1)
+        if HAS_SUMS:
+            lane0 = tl.load(lane0_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_keep0 += tl.sum(grad0 * lane0, axis=1)
         tl.store(grad_lane0_ptr + at, (keep0 * grad0).to(grad_lane0_ptr.dtype.element_ty), mask=inside)
-        attention = tl.load(attention_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        sum_attention0 += tl.sum(grad0 * attention, axis=1)
-        sum_attention1 += tl.sum(grad1 * attention, axis=1)
+        if HAS_SUMS:
+            attention = tl.load(attention_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_attention0 += tl.sum(grad0 * attention, axis=1)
+            sum_attention1 += tl.sum(grad1 * attention, axis=1)
         grad_attention = attention0 * grad0 + attention1 * grad1
         tl.store(grad_attention_ptr + at, grad_attention.to(grad_attention_ptr.dtype.element_ty), mask=inside)
-        lane1 = tl.load(lane1_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        sum_keep1 += tl.sum(grad1 * lane1, axis=1)
-        mlp = tl.load(mlp_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        along0 = tl.sum(grad0 * mlp, axis=1)
-        along1 = tl.sum(grad1 * mlp, axis=1)
+        if HAS_SUMS or FACTOR > 0:
+            lane1 = tl.load(lane1_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sum_keep1 += tl.sum(grad1 * lane1, axis=1)
+            mlp = tl.load(mlp_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            along0 = tl.sum(grad0 * mlp, axis=1)
+            along1 = tl.sum(grad1 * mlp, axis=1)
         grad_mlp = mlp0 * grad0 + mlp1 * grad1
         grad_lane1 = keep1 * grad1
         if FACTOR > 0:
@@ -201,28 +203,30 @@ def _cross_backward(
             read = tl.load(lane1_ptr + rows[:, None] * D + near[None, :], mask=seen, other=0.0).to(tl.float32)
             sum_factor += slope[:, None] * read
             sum_bias += slope
-        sum_mlp0 += along0
-        sum_mlp1 += along1
+        if HAS_SUMS:
+            sum_mlp0 += along0
+            sum_mlp1 += along1
         tl.store(grad_mlp_ptr + at, grad_mlp.to(grad_mlp_ptr.dtype.element_ty), mask=inside)
         tl.store(grad_lane1_ptr + at, grad_lane1.to(grad_lane1_ptr.dtype.element_ty), mask=inside)
-    tl.store(routes_partial_ptr + program * 8, tl.sum(sum_keep0, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 1, tl.sum(sum_keep1, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 2, tl.sum(sum_attention0, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 3, tl.sum(sum_attention1, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 4, tl.sum(sum_mlp0, axis=0))
-    tl.store(routes_partial_ptr + program * 8 + 5, tl.sum(sum_mlp1, axis=0))
-    if FACTOR > 0:
-        tl.store(factor_partial_ptr + program * (FACTOR + 1), tl.sum(sum_bias, axis=0))
-        place = factor_partial_ptr + program * (FACTOR + 1) + 1 + near
-        tl.store(place, tl.sum(sum_factor, axis=0), mask=near < FACTOR)
-    if not IS_END:
-        place = partial_ptr + program * 4 * D + cols
-        tl.store(place, tl.sum(sum_a, axis=0), mask=known)
-        tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
-        if HAS_SKIP:
-            # as in model.kernels.residual_triton: x is merged already, and has one factor of the gate in it
-            tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
-            tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
+    if HAS_SUMS:
+        tl.store(routes_partial_ptr + program * 8, tl.sum(sum_keep0, axis=0))
+        tl.store(routes_partial_ptr + program * 8 + 1, tl.sum(sum_keep1, axis=0))
+        tl.store(routes_partial_ptr + program * 8 + 2, tl.sum(sum_attention0, axis=0))
+        tl.store(routes_partial_ptr + program * 8 + 3, tl.sum(sum_attention1, axis=0))
+        tl.store(routes_partial_ptr + program * 8 + 4, tl.sum(sum_mlp0, axis=0))
+        tl.store(routes_partial_ptr + program * 8 + 5, tl.sum(sum_mlp1, axis=0))
+        if FACTOR > 0:
+            tl.store(factor_partial_ptr + program * (FACTOR + 1), tl.sum(sum_bias, axis=0))
+            place = factor_partial_ptr + program * (FACTOR + 1) + 1 + near
+            tl.store(place, tl.sum(sum_factor, axis=0), mask=near < FACTOR)
+        if not IS_END:
+            place = partial_ptr + program * 4 * D + cols
+            tl.store(place, tl.sum(sum_a, axis=0), mask=known)
+            tl.store(place + D, tl.sum(sum_b, axis=0), mask=known)
+            if HAS_SKIP:
+                # as in model.kernels.residual_triton: x is merged already, and has one factor of the gate in it
+                tl.store(place + 2 * D, tl.sum((1 - gate) * sum_weight, axis=0), mask=known)
+                tl.store(place + 3 * D, tl.sum((1 - gate) * sum_gate, axis=0), mask=known)
 
 
 def _sizes(width: int) -> dict[str, int]:
@@ -259,14 +263,16 @@ class CrossNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        lane0, skip = ctx.saved_tensors[0], ctx.saved_tensors[8]
         # the last visit may want its norms for some positions only, and then nothing of a lane itself
-        norms = [torch.zeros_like(lane0) if g is None else g for g in grads[2:4]]
+        norms = [torch.zeros_like(ctx.saved_tensors[0]) if g is None else g for g in grads[2:4]]
         given = [None if g is None else g.contiguous() for g in (*grads[:2], *norms, *grads[4:])]
-        made, sums, *rest = _launch_backward(given, ctx.saved_tensors, ctx.scale, has_first=ctx.needs_input_grad[9])
-        assert sums is not None
-        grad_weight, grad_gate = (None, None) if skip is None else sums[2:4]
-        return *made[:4], *rest, made[4], grad_weight, grad_gate, made[5], sums[:2], None, None
+        needs = ctx.needs_input_grad  # in adaptation only streams need gradients, no vector and not the first state
+        made, sums, *rest = _launch_backward(
+            given, ctx.saved_tensors, ctx.scale, has_first=needs[9], has_sums=any(needs[i] for i in (4, 5, 7, 8, 10))
+        )
+        grad_mix, columns = (None, (None, None)) if sums is None else (sums[:2], sums[2:])
+        grad_skip = made[4], *(columns if made[4] is not None else (None, None))
+        return *made[:4], *rest, *grad_skip, made[5], grad_mix, None, None
 
 
 class MeanNorm(torch.autograd.Function):
@@ -288,41 +294,32 @@ class MeanNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = [None, None, grads[0].contiguous(), None, None, None]
-        made, _, *rest = _launch_backward(given, (*ctx.saved_tensors, *(None,) * 7), 1.0, has_first=False)
+        given, saved = [None, None, grads[0].contiguous(), None, None, None], (*ctx.saved_tensors, *(None,) * 7)
+        made, _, *rest = _launch_backward(given, saved, 1.0, has_first=False, has_sums=any(ctx.needs_input_grad[4:]))
         return *made[:4], *rest
 
 
 def _launch_backward(
-    grads: list[Tensor | None], saved: tuple[Tensor | None, ...], scale: float, *, has_first: bool
-) -> tuple[list[Tensor | None], Tensor | None, Tensor, Tensor | None]:
-    """Return the gradients of (lane 0, lane 1, attention, mlp, skip, first), the column sums, of routes and factor."""
-    lane0, routes, factor, skip, is_end = saved[0], saved[4], saved[5], saved[8], saved[11] is None
+    grads: list[Tensor | None], saved: tuple[Tensor | None, ...], scale: float, *, has_first: bool, has_sums: bool
+) -> tuple[Any, ...]:
+    """Return [gradients of lanes 0 and 1, attention, mlp, skip, first] and, if has_sums, of columns, routes, factor."""
+    lane0, factor, skip, is_end = saved[0], saved[5], saved[8], saved[11] is None
     assert lane0 is not None
-    assert routes is not None
     num_rows, width = lane0.shape
     made = [torch.empty_like(lane0) if each else None for each in (*(True,) * 4, skip is not None, has_first)]
     programs = min(BACKWARD_PROGRAMS, num_rows)
     warps = max(1, triton.next_power_of_2(width) // 512) * (1 if skip is None else 2)  # a skip needs more registers
     sizes = _sizes(width) | {"ROWS": 1, "num_warps": warps}  # a row of one warp waits for no other
-
-    def sums_of(*shape: int) -> Tensor:
-        return torch.zeros(programs, *shape, device=lane0.device, dtype=torch.float32)  # two of eight routes are none
-
-    partial, routes_partial = None if is_end else sums_of(4, width), sums_of(8)
-    factor_partial = None if factor is None else sums_of(factor.numel())
-    columns = grads[4]
+    shapes = None if is_end else (4, width), (8,), None if factor is None else factor.shape  # six of eight are routes
+    sums = [lane0.new_zeros(programs, *s, dtype=torch.float32) if has_sums and s else None for s in shapes]
     launch(
         _cross_backward, (programs,),
-        *grads, *saved, *made, partial, routes_partial, factor_partial, num_rows, scale,
+        *grads, *saved, *made, *sums, num_rows, scale,
         IS_END=is_end, HAS_GRAD0=grads[0] is not None, HAS_GRAD1=grads[1] is not None, HAS_SKIP=skip is not None,
-        COLUMNS=0 if columns is None else columns.size(1),
-        HAS_FIRST=has_first, HAS_LATER=has_first and grads[5] is not None, **gate_sizes(factor, width), **sizes,
+        COLUMNS=0 if grads[4] is None else grads[4].size(1), HAS_FIRST=has_first, HAS_SUMS=has_sums,
+        HAS_LATER=has_first and grads[5] is not None, **gate_sizes(factor, width), **sizes,
     )  # fmt: skip
-    return (
-        made, None if partial is None else partial.sum(0), routes_partial.sum(0).to(routes.dtype),
-        None if factor is None or factor_partial is None else factor_partial.sum(0).to(factor.dtype),
-    )  # fmt: skip
+    return made, *(None if x is None else x.sum(0) for x in sums)
 
 
 @triton.jit

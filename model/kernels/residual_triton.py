@@ -78,7 +78,7 @@ def _backward(
     grad_x_ptr, grad_delta_ptr, grad_skip_ptr, grad_first_ptr, partial_ptr, factor_partial_ptr,
     num_rows, scale, D: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_MIX: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_LATER: tl.constexpr, HAS_SUMS: tl.constexpr,
     FACTOR: tl.constexpr, WIDTH: tl.constexpr, NEAR: tl.constexpr, SHIFT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Of _forward, one row after the other; what it kept is the sum of a mixture, and else the norm that it wrote."""
@@ -117,7 +117,7 @@ def _backward(
             later = tl.load(grad_later_ptr + at, mask=known, other=0.0)
         if HAS_GRAD_SUM:
             grad_sum = tl.load(grad_sum_ptr + at, mask=known, other=0.0)
-        if HAS_SKIP:
+        if HAS_SKIP and (HAS_SUMS or FACTOR > 0):
             skip = tl.load(skip_ptr + at, mask=known, other=0.0).to(tl.float32)
         if FACTOR > 0:
             before = tl.load(x_ptr + at, mask=known, other=0.0).to(tl.float32)
@@ -149,7 +149,8 @@ def _backward(
             # read for every row, from the cache: kept, they would take registers that are scarce above
             weight = tl.load(weight_ptr + cols, mask=known, other=0.0).to(tl.float32)
             gate = tl.sigmoid(tl.load(gate_ptr + cols, mask=known, other=0.0).to(tl.float32))
-            sum_weight += grad * skip
+            if HAS_SUMS:
+                sum_weight += grad * skip
             if HAS_GRAD_SUM:
                 sum_gate += grad * made
             grad_skip = (1 - gate) * weight * grad
@@ -175,11 +176,11 @@ def _backward(
             sum_bias += slope
             grad += slope * over
         tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=known)
-    if FACTOR > 0:
+    if HAS_SUMS and FACTOR > 0:
         place = factor_partial_ptr + program * (FACTOR + 1)
         tl.store(place, sum_bias)
         tl.store(place + 1 + near, sum_factor, mask=near < FACTOR)
-    if HAS_MIX:
+    if HAS_SUMS and HAS_MIX:
         place = partial_ptr + program * PARTS * D + cols
         tl.store(place, sum_a, mask=known)
         tl.store(place + D, sum_b, mask=known)
@@ -236,33 +237,36 @@ class MixNorm(torch.autograd.Function):
         x, kept, inverse, skip, first, mix, weight, gate, factor, shift = ctx.saved_tensors
         num_rows, width = kept.shape
         has_skip, has_mix, has_factor, has_shift = (t is not None for t in (skip, mix, factor, shift))
-        has_first = ctx.needs_input_grad[5]
+        # adaptation learns adapters alone: no vector has a gradient then, and neither has the first state
+        has_first, has_sums = ctx.needs_input_grad[5], any((*ctx.needs_input_grad[3:5], *ctx.needs_input_grad[6:]))
         given = [None if g is None else g.contiguous() for g in grads]
         for place in (1, 2) if has_mix else (2,):
             if given[place] is None:  # nobody read a settled stream's norm, or the mixture where crossed lanes part
                 given[place] = torch.zeros_like(kept)
         made = [torch.empty_like(kept) if has else None for has in (True, has_factor, has_skip, has_first)]
         programs, parts = min(BACKWARD_PROGRAMS, num_rows), 2 * has_mix + 2 * has_skip + has_shift
-        partial = kept.new_empty(programs, parts, width, dtype=torch.float32)
-        factor_partial = kept.new_empty(programs, factor.numel(), dtype=torch.float32) if has_factor else None
+        shapes = ((parts, width), (factor.numel(),) if has_factor else None)
+        partial, factor_partial = (
+            kept.new_empty(programs, *shape, dtype=torch.float32) if has_sums and shape else None for shape in shapes
+        )
         launch(
             _backward, (programs,),
             *given, x, kept, inverse, skip, first, mix, weight, gate, factor, shift,
             *made, partial, factor_partial, num_rows, ctx.scale,
             D=width, COLS=triton.next_power_of_2(width), PARTS=parts,
             HAS_GRAD_SUM=grads[0] is not None, HAS_SKIP=has_skip, HAS_MIX=has_mix,
-            HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, **gate_sizes(factor, width),
+            HAS_FIRST=has_first, HAS_LATER=has_first and grads[4] is not None, HAS_SUMS=has_sums,
             SHIFT=0 if shift is None else 1 if skip is not None else 2,
             COLUMNS=0 if grads[3] is None else grads[3].size(1),
-            num_warps=max(1, triton.next_power_of_2(width) // WARP_COLUMNS),
+            num_warps=max(1, triton.next_power_of_2(width) // WARP_COLUMNS), **gate_sizes(factor, width),
         )  # fmt: skip
         grad_x, grad_delta, grad_skip, grad_first = made
-        sums = partial.sum(0)
+        sums: Any = (None,) * 4 if partial is None else partial.sum(0)
         grad_weight, grad_gate = sums[2:4] if has_skip else (None, None)
         return (
             grad_x, grad_x if ctx.has_delta and not has_factor else grad_delta, grad_skip, grad_weight, grad_gate,
-            grad_first, sums[:2] if has_mix else None, None, None if factor_partial is None else factor_partial.sum(0),
-            sums[-1] if has_shift else None, None,
+            grad_first, sums[:2] if has_mix and has_sums else None, None,
+            None if factor_partial is None else factor_partial.sum(0), sums[-1] if has_shift else None, None,
         )  # fmt: skip
 
 

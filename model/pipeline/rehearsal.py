@@ -26,6 +26,7 @@ from model.kernels.dispatch import has_triton
 from model.lora import Layout
 from model.pipeline.compile_clock import COMPILE
 from model.pipeline.run import Run
+from model.quant.hessians import HessianCollector
 from model.ttt.learning_step import LearningStep
 from model.ttt.recorded_pass import learn_step
 from model.ttt.slots import Slots
@@ -97,7 +98,8 @@ def _quantize(model: GPT, config: RunConfig) -> None:
     if config.quant.calibration_documents == "masked":
         windows = windows.view(1, -1)
         packing = pack_row(windows[0].cpu(), max_segment=config.quant.calibration_seq_len).to(device)
-    model.visit(windows, is_looped=True, packing=packing)
+    with HessianCollector(model):
+        model.visit(windows, is_looped=True, packing=packing)
     if config.quant.on_oversize == "fit":
         model(windows, windows, is_looped=True, packing=packing, reduction="none")
 

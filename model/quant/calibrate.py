@@ -59,9 +59,12 @@ def collect_hessians(
     with HessianCollector(model) as collector:
         for batch in range(dist.rank, config.num_calibration_batches, dist.world_size):
             windows = draw_windows(loader, config, seed=seed, batch=batch)
-            tokens = torch.from_numpy(windows).to(dist.device)
+            tokens, packing = torch.from_numpy(windows), window_packing(windows)
+            if dist.device.type == "cuda":  # from other memory a copy would wait for the batch before
+                tokens, packing = tokens.pin_memory(), packing.pin_memory()
+            tokens = tokens.to(dist.device, non_blocking=True)
             if config.calibration_documents == "masked":
-                packing = window_packing(windows).to(dist.device)
+                packing = packing.to(dist.device, non_blocking=True)
                 model.visit(tokens.reshape(1, -1), is_looped=True, packing=packing)
             else:
                 model.visit(tokens, is_looped=True)

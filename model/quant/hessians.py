@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from model.banks import EMBEDDING, matrix_name
+from model.kernels.dispatch import uses_triton
 
 
 def hessian_name(projection: str) -> str:
@@ -21,13 +22,24 @@ def hessian_name(projection: str) -> str:
 
 
 def add_second_moment(total: Tensor, x: Tensor) -> None:
-    """Add sum over tokens of x x^T to total (in, in) float32, in place; x (..., in), products summed in float32."""
+    """Add sum over tokens of x x^T to total (in, in) float32, in place; x (..., in), products summed in float32.
+
+    TRAP: on CUDA what lies above the diagonal may be anything afterwards; mirror_lower puts it right at the end.
+    """
     rows = x.detach().reshape(-1, x.shape[-1])  # (tokens, in)
-    if rows.is_cuda and rows.dtype == torch.bfloat16:
-        total += torch.mm(rows.T, rows, out_dtype=torch.float32)  # bf16 inputs straight into float32 sums
+    if uses_triton(rows) and rows.dtype == torch.bfloat16:
+        from model.quant.hessians_triton import fits_half, half_moment
+
+        # bf16 inputs straight into float32 sums
+        total += half_moment(rows) if fits_half(rows) else torch.mm(rows.T, rows, out_dtype=torch.float32)
     else:
         rows = rows.float()
         total.addmm_(rows.T, rows)
+
+
+def mirror_lower(total: Tensor) -> Tensor:
+    """Return the symmetric matrix that has the lower half of total."""
+    return total.tril() + total.tril(-1).mT
 
 
 class HessianCollector:
@@ -74,4 +86,5 @@ class HessianCollector:
         if all_reduce is not None:
             for name in names:
                 all_reduce(self._sums[name])
-        return {name: self._sums[name] / num_batches for name in names}
+        sums = {name: mirror_lower(x) if x.is_cuda else x for name, x in self._sums.items()}
+        return {name: sums[name] / num_batches for name in names}

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.banks import LayerWeights, layer_weights
 from model.config import EvalConfig
 from model.data.loader import Batch, inputs_and_targets, prefetch_batches
 from model.data.packing import Packing, pack_row
@@ -45,6 +47,18 @@ class RowScorer:
         self.is_recording = recorder is not None  # else where the device can
         self.recorder = recorder if recorder is not None else Recorder()
         self.recorded = self.recorder.recorded
+        self.weights: list[LayerWeights] | None = None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the model's weights as they are now, for the rows from here on; recordings read them where they stay."""
+        weights = layer_weights(self.model)
+        if self.weights is None or not self.recorded:
+            self.weights = weights
+            return
+        for kept, new in zip(itertools.chain(*self.weights), itertools.chain(*weights), strict=True):
+            if kept is not None and new is not None:
+                kept.copy_(new)
 
     @torch.no_grad()
     def score(self, row: Batch, device: torch.device) -> Tensor:
@@ -54,7 +68,9 @@ class RowScorer:
 
         def forward(inputs: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
             packing = Packing(cu_seqlens, longest)
-            nll = self.model(inputs, targets, is_looped=self.is_looped, packing=packing, reduction="none")
+            nll = self.model(
+                inputs, targets, is_looped=self.is_looped, packing=packing, reduction="none", weights=self.weights
+            )
             return nll.squeeze(0)
 
         tensors = (row.inputs, row.targets, row.packing.cu_seqlens)
@@ -83,6 +99,7 @@ def score_rows(
     scorer = scorer if scorer is not None else RowScorer(model, is_looped=is_looped)
     assert scorer.model is model, "the scorer is another model's"
     assert scorer.is_looped == is_looped, scorer.is_looped
+    scorer.refresh()
     bounds = row_bounds(validation.num_targets, config)
     # zeros where other ranks score: the sum over ranks then puts the stream together
     nll = torch.zeros(validation.num_targets, dtype=torch.float32, device=dist.device)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.banks import layer_weights
 from model.config import TTTConfig
 from model.gpt import GPT
 from model.ttt.slots import Slots
@@ -47,6 +48,8 @@ class LearningStep:
     ) -> None:
         self.model, self.config, self.slots, self.is_looped = model, config, slots, is_looped
         self.is_padded, self.num_columns = is_padded, longest_chunk(config)
+        with torch.no_grad():
+            self.weights = layer_weights(model)  # frozen, so that no step casts them
         # the whole stream lies on the device (int32, for indexing is not made for uint16), so that no step copies text
         self.stream = torch.from_numpy(tokens.astype(np.int32)).to(model.qo_bank.device)  # (N,)
 
@@ -78,6 +81,7 @@ class LearningStep:
                 adapters=self.slots.gather(columns.slots, gradients),
                 num_scored=self.num_columns,
                 reduction="none",
+                weights=self.weights,
             )  # (B, C)
             # The sum, not the mean, over documents: each learns as if it were alone.
             self._mean_of_chunks(losses, columns.num_scored).sum().backward()
