@@ -17,6 +17,7 @@ import pytest
 from torch import Tensor
 
 SMALLEST = np.finfo(np.float32).tiny
+PROGRAM, COUNT = [0, 0, 0], [0]  # of the launch that runs, whichever module its functions are from
 
 
 class Value(np.ndarray[Any, Any]):
@@ -120,12 +121,12 @@ def _divide_up(x: Any, y: Any) -> int:
     return -(-int(x) // int(y))
 
 
-def _language(program: list[int], count: list[int]) -> types.ModuleType:
+def _language() -> types.ModuleType:
     language = types.ModuleType("triton.language")
     language.__dict__.update(
         constexpr=Constant, int32=np.int32, int64=np.int64, float32=np.float32,
         load=_load, store=_store, exp=_exp, log=_log,
-        program_id=lambda axis: as_value(program[axis]), num_programs=lambda _axis: count[0], cdiv=_divide_up,
+        program_id=lambda axis: as_value(PROGRAM[axis]), num_programs=lambda _axis: COUNT[0], cdiv=_divide_up,
         arange=lambda first, end: as_value(np.arange(first, end)), zeros=lambda shape, t: as_value(np.zeros(shape, t)),
         full=lambda shape, value, dtype: as_value(np.full(shape, value, dtype)),
         sum=_sum, where=_where, exp2=lambda x: _exp(x, np.exp2), log2=lambda x: as_value(np.log2(x)),
@@ -149,8 +150,7 @@ def _jit(function: Any = None, **_options: Any) -> Any:
 
 def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a module of kernels, imported apart from the real one; its launches run here, row after row."""
-    program, count = [0, 0, 0], [0]
-    language = _language(program, count)
+    language = _language()
     triton = types.ModuleType("triton")
     triton.__dict__.update(jit=_jit, language=language, cdiv=_divide_up)
     triton.__dict__["next_power_of_2"] = lambda n: 1 << (n - 1).bit_length()
@@ -168,8 +168,8 @@ def load_kernels(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for name in ("num_warps", "num_stages", "maxnreg"):
             options.pop(name, None)
         given = [Pointer(_flat(x)) if isinstance(x, Tensor) else x for x in args]
-        count[0] = grid[0]
-        for program[:] in itertools.product(*map(range, (*grid, 1, 1)[:3])):
+        COUNT[0] = grid[0]
+        for PROGRAM[:] in itertools.product(*map(range, (*grid, 1, 1)[:3])):
             kernel(*given, **options)
 
     monkeypatch.setattr(module, "launch", launch)

@@ -29,6 +29,7 @@ from model.attention.varlen_backward_triton import (
     KEY_TILING,
     QUERY_TILING,
     Prepared,
+    Rotation,
     attend_backward,
     grad_keys,
     grad_queries,
@@ -96,29 +97,33 @@ class Kernels:
     def __init__(self, inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> None:
         self.inputs, self.grad, self.bounds = inputs, grad, bounds
         self.out, self.lse, _ = attend(*inputs, bounds)
-        self.prepared = self._query_kernel(QUERY_TILING)[1]
+        self.into = tuple(x.new_empty(x.shape) for x in inputs)
+        self.prepared = self._query_kernel(QUERY_TILING)
 
     def run_forward(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the output and its log-sums."""
         return attend(*self.inputs, self.bounds, tiling)[:2]
 
-    def _query_kernel(self, tiling: Tiling) -> tuple[Tensor, Prepared]:
+    def _query_kernel(self, tiling: Tiling) -> Prepared:
         tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
-        return grad_queries(self.grad, *self.inputs, self.out, self.lse, None, tiles, tiling)
+        rest = (self.out, self.lse, None, tiles, tiling, self.into[0], Rotation())
+        return grad_queries(self.grad, *self.inputs, *rest)[1]
 
     def run_queries(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradient of q, and the sums that the keys' kernel reads. The table of tiles is made again."""
-        grad_q, prepared = self._query_kernel(tiling)
-        return grad_q, prepared.sums
+        return self.into[0], self._query_kernel(tiling).sums
 
     def run_keys(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradients of k and v."""
         tiles = list_key_tiles(self.bounds, TOKENS, tiling.block_n)
-        return grad_keys(self.prepared, *self.inputs, self.out, None, tiles, tiling)
+        grad_keys(self.prepared, *self.inputs, self.out, None, tiles, tiling, *self.into[1:], Rotation())
+        return self.into[1:]
 
     def run_backward(self) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v by the Triton kernels."""
-        return attend_backward(self.grad, *self.inputs, self.out, self.lse, None, self.bounds)
+        rest = (self.out, self.lse, None, self.bounds, self.into, Rotation())
+        attend_backward(self.grad, *self.inputs, *rest)
+        return self.into
 
 
 def compile_all(jobs: list[tuple[str, Callable[[Tiling], object], Tiling]]) -> dict[str, str]:

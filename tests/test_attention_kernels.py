@@ -63,14 +63,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return name
 
 
-def outputs_and_gradients(inputs: list[Tensor], rows: Rows, how: dict[str, object], grad: Tensor) -> list[Tensor]:
+def outputs_and_gradients(
+    inputs: list[Tensor], rows: Rows, how: dict[str, object], grad: Tensor, rope_dims: int = ROPE_DIMS
+) -> list[Tensor]:
     """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     qkv, gain, *gate = leaves
     positions = torch.arange(TIME)
     if rows.left_padding is not None:
         positions = (positions - rows.left_padding[:, None]).clamp_min(0)
-    tables = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    tables = rotary_tables(positions, rope_dims=rope_dims, base=1e4, dtype=torch.float32)
     tables = (tables[0].to(qkv.dtype), tables[1].to(qkv.dtype))
     how = how | {"gate": HeadGate(gate[0], gate[1]) if gate else None}
     y = self_attention.self_attention(qkv, *tables, gain, rows, **how)  # type: ignore[arg-type]
@@ -105,6 +107,39 @@ def test_self_attention_by_its_kernels(
     real = grad.abs().amax(-1, keepdim=True) > 0
     for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rope_dims", [HEAD_DIM, 12, 2])
+@pytest.mark.parametrize("rows", ["pack", "narrow padded windows"])
+def test_gradients_are_turned_back_by_any_number_of_columns(backend: str, rows: str, rope_dims: int) -> None:
+    """A gain of exactly zero leaves nothing to find its gradient by: it gets zero, and its head's queries too."""
+    layout, batch = ROWS[rows]
+    n = layout.num_queries or TIME
+    generator = torch.Generator().manual_seed(1)
+    qkv, grad = (torch.randn(batch, size, width, generator=generator) for size, width in ((TIME, 128), (n, 64)))
+    if layout.left_padding is not None:
+        grad *= (torch.arange(TIME - n, TIME) >= layout.left_padding[:, None]).unsqueeze(-1)
+    inputs, how = [qkv, torch.tensor([1.5, 0, -0.7, 1e-3])], {"num_kv_heads": 2, "is_value_excluded": True}
+    found = outputs_and_gradients(inputs, layout, how, grad.double(), rope_dims)
+    wanted = outputs_and_gradients([x.double() for x in inputs], layout, how, grad.double(), rope_dims)
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-4, atol=1e-4)
+    assert found[2][1] == 0
+    assert torch.equal(found[1][..., HEAD_DIM : 2 * HEAD_DIM], torch.zeros(batch, TIME, HEAD_DIM))
+    wanted[2][1] = 0
+    torch.testing.assert_close(found[2].double(), wanted[2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_frozen_gain_changes_no_other_gradient(backend: str) -> None:
+    qkv, gain = torch.randn(1, TIME, 8 * HEAD_DIM), torch.tensor([1.5, 0.5, -0.7, 1.0])
+    tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    found = []
+    for is_frozen in (False, True):
+        leaves = [qkv.clone().requires_grad_(), gain.clone().requires_grad_(not is_frozen)]
+        y = self_attention.self_attention(leaves[0], *tables, leaves[1], PACK, num_kv_heads=2, is_value_excluded=True)
+        y.square().sum().backward()
+        found.append(leaves[0].grad)
+        assert (leaves[1].grad is None) == is_frozen
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)

@@ -257,7 +257,8 @@ def test_overwritten_logits_cannot_be_used_by_another_backward() -> None:
         (loss + squares).backward()
 
 
-HEADS = [(8, 4, 64, 16), (4, 2, 32, 16), (4, 4, 16, 8), (8, 1, 64, 64)]  # query heads, kv heads, head_dim, rotated
+# query heads, kv heads, head_dim, rotated
+HEADS = [(8, 4, 64, 16), (4, 2, 32, 16), (4, 4, 16, 8), (8, 1, 64, 64), (4, 2, 128, 128), (4, 2, 64, 24)]
 
 
 def check_heads(
@@ -301,17 +302,54 @@ def test_self_attention_over_a_pack(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", HEADS[:2])
 @pytest.mark.parametrize("num_queries", [None, 64])
-@pytest.mark.parametrize("padding", [None, [0, 100, 37], [0, 200, 255]])
+@pytest.mark.parametrize(
+    ("heads", "padding", "backend"),
+    [
+        *(
+            (heads, padding, "auto")
+            for heads in (*HEADS[:2], HEADS[4])
+            for padding in (None, [0, 100, 37], [0, 200, 255])
+        ),
+        (HEADS[0], None, "varlen"),
+    ],
+)
 def test_self_attention_over_windows(
-    heads: tuple[int, int, int, int], num_queries: int | None, padding: list[int] | None
+    heads: tuple[int, int, int, int], num_queries: int | None, padding: list[int] | None, backend: str
 ) -> None:
     left_padding = None if padding is None else torch.tensor(padding, device="cuda")
     positions = torch.arange(256, device="cuda")
     if left_padding is not None:
         positions = (positions - left_padding[:, None]).clamp_min(0)
-    check_heads(heads, 3, 256, Rows(None, left_padding, num_queries), positions)
+    check_heads(heads, 3, 256, Rows(None, left_padding, num_queries), positions, backend=backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("num_queries", [None, 70])
+def test_a_frozen_gain_or_one_of_zero_and_rows_that_nobody_asks_for(head_dim: int, num_queries: int | None) -> None:
+    """Every number of a gradient is written: what lay in its memory before, not a number, is nowhere in it."""
+    time, n = 200, num_queries or 200
+    qkv, grad, gain = draw(2, time, 16 * head_dim), draw(2, n, 8 * head_dim), vector(8)
+    gain[3] = 0
+    tables = rotary_tables(torch.arange(time, device="cuda"), rope_dims=16, base=1e4, dtype=torch.float32)
+    found = []
+    for is_frozen in (False, True):
+        leaves = [qkv.clone().requires_grad_(), gain.clone().requires_grad_(not is_frozen)]
+        y = self_attention(
+            leaves[0], *tables, leaves[1], Rows(num_queries=num_queries), num_kv_heads=4, is_value_excluded=True
+        )
+        torch.full((1 << 24,), float("nan"), device="cuda")
+        found.append(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], grad))
+    (grad_qkv, grad_gain), (alone,) = found
+    assert relative_error(alone, grad_qkv) < 1e-3  # sums may come in another order
+    assert grad_qkv.isfinite().all()
+    assert grad_gain.isfinite().all()
+    assert grad_gain[3] == 0
+    queries = grad_qkv[..., : 8 * head_dim].reshape(2, time, 8, head_dim).abs().amax(-1)
+    assert not queries[:, : time - n].any()
+    assert not queries[:, :, 3].any()
+    assert queries[:, max(time - n, 1) :, :3].all()  # the first token sees nothing but itself
 
 
 @pytest.mark.gpu

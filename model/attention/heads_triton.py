@@ -51,6 +51,48 @@ def _rotate(
 
 
 @triton.jit
+def write_gradient(
+    grad, scale, grad_ptr, grad_row, y_ptr, y_row, first, head, num_rows, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
+    partial_ptr, table_rows,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient, scale times grad (ROWS, E), of num_rows rows y of a head, or of what rotate made them of.
+
+    The latter if there is inverse, whose rows are first, first + 1, ...; partial, if there, gets what each row adds to
+    the gradient of the head's gain.
+    """
+    row = tl.arange(0, ROWS)
+    exists = (row < num_rows)[:, None]
+    e = tl.arange(0, E)[None, :]
+    at = grad_ptr + row[:, None] * grad_row
+    if inverse_ptr is None:
+        tl.store(at + e, grad * scale, mask=exists)
+    else:
+        y = tl.load(y_ptr + row[:, None] * y_row + e, mask=exists, other=0.0).to(tl.float32)
+        inverse = tl.load(inverse_ptr + (first + row) * (H + K) + head, mask=row < num_rows, other=0.0)
+        gain = tl.load(gain_ptr + head, mask=head < H, other=1.0).to(tl.float32)
+        # A gain of exactly zero leaves no trace of the query in y: it gets no gradient.
+        over_gain = 1.0 / tl.where(gain == 0.0, float("inf"), gain)
+        # Of the normed head and its gradient the norm needs the product, which turning does not change.
+        along = tl.sum(grad * y, axis=1) * (scale * over_gain)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + row[:, None], along[:, None], mask=exists)
+        grad = (inverse * (scale * gain))[:, None] * grad - (inverse * along / E)[:, None] * y
+        tl.store(at + e, grad, mask=exists)
+        pair = tl.arange(0, triton.next_power_of_2(HALF))[None, :]
+        turns = exists & (pair < HALF)
+        angle = (first % table_rows + row)[:, None] * HALF + pair
+        cos = tl.load(cos_ptr + angle, mask=turns, other=0.0)
+        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+        tl.debug_barrier()  # the columns of a pair are two threads', so they meet in memory
+        left = tl.load(at + pair, mask=turns, other=0.0).to(tl.float32)
+        right = tl.load(at + HALF + pair, mask=turns, other=0.0).to(tl.float32)
+        tl.debug_barrier()
+        tl.store(at + pair, left * cos - right * sin, mask=turns)
+        tl.store(at + HALF + pair, right * cos + left * sin, mask=turns)
+
+
+@triton.jit
 def _load_grad(q_ptr, k_ptr, rows, head, e, inside, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
     grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=inside & (head < H), other=0.0).to(tl.float32)
     return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), K, G, E)

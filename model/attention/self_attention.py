@@ -158,7 +158,7 @@ class _SelfAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from model.attention.gate_triton import gate_backward
         from model.attention.heads_triton import rotate_backward
-        from model.attention.varlen_backward_triton import attend_backward
+        from model.attention.varlen_backward_triton import Rotation, attend_backward
 
         turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along = ctx.saved_tensors
         shape, is_own = ctx.shape, ctx.inner is None
@@ -169,15 +169,22 @@ class _SelfAttention(torch.autograd.Function):
             grad_y, grad_own, grad_columns, grad_weights = gate_backward(
                 grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.excludes
             )
+        needs_gain = ctx.needs_input_grad[3]
         if is_own:
-            grad_q, grad_k, grad_v = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds)
+            missing = shape.time - shape.num_queries
+            grad_heads = torch.empty_like(turned)
+            into = grad_heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+            into[0].unflatten(0, (shape.batch, -1))[:, :missing] = 0
+            rotation = Rotation(inverse, cos, sin, gain, shape.num_queries, missing, needs_gain)
+            grad_gain = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds, into, rotation)
+            grad_qkv = grad_heads.flatten(1)
         else:
             grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
             ctx.inner = ()  # lets go of the graph
-        grad_q, grad_own = _whole(grad_q, shape), None if grad_own is None else _whole(grad_own, shape)
-        grad_qkv, grad_gain = rotate_backward(
-            (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=ctx.needs_input_grad[3]
-        )
+            grad_q, grad_own = _whole(grad_q, shape), None if grad_own is None else _whole(grad_own, shape)
+            grad_qkv, grad_gain = rotate_backward(
+                (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=needs_gain
+            )
         return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
 
 

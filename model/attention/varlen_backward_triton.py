@@ -8,6 +8,9 @@ goes over the queries that see them. That is seven matrix products instead of fi
 Where the forward took from its output y the component c w along the query's own value v, w = v / |v|, there is z = y -
 c w and c, and a gradient g of z. That of y is g - a w with a = g w, which the first kernel writes for the second. That
 of v, besides y's, is the sum of -(a z + c (g - a w)) / |v| over the query heads, which the second kernel begins with.
+
+Where queries and keys came from projections by a norm, rotary and a gain, each kernel takes those back at its end and
+writes gradients of the projections.
 """
 
 # T query tokens, H query heads, K kv heads, G query heads a kv head, E head_dim, M query rows and N keys of a tile
@@ -24,6 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from model.attention.bounds import Bounds
+from model.attention.heads_triton import write_gradient
 from model.attention.varlen_tiles_triton import (
     LN_2,
     LOG2_E,
@@ -70,11 +74,12 @@ def _walk_keys(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "table_rows", "num_queries", "missing"])
 def _grad_queries(
     grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, along_ptr, sums_ptr, grad_q_ptr, grad_y_ptr,
-    along_grad_ptr, tiles_ptr, num_tokens, scale, q_row, q_head, kv_head, KV_ROW: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    along_grad_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, num_tokens, scale, q_row, q_head,
+    kv_head, grad_row, table_rows, num_queries, missing, KV_ROW: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
+    E: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a block of queries, and for each its base-2 log-sum and delta, minus out times grad."""
     tile = tl.program_id(0) // H
@@ -82,7 +87,8 @@ def _grad_queries(
     if tile >= tl.load(tiles_ptr):
         return
     at = tiles_ptr + TILE_FIELDS * (1 + tile)
-    first_row = tl.load(at).to(tl.int64)
+    first = tl.load(at)
+    first_row = first.to(tl.int64)
     num_rows = tl.minimum(tl.load(at + 1), BLOCK_M)
     key = tl.load(at + 2)  # the first of the segment
     first_key = key.to(tl.int64)
@@ -123,7 +129,13 @@ def _grad_queries(
         acc, q, grad, lse, delta, k_at, v_at, k_box, v_box, key, column, full, last, diagonal, scale,
         KV_ROW, E, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
-    tl.store(grad_q_ptr + places, (acc * (scale * LN_2)).to(grad_q_ptr.dtype.element_ty), mask=is_row[:, None])
+    if partial_ptr is not None:
+        partial_ptr += head.to(tl.int64) * num_tokens + first
+    first += (first // num_queries + 1) * missing  # among the projections
+    write_gradient(
+        acc, scale * LN_2, grad_q_ptr + first.to(tl.int64) * grad_row + head * E, grad_row, q_at, q_row, first, head,
+        num_rows, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, table_rows, H, H // G, E, HALF, BLOCK_M,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -182,11 +194,12 @@ def _grad_own(
     return grad_v
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "table_rows"])
 def _grad_keys(
     grad_ptr, q_ptr, k_ptr, v_ptr, q_box, grad_box, sums_ptr, out_ptr, along_ptr, along_grad_ptr, grad_k_ptr,
-    grad_v_ptr, tiles_ptr, num_tokens, scale, q_head, kv_row, kv_head, Q_ROW: tl.constexpr,
-    K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_v_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, num_tokens, scale, q_head, kv_row, kv_head,
+    grad_row, table_rows, Q_ROW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a block of keys and values."""
     tile = tl.program_id(0) // K
@@ -194,7 +207,8 @@ def _grad_keys(
     if tile >= tl.load(tiles_ptr):
         return
     at = tiles_ptr + TILE_FIELDS * (1 + tile)
-    first_key = tl.load(at).to(tl.int64)
+    key = tl.load(at)
+    first_key = key.to(tl.int64)
     num_keys = tl.load(at + 1)  # to the segment's end
     query = tl.load(at + 2)  # the first of the segment
     first_query = query.to(tl.int64)
@@ -233,9 +247,13 @@ def _grad_keys(
             grad_k, grad_v, k, v, q_at, grad_at, q_box, grad_box, query, head * q_head, head * E, sums_at, full,
             num_queries, diagonal, scale, Q_ROW, K * G * E, E, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
-    places = (first_key * K + kv_head_index) * E + n * (K * E) + e
-    tl.store(grad_k_ptr + places, (grad_k * (scale * LN_2)).to(grad_k_ptr.dtype.element_ty), mask=n < num_keys)
-    tl.store(grad_v_ptr + places, grad_v.to(grad_v_ptr.dtype.element_ty), mask=n < num_keys)
+    places = first_key * grad_row + kv_head_index * E
+    tl.store(grad_v_ptr + places + n * grad_row + e, grad_v, mask=n < num_keys)
+    write_gradient(
+        grad_k, scale * LN_2, grad_k_ptr + places, grad_row, k_ptr + first_key * kv_row + kv_head_index * kv_head,
+        kv_row, key, K * G + kv_head_index, num_keys, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, None, table_rows, K * G,
+        K, E, HALF, BLOCK_N,
+    )  # fmt: skip
 
 
 def _boxes(x: Tensor, y: Tensor, rows: int) -> list[TensorDescriptor]:
@@ -244,6 +262,22 @@ def _boxes(x: Tensor, y: Tensor, rows: int) -> list[TensorDescriptor]:
         TensorDescriptor(z, [z.size(0), (z.size(1) - 1) * z.stride(1) + z.size(2)], [z.stride(0), 1], [rows, z.size(2)])
         for z in (x, y)
     ]
+
+
+class Rotation(NamedTuple):
+    """What rotate made queries and keys with, N rows of projections, and which rows the queries are of.
+
+    inverse (N, H + K); cos, sin (rows, E'), which no segment reaches across; gain (H,). Queries stand for the last
+    num_queries of every num_queries + missing rows.
+    """
+
+    inverse: Tensor | None = None
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    gain: Tensor | None = None
+    num_queries: int = 1
+    missing: int = 0
+    needs_gain: bool = False
 
 
 class Prepared(NamedTuple):
@@ -260,61 +294,71 @@ class Prepared(NamedTuple):
 
 def grad_queries(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, tiles: Tensor,
-    tiling: Tiling,
-) -> tuple[Tensor, Prepared]:  # fmt: skip
-    """Return the gradient of q (T, H, E, contiguous) and what grad_keys needs.
+    tiling: Tiling, grad_q: Tensor, rotation: Rotation,
+) -> tuple[Tensor | None, Prepared]:  # fmt: skip
+    """Fill grad_q, and return the gradient of the gain, if wanted, and what grad_keys needs.
 
     tiles: list_query_tiles with tiling's block_m. Others as in attend_backward, with contiguous grad and out.
     """
     num_tokens, num_heads, head_dim = q.shape
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    inverse, cos, sin, gain, num_queries, missing, needs_gain = rotation
+    table_rows, half = (1, 1) if cos is None else cos.shape
+    partial = torch.empty_like(lse) if needs_gain else None
     grad_y, along_grad = (grad, None) if along is None else (torch.empty_like(grad), torch.empty_like(along))
     sums = torch.empty(num_heads, num_tokens, 2, dtype=torch.float32, device=q.device)
     launch(
         _grad_queries, ((tiles.size(0) - 1) * num_heads,),
         grad, q, k, v, *_boxes(k, v, tiling.block_n), out, lse, along, sums, grad_q, grad_y, along_grad, tiles,
-        num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1), k.stride(1), KV_ROW=k.stride(0),
-        H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        inverse, cos, sin, gain, partial, num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1),
+        k.stride(1), grad_q.stride(0), table_rows, num_queries, missing, KV_ROW=k.stride(0),
+        H=num_heads, G=num_heads // k.size(1), E=head_dim, HALF=half,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return grad_q, Prepared(sums, grad_y, along_grad)
+    return None if partial is None else partial.sum(1), Prepared(sums, grad_y, along_grad)
 
 
 def grad_keys(
     prepared: Prepared, q: Tensor, k: Tensor, v: Tensor, out: Tensor, along: Tensor | None, tiles: Tensor,
-    tiling: Tiling,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of k and v (their shapes, contiguous). tiles: list_key_tiles with tiling's block_n."""
+    tiling: Tiling, grad_k: Tensor, grad_v: Tensor, rotation: Rotation,
+) -> None:  # fmt: skip
+    """Fill grad_k and grad_v, of the same strides. tiles: list_key_tiles with tiling's block_n."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.size(1)
     sums, grad, along_grad = prepared
-    grad_k, grad_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    inverse, cos, sin, gain, *_ = rotation
+    table_rows, half = (1, 1) if cos is None else cos.shape
     launch(
         _grad_keys, ((tiles.size(0) - 1) * num_kv_heads,),
         grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, out, along, along_grad, grad_k, grad_v, tiles,
-        num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1), Q_ROW=q.stride(0),
-        K=num_kv_heads, G=num_heads // num_kv_heads, E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        inverse, cos, sin, gain, num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1),
+        grad_k.stride(0), table_rows, Q_ROW=q.stride(0), K=num_kv_heads,
+        G=num_heads // num_kv_heads, E=head_dim, HALF=half,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return grad_k, grad_v
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, bounds: Bounds
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, contiguous, from that of out (T, H, E).
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, bounds: Bounds,
+    into: tuple[Tensor, Tensor, Tensor], rotation: Rotation,
+) -> Tensor | None:  # fmt: skip
+    """Fill into with the gradients of q, k and v from that of out (T, H, E); return that of the gain if wanted.
 
     q, k, v, bounds as attend got them, lse and along as it returned them. bounds must cover every key and query:
-    gradients of others are left undefined. A key that no query sees has a gradient of zero.
+    gradients of others are left undefined. A key that no query sees has a gradient of zero. With rotation the
+    gradients are those of the projections (N, H or K, E), and rows that are no queries' are left out of the first.
+    Into's rows may be strided, alike for k and v; heads not.
     """
     q, k, v = addressable(q, k, v)
     query_tiling, key_tiling = tilings(q.size(2))
-    grad = grad.contiguous()
     tiles = list_query_tiles(bounds, q.size(0), query_tiling.block_m)
-    grad_q, prepared = grad_queries(grad, q, k, v, out, lse, along, tiles, query_tiling)
+    grad_gain, prepared = grad_queries(
+        grad.contiguous(), q, k, v, out, lse, along, tiles, query_tiling, into[0], rotation
+    )
     tiles = list_key_tiles(bounds, k.size(0), key_tiling.block_n)
-    grad_k, grad_v = grad_keys(prepared, q, k, v, out, along, tiles, key_tiling)
-    return grad_q, grad_k, grad_v
+    grad_keys(prepared, q, k, v, out, along, tiles, key_tiling, *into[1:], rotation)
+    return grad_gain
 
 
 def tilings(head_dim: int) -> tuple[Tiling, Tiling]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.attention.bounds import TRITON_HEAD_DIMS, Bounds
-from model.attention.varlen_backward_triton import attend_backward
+from model.attention.varlen_backward_triton import Rotation, attend_backward
 from model.attention.varlen_tiles_triton import (
     LN_2,
     LOG2_E,
@@ -158,7 +158,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(grads[0], q, k, v, out, lse, None, ctx.bounds), None
+        into = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        attend_backward(grads[0], q, k, v, out, lse, None, ctx.bounds, into, Rotation())
+        return *into, None
 
 
 def triton_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
