@@ -6,19 +6,22 @@ The kernels run in float32 and the twin in float64, over packs and windows that 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import model.attention
 from model.attention import self_attention
 from model.attention.backends import VARLEN_KERNELS
 from model.attention.bounds import Bounds
-from model.attention.self_attention import HeadGate, Rows
+from model.attention.self_attention import Factors, HeadGate, Rows
 from model.data.packing import cu_seqlens_from_bos
 from model.layers import rotary_tables
 from tests.fake_triton import load_kernels
@@ -48,13 +51,19 @@ def other_kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
 @pytest.fixture(params=["triton", "fa2"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Serve float32 by the kernels and this attention, and float64 by the twin."""
-    for name in ("heads", "gate", "varlen_tiles", "varlen_backward", "varlen"):
+    products = load_kernels(Path(self_attention.__file__).parent.with_name("kernels") / "mlp_triton.py", monkeypatch)
+    monkeypatch.setattr(products, "grid", lambda *_: (3,))
+    monkeypatch.setitem(sys.modules, "model.kernels.mlp_triton", products)
+    for name in ("heads", "heads_product", "gate", "varlen_tiles", "varlen_backward", "varlen"):
         path = Path(self_attention.__file__).with_name(f"{name}_triton.py")
         kernels = load_kernels(path, monkeypatch)
         monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
         monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
         if name in ("heads", "gate"):
             monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+        if name == "heads_product":
+            monkeypatch.setattr(kernels, "TILING", products.Tiling(8, 64, 8, 1, 1, 1))
+            monkeypatch.setattr(kernels, "fits_heads", lambda x, *_sizes: x.dtype == torch.float32)
     monkeypatch.setattr(self_attention, "uses_triton", lambda x, *_sizes: x.dtype == torch.float32)
     monkeypatch.setattr(self_attention, "resolve_backend", lambda *_args, **_options: request.param)
     monkeypatch.setitem(VARLEN_KERNELS, "fa2", other_kernel)
@@ -63,14 +72,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def outputs_and_gradients(inputs: list[Tensor], rows: Rows, how: dict[str, object], grad: Tensor) -> list[Tensor]:
-    """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights."""
+    """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights.
+
+    With how["apply"] inputs are the factors of qkv, gain and so on.
+    """
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    qkv, gain, *gate = leaves
+    apply: Any = how.get("apply")
+    how = {name: value for name, value in how.items() if name != "apply"}
+    qkv = leaves[0] if apply is None else Factors(leaves[0], leaves[1], apply)
+    gain, *gate = leaves[1 if apply is None else 2 :]
     positions = torch.arange(TIME)
     if rows.left_padding is not None:
         positions = (positions - rows.left_padding[:, None]).clamp_min(0)
     tables = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
-    tables = (tables[0].to(qkv.dtype), tables[1].to(qkv.dtype))
+    tables = (tables[0].to(gain.dtype), tables[1].to(gain.dtype))
     how = how | {"gate": HeadGate(gate[0], gate[1]) if gate else None}
     y = self_attention.self_attention(qkv, *tables, gain, rows, **how)  # type: ignore[arg-type]
     return [y, *torch.autograd.grad((y.double() * grad).sum(), leaves)]
@@ -104,6 +119,50 @@ def test_self_attention_by_its_kernels(
     real = grad.abs().amax(-1, keepdim=True) > 0
     for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "heads"), [*((rows, (4, 2)) for rows in ROWS), ("pack", (2, 2)), ("pack", (4, 1))])
+def test_self_attention_that_makes_its_projections(backend: str, rows: str, heads: tuple[int, int]) -> None:
+    """The kernel that multiplies gives what is multiplied apart, to any layout; whoever listens hears the input."""
+    layout, batch = ROWS[rows]
+    num_heads, num_kv_heads = heads
+    width, n = (num_heads + 2 * num_kv_heads) * HEAD_DIM, layout.num_queries or TIME
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(shape, generator=generator)
+        for shape in ((batch, TIME, 20), (width, 20), (num_heads,), (batch, n, GATE_WIDTH), (num_heads, GATE_WIDTH))
+    ]
+    grad = torch.randn(batch, n, num_heads * HEAD_DIM, generator=generator).double()
+    if layout.left_padding is not None:
+        grad *= (torch.arange(TIME - n, TIME) >= layout.left_padding[:, None]).unsqueeze(-1)
+    heard: list[tuple[Tensor, str]] = []
+
+    def apply(x: Tensor, weight: Tensor, function: Callable[..., Any] = F.linear) -> Any:
+        heard.append((x.detach().reshape(inputs[0].shape), "plain" if function is F.linear else "own"))
+        return function(x, weight)
+
+    how: dict[str, object] = {"num_kv_heads": num_kv_heads, "is_value_excluded": True, "apply": apply}
+    found = outputs_and_gradients(inputs, layout, how, grad)
+    ((x, kind),) = heard
+    assert torch.equal(x, inputs[0])
+    assert kind == ("own" if backend == "triton" else "plain")
+    wanted = outputs_and_gradients([x.double() for x in inputs], layout, how, grad)
+    assert heard[1:][0][1] == "plain"
+    real = grad.abs().amax(-1, keepdim=True) > 0
+    for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max()))
+
+
+def test_the_product_kernel_is_asked_for_whole_heads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = load_kernels(Path(self_attention.__file__).parent.with_name("kernels") / "mlp_triton.py", monkeypatch)
+    monkeypatch.setitem(sys.modules, "model.kernels.mlp_triton", products)
+    monkeypatch.setattr(products, "has_bulk_copies", lambda _device: True)
+    kernels = load_kernels(Path(self_attention.__file__).with_name("heads_product_triton.py"), monkeypatch)
+    x = torch.zeros(128, 64, dtype=torch.bfloat16)
+    sizes = [(64, 8), (32, 8), (64, 16), (64, 32), (64, 4), (64, 24), (128, 8), (48, 8)]
+    assert [kernels.fits_heads(x, *each) for each in sizes] == [True] * 4 + [False] * 4
+    assert not kernels.fits_heads(x[:127], 64, 8)
+    assert not kernels.fits_heads(x.half(), 64, 8)
 
 
 @pytest.mark.parametrize("backend", ["triton"], indirect=True)
