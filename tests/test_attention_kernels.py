@@ -72,20 +72,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def outputs_and_gradients(inputs: list[Tensor], rows: Rows, how: dict[str, object], grad: Tensor) -> list[Tensor]:
-    """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights.
-
-    With how["apply"] inputs are the factors of qkv, gain and so on.
-    """
+    """Return self_attention's output and the gradients of qkv, gain and the gate's columns and weights."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    apply: Any = how.get("apply")
-    how = {name: value for name, value in how.items() if name != "apply"}
-    qkv = leaves[0] if apply is None else Factors(leaves[0], leaves[1], apply)
-    gain, *gate = leaves[1 if apply is None else 2 :]
+    qkv, gain, *gate = leaves
     positions = torch.arange(TIME)
     if rows.left_padding is not None:
         positions = (positions - rows.left_padding[:, None]).clamp_min(0)
     tables = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
-    tables = (tables[0].to(gain.dtype), tables[1].to(gain.dtype))
+    tables = (tables[0].to(qkv.dtype), tables[1].to(qkv.dtype))
     how = how | {"gate": HeadGate(gate[0], gate[1]) if gate else None}
     y = self_attention.self_attention(qkv, *tables, gain, rows, **how)  # type: ignore[arg-type]
     return [y, *torch.autograd.grad((y.double() * grad).sum(), leaves)]
@@ -121,6 +115,26 @@ def test_self_attention_by_its_kernels(
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("is_value_excluded", [False, True])
+def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
+    """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
+    qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
+    tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+    kept: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        y = self_attention.self_attention(
+            qkv, *tables, torch.ones(4), PACK, num_kv_heads=2, is_value_excluded=is_value_excluded
+        )
+    kept.pop(y.untyped_storage().data_ptr(), None)
+    assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4
+
+
 @pytest.mark.parametrize(("rows", "heads"), [*((rows, (4, 2)) for rows in ROWS), ("pack", (2, 2)), ("pack", (4, 1))])
 def test_self_attention_that_makes_its_projections(backend: str, rows: str, heads: tuple[int, int]) -> None:
     """The kernel that multiplies gives what is multiplied apart, to any layout; whoever listens hears the input."""
@@ -141,13 +155,22 @@ def test_self_attention_that_makes_its_projections(backend: str, rows: str, head
         heard.append((x.detach().reshape(inputs[0].shape), "plain" if function is F.linear else "own"))
         return function(x, weight)
 
-    how: dict[str, object] = {"num_kv_heads": num_kv_heads, "is_value_excluded": True, "apply": apply}
-    found = outputs_and_gradients(inputs, layout, how, grad)
-    ((x, kind),) = heard
-    assert torch.equal(x, inputs[0])
-    assert kind == ("own" if backend == "triton" else "plain")
-    wanted = outputs_and_gradients([x.double() for x in inputs], layout, how, grad)
-    assert heard[1:][0][1] == "plain"
+    def made(*given: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        x, weight, gain, *gate = leaves
+        positions = torch.arange(TIME)
+        if layout.left_padding is not None:
+            positions = (positions - layout.left_padding[:, None]).clamp_min(0)
+        cos, sin = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+        y = self_attention.self_attention(
+            Factors(x, weight, apply), cos.to(x.dtype), sin.to(x.dtype), gain, layout, num_kv_heads=num_kv_heads,
+            is_value_excluded=True, gate=HeadGate(*gate),
+        )  # fmt: skip
+        return [y, *torch.autograd.grad((y.double() * grad).sum(), leaves)]
+
+    found, wanted = made(*inputs), made(*(x.double() for x in inputs))
+    assert [kind for _, kind in heard] == ["own" if backend == "triton" else "plain", "plain"]
+    assert torch.equal(heard[0][0], inputs[0])
     real = grad.abs().amax(-1, keepdim=True) > 0
     for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
         torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max()))
@@ -163,23 +186,3 @@ def test_the_product_kernel_is_asked_for_whole_heads_only(monkeypatch: pytest.Mo
     assert [kernels.fits_heads(x, *each) for each in sizes] == [True] * 4 + [False] * 4
     assert not kernels.fits_heads(x[:127], 64, 8)
     assert not kernels.fits_heads(x.half(), 64, 8)
-
-
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
-@pytest.mark.parametrize("is_value_excluded", [False, True])
-def test_our_attention_keeps_each_head_once(backend: str, is_value_excluded: bool) -> None:
-    """Kept for the backward: the heads, the output that the next product keeps anyway, and few numbers a head."""
-    qkv = torch.randn(1, TIME, 8 * HEAD_DIM, requires_grad=True)
-    tables = rotary_tables(torch.arange(TIME), rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
-    kept: dict[int, int] = {}
-
-    def note(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        y = self_attention.self_attention(
-            qkv, *tables, torch.ones(4), PACK, num_kv_heads=2, is_value_excluded=is_value_excluded
-        )
-    kept.pop(y.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) <= TIME * (8 * HEAD_DIM + ROPE_DIMS + 3 * 4 + 2) + 4
