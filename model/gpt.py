@@ -25,14 +25,15 @@ docs/recipe.md has their formulas and sources.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.self_attention import HeadGate, Rows, self_attention
+from model.attention.self_attention import Factors, HeadGate, Rows, self_attention
 from model.banks import STARTS, LayerWeights, draw_weights, layer_weights, num_skips, optional_shapes, visit_plan
 from model.config import ModelConfig
 from model.data.packing import Packing, segment_positions
@@ -49,9 +50,9 @@ from model.lora import HEAD, Adapters, VisitAdapters
 class Projection(nn.Module):
     """A matrix product with a weight from a bank; a module only so that calibration can hook its input."""
 
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x W^T for x (..., in) and weight (out, in)."""
-        return F.linear(x, weight)
+    def forward(self, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
+        """Return x W^T for x (..., in) and weight (out, in), or what another function makes of both."""
+        return function(x, weight)
 
 
 class ActivatedProjection(nn.Module):
@@ -329,11 +330,14 @@ class GPT(nn.Module):
         # TRAP: o-LoRA reads the block's input, not y, as the reference does
         return add_product(y, w.out, last_positions(reduced, n), low_rank, "o", apply)
 
-    def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one."""
+    def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor | Factors, Tensor | None]:
+        """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one.
+
+        Without adapters they are still to be multiplied.
+        """
         apply, weight, adapters = self.projections[f"layers_{visit.layer}_qkv"], visit.w.qkv, visit.adapters.attention
         if adapters is None:
-            return apply(normed, weight), None
+            return Factors(normed, weight, apply), None
         dim, width = self.config.model_dim, self.config.kv_dim
         places = {"q": (0, dim), "k": (dim, dim + width), "v": (dim + width, dim + 2 * width)}
         columns = {kind: place for kind, place in places.items() if kind in adapters.b}

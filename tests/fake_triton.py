@@ -139,6 +139,7 @@ def _language() -> types.ModuleType:
         dot=lambda x, y, total=0: as_value(total + x @ y), reshape=lambda x, shape: as_value(np.reshape(x, shape)),
         cast=lambda x, dtype: as_value(np.asarray(x).astype(dtype)),
         permute=lambda x, axes: as_value(np.transpose(x, axes)), split=lambda x: (x[..., 0], x[..., 1]),
+        join=lambda x, y: as_value(np.stack((x, y), -1)),
         broadcast_to=lambda x, shape: as_value(np.broadcast_to(x, shape)),
     )  # fmt: skip
     return language

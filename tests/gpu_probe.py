@@ -99,6 +99,7 @@ def probe_attention(pattern: str) -> dict[str, Any]:
 def probe_kernels(_pattern: str) -> dict[str, Any]:
     """Each fused kernel on one micro-batch of rows: milliseconds and the bytes it must move over that time."""
     from model.attention import gate_triton, heads_triton
+    from model.attention.heads_product_triton import project_and_rotate
     from model.kernels import cross_entropy_triton, mlp_triton, residual_triton
 
     width, vocab = CONFIG.model.model_dim, CONFIG.model.vocab_size
@@ -140,6 +141,7 @@ def probe_kernels(_pattern: str) -> dict[str, Any]:
         "mix_norm_skip_backward": (backward(merged), 10 * unit),
         "add_norm_backward": (backward(added), 4 * unit),
         "rotate": (lambda: heads_triton.rotate(qkv, cos, sin, gain, 4, num_copies=1), 3 * unit),
+        "project_and_rotate": (lambda: project_and_rotate(flat, up[:1024], *saved[2:], 4), 3 * unit),
         "rotate_backward": (lambda: heads_triton.rotate_backward(head_grads, own, *saved), 6 * unit),
         "exclude": (lambda: gate_triton.gate(y, v, None, None, is_value_excluded=True), 2.5 * unit),
         "exclude_backward": (

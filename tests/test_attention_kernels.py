@@ -6,6 +6,7 @@ The kernels run in float32 and the twin in float64, over packs and windows that 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import model.attention
 from model.attention import self_attention
 from model.attention.backends import VARLEN_KERNELS
 from model.attention.bounds import Bounds
-from model.attention.self_attention import HeadGate, Rows
+from model.attention.self_attention import Factors, HeadGate, Rows
 from model.data.packing import cu_seqlens_from_bos
 from model.layers import rotary_tables
 from tests.fake_triton import load_kernels
@@ -49,13 +51,19 @@ def other_kernel(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
 @pytest.fixture(params=["triton", "fa2"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Serve float32 by the kernels and this attention, and float64 by the twin."""
-    for name in ("heads", "gate", "varlen_tiles", "varlen_backward", "varlen"):
+    products = load_kernels(Path(self_attention.__file__).parent.with_name("kernels") / "mlp_triton.py", monkeypatch)
+    monkeypatch.setattr(products, "grid", lambda *_: (3,))
+    monkeypatch.setitem(sys.modules, "model.kernels.mlp_triton", products)
+    for name in ("heads", "heads_product", "gate", "varlen_tiles", "varlen_backward", "varlen"):
         path = Path(self_attention.__file__).with_name(f"{name}_triton.py")
         kernels = load_kernels(path, monkeypatch)
         monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
         monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
         if name in ("heads", "gate"):
             monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+        if name == "heads_product":
+            monkeypatch.setattr(kernels, "TILING", products.Tiling(8, 64, 8, 1, 1, 1))
+            monkeypatch.setattr(kernels, "fits_heads", lambda x, *_sizes: x.dtype == torch.float32)
     monkeypatch.setattr(self_attention, "uses_triton", lambda x, *_sizes: x.dtype == torch.float32)
     monkeypatch.setattr(self_attention, "resolve_backend", lambda *_args, **_options: request.param)
     monkeypatch.setitem(VARLEN_KERNELS, "fa2", other_kernel)
@@ -185,3 +193,56 @@ def test_visits_share_where_their_segments_lie(backend: str, monkeypatch: pytest
         assert made == wanted
         assert torch.equal(found[0], found[1])
         torch.testing.assert_close(found[2][0], found[0][0, -66:])
+
+
+@pytest.mark.parametrize(("rows", "heads"), [*((rows, (4, 2)) for rows in ROWS), ("pack", (2, 2)), ("pack", (4, 1))])
+def test_self_attention_that_makes_its_projections(backend: str, rows: str, heads: tuple[int, int]) -> None:
+    """The kernel that multiplies gives what is multiplied apart, to any layout; whoever listens hears the input."""
+    layout, batch = ROWS[rows]
+    num_heads, num_kv_heads = heads
+    width, n = (num_heads + 2 * num_kv_heads) * HEAD_DIM, layout.num_queries or TIME
+    generator = torch.Generator().manual_seed(1)
+    inputs = [
+        torch.randn(shape, generator=generator)
+        for shape in ((batch, TIME, 20), (width, 20), (num_heads,), (batch, n, GATE_WIDTH), (num_heads, GATE_WIDTH))
+    ]
+    grad = torch.randn(batch, n, num_heads * HEAD_DIM, generator=generator).double()
+    if layout.left_padding is not None:
+        grad *= (torch.arange(TIME - n, TIME) >= layout.left_padding[:, None]).unsqueeze(-1)
+    heard: list[tuple[Tensor, str]] = []
+
+    def apply(x: Tensor, weight: Tensor, function: Callable[..., Any] = F.linear) -> Any:
+        heard.append((x.detach().reshape(inputs[0].shape), "plain" if function is F.linear else "own"))
+        return function(x, weight)
+
+    def made(*given: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in given]
+        x, weight, gain, *gate = leaves
+        positions = torch.arange(TIME)
+        if layout.left_padding is not None:
+            positions = (positions - layout.left_padding[:, None]).clamp_min(0)
+        cos, sin = rotary_tables(positions, rope_dims=ROPE_DIMS, base=1e4, dtype=torch.float32)
+        y = self_attention.self_attention(
+            Factors(x, weight, apply), cos.to(x.dtype), sin.to(x.dtype), gain, layout, num_kv_heads=num_kv_heads,
+            is_value_excluded=True, gate=HeadGate(*gate),
+        )  # fmt: skip
+        return [y, *torch.autograd.grad((y.double() * grad).sum(), leaves)]
+
+    found, wanted = made(*inputs), made(*(x.double() for x in inputs))
+    assert [kind for _, kind in heard] == ["own" if backend == "triton" else "plain", "plain"]
+    assert torch.equal(heard[0][0], inputs[0])
+    real = grad.abs().amax(-1, keepdim=True) > 0
+    for got, right in zip([found[0] * real, *found[1:]], [wanted[0] * real, *wanted[1:]], strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-4, atol=1e-4 * float(right.detach().abs().max()))
+
+
+def test_the_product_kernel_is_asked_for_whole_heads_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    products = load_kernels(Path(self_attention.__file__).parent.with_name("kernels") / "mlp_triton.py", monkeypatch)
+    monkeypatch.setitem(sys.modules, "model.kernels.mlp_triton", products)
+    monkeypatch.setattr(products, "has_bulk_copies", lambda _device: True)
+    kernels = load_kernels(Path(self_attention.__file__).with_name("heads_product_triton.py"), monkeypatch)
+    x = torch.zeros(128, 64, dtype=torch.bfloat16)
+    sizes = [(64, 8), (32, 8), (64, 16), (64, 32), (64, 4), (64, 24), (128, 8), (48, 8)]
+    assert [kernels.fits_heads(x, *each) for each in sizes] == [True] * 4 + [False] * 4
+    assert not kernels.fits_heads(x[:127], 64, 8)
+    assert not kernels.fits_heads(x.half(), 64, 8)

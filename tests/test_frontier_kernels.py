@@ -314,7 +314,7 @@ def test_visits_that_share_bounds_share_the_tables_of_their_tiles(monkeypatch: p
 @pytest.mark.parametrize("slope", [0.0, 0.3, 0.5])
 def test_the_activation_s_slope(monkeypatch: pytest.MonkeyPatch, slope: float) -> None:
     kernels = load_kernels(Path(residual.__file__).with_name("mlp_triton.py"), monkeypatch)
-    monkeypatch.setattr(kernels, "_grid", lambda _out, _tiling: (3,))
+    monkeypatch.setattr(kernels, "grid", lambda _out, _tiling: (3,))
     tiling = kernels.Tiling(8, 128, 8, 1, 1, 1)
     monkeypatch.setattr(kernels, "UP_TILING", tiling)
     monkeypatch.setattr(kernels, "DOWN_TILING", tiling)

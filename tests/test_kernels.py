@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import model.kernels
-from model.attention.backends import attention
+from model.attention.backends import attention, is_available
 from model.attention.bounds import window_bounds
-from model.attention.self_attention import Rows, self_attention
+from model.attention.self_attention import Factors, Rows, self_attention
 from model.attention.window import window_attention
 from model.data.packing import Packing, cu_seqlens_from_bos
-from model.gpt import GPT
+from model.gpt import GPT, Projection
 from model.kernels import cross_entropy
 from model.kernels.adapters import LowRank, adapt_product, add_product
 from model.kernels.cross_entropy import projected_cross_entropy, softcap_cross_entropy
@@ -353,21 +353,47 @@ def test_a_frozen_gain_or_one_of_zero_and_rows_that_nobody_asks_for(head_dim: in
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("heads", [HEADS[0], HEADS[1], (1, 1, 64, 16), (2, 1, 64, 64)])
+@pytest.mark.parametrize("num_queries", [None, 64])
+def test_self_attention_that_makes_its_projections(heads: tuple[int, int, int, int], num_queries: int | None) -> None:
+    num_heads, num_kv_heads, head_dim, rope_dims = heads
+    heard = []
+
+    def apply(x: Tensor, weight: Tensor, function: Callable[..., Any] = F.linear) -> Any:
+        heard.append((x.dtype, function is F.linear))
+        return function(x, weight)
+
+    def function(x: Tensor, weight: Tensor, gain: Tensor) -> Tensor:
+        cos, sin = rotary_tables(torch.arange(300, device="cuda"), rope_dims=rope_dims, base=1e4, dtype=torch.float32)
+        tables = (cos.double(), sin.double()) if x.dtype == torch.float64 else (cos, sin)
+        rows = Rows(num_queries=num_queries)
+        how: dict[str, Any] = {"num_kv_heads": num_kv_heads, "is_value_excluded": True}
+        return self_attention(Factors(x, weight, apply), *tables, gain, rows, **how)
+
+    weight = draw((num_heads + 2 * num_kv_heads) * head_dim, 200, scale=200**-0.5)
+    check(function, [draw(3, 300, 200), weight, vector(num_heads)], tolerance=0.03)
+    assert set(heard) == {(torch.float64, True), (torch.bfloat16, not is_available("triton"))}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("has_weight", [False, True])
 @pytest.mark.parametrize("rows", [Rows(), Rows(num_queries=100)])
-def test_self_attention_gives_the_same_bits_every_time(rows: Rows) -> None:
-    qkv, gain = draw(3, 300, 16 * 64).requires_grad_(), vector(8).requires_grad_()
+def test_self_attention_gives_the_same_bits_every_time(rows: Rows, has_weight: bool) -> None:
+    weight = draw(16 * 64, 512, scale=512**-0.5).requires_grad_() if has_weight else None
+    x, gain = draw(3, 300, 512 if has_weight else 16 * 64).requires_grad_(), vector(8).requires_grad_()
     tables = rotary_tables(torch.arange(300, device="cuda"), rope_dims=16, base=1e4, dtype=torch.float32)
     grad = draw(3, rows.num_queries or 300, 8 * 64)
 
     def attend() -> Tensor:
         # a copy, for it is overwritten
-        return self_attention(qkv.clone(), *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
+        qkv = x.clone() if weight is None else Factors(x, weight, Projection())
+        return self_attention(qkv, *tables, gain, rows, num_kv_heads=4, is_value_excluded=True)
 
     def outputs() -> list[Tensor]:
         y = attend()
         with torch.no_grad():
             assert torch.equal(attend(), y)
-        return [y, *torch.autograd.grad(y, (qkv, gain), grad)]
+        return [y, *torch.autograd.grad(y, [t for t in (x, gain, weight) if t is not None], grad)]
 
     first = outputs()
     for _ in range(3):

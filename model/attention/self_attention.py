@@ -9,6 +9,7 @@ in one autograd node that keeps neither the raw projections nor any copy of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,23 +45,38 @@ class HeadGate(NamedTuple):
     weights: Tensor  # (H, W)
 
 
+class Factors(NamedTuple):
+    """What joined projections are made of: the kernel that makes them can do what follows too."""
+
+    x: Tensor  # (B, T, D)
+    weight: Tensor  # ((H + 2 K) E, D)
+    apply: Callable[..., Any]  # (x, weight[, function]) -> x weight^T, or what the function makes of both: a module,
+    # so that calibration can hook its input
+
+
+def join(qkv: Tensor | Factors) -> Tensor:
+    """Return the joined projections themselves."""
+    return qkv if isinstance(qkv, Tensor) else qkv.apply(qkv.x, qkv.weight)
+
+
 def self_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, q_gain: Tensor, rows: Rows, *, num_kv_heads: int, is_value_excluded: bool,
-    gate: HeadGate | None = None, backend: str = "auto",
+    qkv: Tensor | Factors, cos: Tensor, sin: Tensor, q_gain: Tensor, rows: Rows, *, num_kv_heads: int,
+    is_value_excluded: bool, gate: HeadGate | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Return the attention output (B, n, H E) of joined projections qkv (B, T, (H + 2 K) E).
+    """Return the attention output (B, n, H E) of joined projections qkv (B, T, (H + 2 K) E), or of their factors.
 
     Queries and keys are normed and turned by cos and sin (T or B x T, rope_dims / 2), queries multiplied by q_gain
     (H,); is_value_excluded removes from each head's output its component along the token's own value; gate multiplies
     what is left. TRAP: 16-bit qkv on CUDA may be overwritten.
     """
-    batch, time, width = qkv.shape
+    x, width = (qkv, qkv.size(-1)) if isinstance(qkv, Tensor) else (qkv.x, qkv.weight.size(0))
+    batch, time, _ = x.shape
     num_heads = q_gain.numel()
     head_dim = width // (num_heads + 2 * num_kv_heads)
-    if backend != "sdpa" and uses_triton(qkv, head_dim, num_kv_heads, num_heads // num_kv_heads):
+    if backend != "sdpa" and uses_triton(x, head_dim, num_kv_heads, num_heads // num_kv_heads):
         shape = _Shape(batch, time, rows.num_queries or time, num_heads, num_kv_heads, head_dim)
         return _fused(qkv, cos, sin, q_gain, rows, shape, is_value_excluded, gate, backend)
-    n = rows.num_queries or time
+    qkv, n = join(qkv), rows.num_queries or time
     sizes = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
     q, k, v = torch.split(qkv, sizes, dim=-1)
     q, k, v = (x.view(batch, time, -1, head_dim) for x in (q, k, v))
@@ -87,7 +103,7 @@ class _Shape(NamedTuple):
 
 
 def _fused(
-    qkv: Tensor,
+    qkv: Tensor | Factors,
     cos: Tensor,
     sin: Tensor,
     gain: Tensor,
@@ -97,36 +113,44 @@ def _fused(
     gate: HeadGate | None,
     backend: str,
 ) -> Tensor:
-    name = resolve_backend(backend, qkv.unflatten(-1, (-1, shape.head_dim)), is_packed=True)
+    from model.attention.heads_product_triton import fits_heads
+
+    x, weight, apply = (qkv, None, None) if isinstance(qkv, Tensor) else qkv
+    name = resolve_backend(backend, x.new_empty(0, shape.head_dim), is_packed=True)
+    if weight is not None and not (name == "triton" and fits_heads(x.flatten(0, 1), shape.head_dim, cos.size(-1))):
+        x, weight = join(qkv), None
     made, key = {} if rows.tables is None else rows.tables, (shape.num_queries,)
     if key not in made and (rows.left_padding is not None or shape.num_queries < shape.time):
-        made[key] = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, qkv.device)
+        made[key] = window_bounds(rows.left_padding, shape.batch, shape.time, shape.num_queries, x.device)
     elif key not in made:
-        made[key] = segment_bounds(rows.packing, shape.batch, shape.time, qkv.device)
-    flat = qkv.reshape(-1, qkv.size(-1)).contiguous()
+        made[key] = segment_bounds(rows.packing, shape.batch, shape.time, x.device)
+    flat = x.reshape(-1, x.size(-1)).contiguous()
     tables = [x.reshape(-1, x.size(-1)).float().contiguous() for x in (cos, sin)]
     columns, weights = (None, None) if gate is None else (gate.columns.flatten(0, 1).contiguous(), gate.weights)
-    inputs = (x for x in (flat, gain, columns, weights) if x is not None)
+    inputs = (x for x in (flat, weight, gain, columns, weights) if x is not None)
     is_recording = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     z: Tensor = _SelfAttention.apply(
         flat, *tables, gain, columns, weights, made[key]._replace(tables=rows.tables), shape, is_value_excluded, name,
-        is_recording,
+        is_recording, weight, apply,
     )  # fmt: skip
     return z.view(shape.batch, shape.num_queries, -1)
 
 
 class _SelfAttention(torch.autograd.Function):
-    """(qkv, cos, sin, gain, columns, weights, bounds, shape, is_value_excluded, backend, is_recording) -> z (B n, H E).
+    """(qkv, cos, sin, gain, columns, weights, bounds, shape, is_value_excluded, ..., weight, apply) -> z (B n, H E).
 
-    qkv (N, (H + 2 K) E); columns (B n, W) and weights (H, W) are the heads' gate, or None.
+    qkv (N, (H + 2 K) E), or with a weight what it is to be made of; columns (B n, W) and weights (H, W) are the heads'
+    gate, or None.
     """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, gain: Tensor, columns: Tensor | None, weights: Tensor | None,
         bounds: Bounds, shape: _Shape, is_value_excluded: bool, backend: str, is_recording: bool,
+        weight: Tensor | None, apply: Callable[..., Any],
     ) -> Tensor:  # fmt: skip
         from model.attention.gate_triton import gate
+        from model.attention.heads_product_triton import project_and_rotate
         from model.attention.heads_triton import rotate
         from model.attention.varlen_triton import attend
 
@@ -134,7 +158,11 @@ class _SelfAttention(torch.autograd.Function):
         excludes = is_value_excluded and not is_own  # ours does it itself
         # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
         num_copies = shape.num_heads // shape.num_kv_heads if is_recording and not is_own else 1
-        turned, inverse = rotate(qkv, cos, sin, gain, shape.num_kv_heads, num_copies=num_copies)
+        how = cos, sin, gain, shape.num_kv_heads
+        if weight is None:
+            turned, inverse = rotate(qkv, *how, num_copies=num_copies)
+        else:
+            turned, inverse = apply(qkv, weight, lambda x, weight: project_and_rotate(x, weight, *how))
         q, k, v = _split(turned, shape)
         kept: tuple[Tensor | None, ...] = (None, None, None)
         if is_own:
@@ -147,7 +175,9 @@ class _SelfAttention(torch.autograd.Function):
                 y = VARLEN_KERNELS[backend](q, k, v, bounds)  # (B n, H, E)
         if is_recording:
             ctx.inner = None if is_own else (q, k, v, y)
-            ctx.save_for_backward(turned, inverse, cos, sin, gain, columns, weights, *kept)
+            ctx.save_for_backward(
+                turned, inverse, cos, sin, gain, columns, weights, *kept, qkv if weight is not None else None, weight
+            )
             ctx.bounds, ctx.shape, ctx.excludes = bounds, shape, excludes
         z = y.detach()
         if columns is not None or excludes:
@@ -160,7 +190,7 @@ class _SelfAttention(torch.autograd.Function):
         from model.attention.heads_triton import rotate_backward
         from model.attention.varlen_backward_triton import Rotation, attend_backward
 
-        turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along = ctx.saved_tensors
+        turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along, x, weight = ctx.saved_tensors
         shape, is_own = ctx.shape, ctx.inner is None
         q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
         grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
@@ -185,7 +215,12 @@ class _SelfAttention(torch.autograd.Function):
             grad_qkv, grad_gain = rotate_backward(
                 (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=needs_gain
             )
-        return grad_qkv, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5
+        grad_x: Tensor | None = grad_qkv
+        grad_weight = None
+        if weight is not None:
+            grad_x = grad_qkv @ weight if ctx.needs_input_grad[0] else None
+            grad_weight = grad_qkv.mT @ x if ctx.needs_input_grad[11] else None
+        return grad_x, None, None, grad_gain, grad_columns, grad_weights, *(None,) * 5, grad_weight, None
 
 
 def _split(turned: Tensor, shape: _Shape) -> tuple[Tensor, Tensor, Tensor]:

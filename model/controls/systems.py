@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model import gpt
+from model.attention.self_attention import Factors, join
 from model.audit.system import System
 from model.config import ModelConfig
 from model.data.tokenizer import ByteTable
@@ -49,8 +50,8 @@ def leaking_mask() -> Iterator[None]:
     """Let every position attend to the one after it: the causal mask is off by one."""
     sound: Callable[..., Tensor] = vars(gpt)["self_attention"]
 
-    def leaking(qkv: Tensor, *rest: Any, num_kv_heads: int, **options: Any) -> Tensor:
-        num_heads = rest[2].numel()  # cos, sin, q_gain
+    def leaking(joined: Tensor | Factors, *rest: Any, num_kv_heads: int, **options: Any) -> Tensor:
+        qkv, num_heads = join(joined), rest[2].numel()  # cos, sin, q_gain
         width = qkv.size(-1) * num_heads // (num_heads + 2 * num_kv_heads)
         shifted = torch.cat((qkv[..., :width].roll(1, dims=1), qkv[..., width:]), dim=-1)
         ahead = sound(shifted, *rest, num_kv_heads=num_kv_heads, **options)  # row t + 1: the query of t sees t + 1

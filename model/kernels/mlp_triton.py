@@ -89,7 +89,7 @@ GROUP_M = 8  # tiles of neighboring rows that share a column of weights in L2
 
 
 @triton.jit
-def _tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
+def tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
     """Return a tile's row and column number, GROUP_M rows at a time."""
     group = tile // (GROUP_M * num_n)
     first = group * GROUP_M
@@ -113,7 +113,7 @@ def _up(
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
     W: tl.constexpr = N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
-        m, n = _tile_place(tile, num_m, num_n, GROUP_M)
+        m, n = tile_place(tile, num_m, num_n, GROUP_M)
         total = tl.zeros((M, N), tl.float32)
         for k in range(tl.cdiv(depth, K)):
             x = x_desc.load([m * M, k * K])
@@ -142,7 +142,7 @@ def _down_backward(
     num_m, num_n = tl.cdiv(num_rows, M), tl.cdiv(num_columns, N)
     W: tl.constexpr = N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
-        m, n = _tile_place(tile, num_m, num_n, GROUP_M)
+        m, n = tile_place(tile, num_m, num_n, GROUP_M)
         total = tl.zeros((M, N), tl.float32)
         for k in range(tl.cdiv(depth, K)):
             grad = grad_desc.load([m * M, k * K])
@@ -174,11 +174,12 @@ def fits_products(x: Tensor, hidden_width: int) -> bool:
     return x.dtype == torch.bfloat16 and is_aligned and x.size(0) >= UP_TILING.m and has_bulk_copies(x.device)
 
 
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Return what loads and stores tiles of x."""
     return TensorDescriptor.from_tensor(x, [rows, columns])
 
 
-def _grid(out: Tensor, tiling: Tiling) -> tuple[int]:
+def grid(out: Tensor, tiling: Tiling) -> tuple[int]:
     """Return how many programs share the tiles of out (N, M)."""
     tiles = triton.cdiv(out.size(0), tiling.m) * triton.cdiv(out.size(1), tiling.n)
     return (min(tiles, tiling.programs * torch.cuda.get_device_properties(out.device).multi_processor_count),)
@@ -194,8 +195,8 @@ def up_and_activate(x: Tensor, weight: Tensor, *, needs_signs: bool, slope: floa
     num_words = triton.cdiv(y.size(1), 32)
     signs = torch.empty(num_words, y.size(0), device=x.device, dtype=torch.int32) if needs_signs else None
     launch(
-        _up, _grid(y, t),
-        _descriptor(x, t.m, t.k), _descriptor(weight, t.n, t.k), _descriptor(y, t.m, t.n // 2), signs,
+        _up, grid(y, t),
+        descriptor(x, t.m, t.k), descriptor(weight, t.n, t.k), descriptor(y, t.m, t.n // 2), signs,
         *y.shape, x.size(1),
         SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, HAS_SIGNS=needs_signs,
         num_stages=t.stages, num_warps=t.warps,
@@ -211,9 +212,9 @@ def down_backward(grad: Tensor, weight: Tensor, signs: Tensor, y: Tensor, *, slo
     grad, weight, t = grad.contiguous(), weight.contiguous(), DOWN_TILING
     grad_hidden = torch.empty_like(y)
     launch(
-        _down_backward, _grid(y, t),
-        _descriptor(grad, t.m, t.k), _descriptor(weight, t.k, t.n), _descriptor(y, t.m, t.n // 2), signs,
-        _descriptor(grad_hidden, t.m, t.n // 2), *y.shape, grad.size(1),
+        _down_backward, grid(y, t),
+        descriptor(grad, t.m, t.k), descriptor(weight, t.k, t.n), descriptor(y, t.m, t.n // 2), signs,
+        descriptor(grad_hidden, t.m, t.n // 2), *y.shape, grad.size(1),
         SLOPE=slope, M=t.m, N=t.n, K=t.k, GROUP_M=GROUP_M, num_stages=t.stages, num_warps=t.warps,
     )  # fmt: skip
     return grad_hidden
