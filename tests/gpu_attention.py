@@ -96,7 +96,7 @@ class Kernels:
 
     def __init__(self, inputs: list[Tensor], grad: Tensor, bounds: Bounds) -> None:
         self.inputs, self.grad, self.bounds = inputs, grad, bounds
-        self.out, self.lse, _ = attend(*inputs, bounds)
+        self.found = attend(*inputs, bounds)
         self.into = tuple(x.new_empty(x.shape) for x in inputs)
         self.prepared = self._query_kernel(QUERY_TILING)
 
@@ -106,8 +106,7 @@ class Kernels:
 
     def _query_kernel(self, tiling: Tiling) -> Prepared:
         tiles = list_query_tiles(self.bounds, TOKENS, tiling.block_m)
-        rest = (self.out, self.lse, None, tiles, tiling, self.into[0], Rotation())
-        return grad_queries(self.grad, *self.inputs, *rest)[1]
+        return grad_queries(self.grad, *self.inputs, self.found, tiles, tiling, self.into[0], Rotation())[2]
 
     def run_queries(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradient of q, and the sums that the keys' kernel reads. The table of tiles is made again."""
@@ -116,13 +115,12 @@ class Kernels:
     def run_keys(self, tiling: Tiling) -> tuple[Tensor, ...]:
         """Return the gradients of k and v."""
         tiles = list_key_tiles(self.bounds, TOKENS, tiling.block_n)
-        grad_keys(self.prepared, *self.inputs, self.out, None, tiles, tiling, *self.into[1:], Rotation())
+        grad_keys(self.prepared, *self.inputs, self.found, tiles, tiling, *self.into[1:], Rotation())
         return self.into[1:]
 
     def run_backward(self) -> tuple[Tensor, ...]:
         """Return the gradients of q, k and v by the Triton kernels."""
-        rest = (self.out, self.lse, None, self.bounds, self.into, Rotation())
-        attend_backward(self.grad, *self.inputs, *rest)
+        attend_backward(self.grad, *self.inputs, self.found, self.bounds, self.into, Rotation())
         return self.into
 
 

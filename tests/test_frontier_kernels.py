@@ -272,7 +272,8 @@ def test_the_heads_gate(
 ) -> None:
     path = Path(self_attention.__file__).with_name("gate_triton.py")
     kernels = load_kernels(path, monkeypatch)
-    monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "SPREAD_PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "SPREAD_ROWS", 4)
     y, v = draw(21, num_heads, 8, seed=1), draw(21, 2 * num_kv_heads, 8, seed=2)[:, ::2]  # every other head
     columns, weights, grad = draw(21, 5, seed=3), draw(num_heads, 5, seed=4), draw(21, num_heads, 8, seed=5)
 
@@ -285,8 +286,9 @@ def test_the_heads_gate(
     grads = torch.autograd.grad(wanted, leaves, grad.double(), allow_unused=True)
     got = kernels.gate(y, v, columns, weights, is_value_excluded=is_value_excluded)
     torch.testing.assert_close(got.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
-    found = kernels.gate_backward(grad, y, v, columns, weights, is_value_excluded=is_value_excluded)
-    for mine, theirs in zip(found, grads, strict=True):
+    *found, slope = kernels.gate_backward(grad, y, v, columns, weights, is_value_excluded=is_value_excluded)
+    assert kernels.spread(slope, columns, weights, needs_weights=False)[1] is None
+    for mine, theirs in zip([*found, *kernels.spread(slope, columns, weights, needs_weights=True)], grads, strict=True):
         assert (mine is None) == (theirs is None)
         if theirs is not None:
             torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=2e-5)

@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels that take a token's own value out of attention's output, multiply each head by its factor, or both.
 
+Our attention does both itself; these serve the others.
 The factor is 2 sigmoid(weights . columns), by token and head: see model.layers.gate_heads.
 """
 
@@ -17,7 +18,8 @@ from model.kernels.launch import launch
 
 TINY: tl.constexpr = tl.constexpr(1e-12)
 ROWS = 4  # tokens of one tile
-BACKWARD_PROGRAMS = 132 * 8
+SPREAD_ROWS = 16
+SPREAD_PROGRAMS = 132 * 8
 
 
 @triton.jit
@@ -46,57 +48,69 @@ def _gate(
 
 @triton.jit
 def _gate_backward(
-    grad_ptr, y_ptr, v_ptr, columns_ptr, weights_ptr, grad_y_ptr, grad_v_ptr, grad_columns_ptr, partial_ptr,
-    num_rows, v_stride, V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr,
+    grad_ptr, y_ptr, v_ptr, columns_ptr, weights_ptr, grad_y_ptr, grad_v_ptr, slope_ptr, num_rows, v_stride,
+    V_HEAD: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None, None]
     kv = tl.arange(0, K)[None, :, None, None]
     head = kv * G + tl.arange(0, G)[None, None, :, None]
     e = tl.arange(0, E)[None, None, None, :]
     col = tl.arange(0, COLS)[None, None, None, :]
+    inside = rows < num_rows
+    at = rows * (K * G * E) + head * E + e
+    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    z = y
+    if v_ptr is not None:
+        v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
+        norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
+        inverse = 1.0 / tl.maximum(norm, TINY)
+        w = v * inverse
+        along_y = tl.sum(y * w, axis=3)[:, :, :, None]
+        z = y - along_y * w
     if columns_ptr is not None:
-        weights = tl.load(weights_ptr + head * W + col, mask=col < W, other=0.0).to(tl.float32)  # (1, K, G, COLS)
-    sums = tl.zeros((ROWS, K, G, COLS), tl.float32)
+        columns = tl.load(columns_ptr + rows * W + col, mask=inside & (col < W), other=0.0).to(tl.float32)
+        weights = tl.load(weights_ptr + head * W + col, mask=col < W, other=0.0).to(tl.float32)
+        share = tl.sigmoid(tl.sum(columns * weights, axis=3))[:, :, :, None]  # the factor is 2 share
+        slope = tl.sum(grad * z, axis=3)[:, :, :, None] * 2 * share * (1 - share)
+        tl.store(slope_ptr + head * num_rows + rows, slope, mask=inside)
+        grad = grad * 2 * share
+    if v_ptr is not None:
+        along_grad = tl.sum(grad * w, axis=3)[:, :, :, None]
+        grad_w = -tl.sum(along_grad * y + along_y * grad, axis=2)[:, :, None, :]
+        along_w = tl.sum(grad_w * w, axis=3)[:, :, :, None]
+        grad_v = inverse * (grad_w - tl.where(norm > TINY, along_w * w, 0.0))
+        tl.store(grad_v_ptr + rows * (K * E) + kv * E + e, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
+        grad = grad - along_grad * w
+    tl.store(grad_y_ptr + at, grad.to(grad_y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _spread(
+    slope_ptr, columns_ptr, weights_ptr, grad_columns_ptr, partial_ptr, num_rows, H: tl.constexpr, W: tl.constexpr,
+    COLS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head = tl.arange(0, H)[None, :, None]
+    col = tl.arange(0, COLS)[None, None, :]
+    weights = tl.load(weights_ptr + head * W + col, mask=col < W, other=0.0).to(tl.float32)  # (1, H, COLS)
+    sums = tl.zeros((ROWS, H, COLS), tl.float32)
     for tile in range(tl.program_id(0), (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        rows = row[:, None, None, None]
+        rows = row[:, None, None]
         inside = rows < num_rows
-        at = rows * (K * G * E) + head * E + e
-        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        z = y
-        if v_ptr is not None:
-            v = tl.load(v_ptr + rows * v_stride + kv * V_HEAD + e, mask=inside, other=0.0).to(tl.float32)
-            norm = tl.sqrt(tl.sum(v * v, axis=3))[:, :, :, None]
-            inverse = 1.0 / tl.maximum(norm, TINY)
-            w = v * inverse
-            along_y = tl.sum(y * w, axis=3)[:, :, :, None]
-            z = y - along_y * w
-        if columns_ptr is not None:
+        slope = tl.load(slope_ptr + head * num_rows + rows, mask=inside, other=0.0)
+        if partial_ptr is not None:
             columns = tl.load(columns_ptr + rows * W + col, mask=inside & (col < W), other=0.0).to(tl.float32)
-            share = tl.sigmoid(tl.sum(columns * weights, axis=3))[:, :, :, None]  # (ROWS, K, G, 1)
-            # of the sigmoid's argument: the factor is 2 share
-            slope = tl.sum(grad * z, axis=3)[:, :, :, None] * 2 * share * (1 - share)
             sums += slope * columns
-            along = tl.sum(tl.sum(slope * weights, axis=2), axis=1)  # (ROWS, COLS)
-            near = tl.arange(0, COLS)[None, :]
-            known = (row[:, None] < num_rows) & (near < W)
-            place = grad_columns_ptr + row[:, None] * W + near
-            tl.store(place, along.to(grad_columns_ptr.dtype.element_ty), mask=known)
-            grad = grad * 2 * share
-        if v_ptr is not None:
-            along_grad = tl.sum(grad * w, axis=3)[:, :, :, None]
-            grad_w = -tl.sum(along_grad * y + along_y * grad, axis=2)[:, :, None, :]
-            along_w = tl.sum(grad_w * w, axis=3)[:, :, :, None]
-            grad_v = inverse * (grad_w - tl.where(norm > TINY, along_w * w, 0.0))
-            tl.store(grad_v_ptr + rows * (K * E) + kv * E + e, grad_v.to(grad_v_ptr.dtype.element_ty), mask=inside)
-            grad = grad - along_grad * w
-        tl.store(grad_y_ptr + at, grad.to(grad_y_ptr.dtype.element_ty), mask=inside)
-    if columns_ptr is not None:
-        total = tl.sum(sums, axis=0)  # (K, G, COLS)
-        first = (tl.arange(0, K)[:, None, None] * G + tl.arange(0, G)[None, :, None]) * W
-        near_col = tl.arange(0, COLS)[None, None, :]
-        tl.store(partial_ptr + tl.program_id(0) * (K * G * W) + first + near_col, total, mask=near_col < W)
+        near = tl.arange(0, COLS)[None, :]
+        along = tl.sum(slope * weights, axis=1).to(grad_columns_ptr.dtype.element_ty)  # (ROWS, COLS)
+        tl.store(grad_columns_ptr + row[:, None] * W + near, along, mask=(row[:, None] < num_rows) & (near < W))
+    if partial_ptr is not None:
+        first = tl.arange(0, H)[:, None] * W
+        near_col = tl.arange(0, COLS)[None, :]
+        place = partial_ptr + tl.program_id(0) * (H * W) + first + near_col
+        tl.store(place, tl.sum(sums, axis=0), mask=near_col < W)
 
 
 def _sizes(num_heads: int, v: Tensor, columns: Tensor | None) -> dict[str, int]:
@@ -124,20 +138,28 @@ def gate(y: Tensor, v: Tensor, columns: Tensor | None, weights: Tensor | None, *
 
 def gate_backward(
     grad: Tensor, y: Tensor, v: Tensor, columns: Tensor | None, weights: Tensor | None, *, is_value_excluded: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of y (N, H, E), v (N, K, E), columns (N, W), weights (H, W); None for what had no part."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the gradients of y (N, H, E), v (N, K, E) and the factors' arguments (H, N); None for what had no part."""
     num_rows, num_heads, head_dim = y.shape
-    grad_y, grad_v, grad_columns, partial = torch.empty_like(y), None, None, None
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-    if is_value_excluded:
-        grad_v = torch.empty(num_rows, v.size(1), head_dim, device=y.device, dtype=y.dtype)
-    if columns is not None:
-        grad_columns = torch.empty_like(columns)
-        partial = torch.empty(programs, num_heads, columns.size(1), device=y.device, dtype=torch.float32)
+    grad_v = y.new_empty(num_rows, v.size(1), head_dim) if is_value_excluded else None
+    slope = None if columns is None else y.new_empty(num_heads, num_rows, dtype=torch.float32)
+    grad_y = torch.empty_like(y)
     launch(
-        _gate_backward, (programs,),
-        grad, y, v if is_value_excluded else None, columns, weights, grad_y, grad_v, grad_columns, partial, num_rows,
-        v.stride(0), V_HEAD=v.stride(1), E=head_dim, **_sizes(num_heads, v, columns),
+        _gate_backward, (triton.cdiv(num_rows, ROWS),),
+        grad, y, v if is_value_excluded else None, columns, weights, grad_y, grad_v, slope, num_rows, v.stride(0),
+        V_HEAD=v.stride(1), E=head_dim, **_sizes(num_heads, v, columns),
     )  # fmt: skip
-    grad_weights = None if partial is None or weights is None else partial.sum(0).to(weights.dtype)
-    return grad_y, grad_v, grad_columns, grad_weights
+    return grad_y, grad_v, slope
+
+
+def spread(slope: Tensor, columns: Tensor, weights: Tensor, *, needs_weights: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of columns (N, W) and, if wanted, weights (H, W), from that of weights columns^T (H, N)."""
+    (num_heads, num_rows), width = slope.shape, columns.size(1)
+    programs = min(SPREAD_PROGRAMS, triton.cdiv(num_rows, SPREAD_ROWS))
+    grad_columns = torch.empty_like(columns)
+    partial = slope.new_empty(programs, num_heads, width) if needs_weights else None
+    launch(
+        _spread, (programs,), slope, columns, weights, grad_columns, partial, num_rows, H=num_heads, W=width,
+        COLS=triton.next_power_of_2(width), ROWS=SPREAD_ROWS, num_warps=4,
+    )  # fmt: skip
+    return grad_columns, None if partial is None else partial.sum(0).to(weights.dtype)

@@ -155,7 +155,7 @@ class _SelfAttention(torch.autograd.Function):
         from model.attention.varlen_triton import attend
 
         is_own = backend == "triton"
-        excludes = is_value_excluded and not is_own  # ours does it itself
+        excludes = is_value_excluded and not is_own  # ours does it itself, and the gate
         # Others' backward is faster with copies of key and value heads; ours reads a head once for its whole group.
         num_copies = shape.num_heads // shape.num_kv_heads if is_recording and not is_own else 1
         how = cos, sin, gain, shape.num_kv_heads
@@ -164,10 +164,10 @@ class _SelfAttention(torch.autograd.Function):
         else:
             turned, inverse = apply(qkv, weight, lambda x, weight: project_and_rotate(x, weight, *how))
         q, k, v = _split(turned, shape)
-        kept: tuple[Tensor | None, ...] = (None, None, None)
+        kept: tuple[Tensor | None, ...] = (None,) * 4
         if is_own:
-            y, *sums = attend(q, k, v, bounds, is_value_excluded=is_value_excluded)
-            kept = (y, *sums)
+            kept = attend(q, k, v, bounds, is_value_excluded=is_value_excluded, columns=columns, weights=weights)
+            y = kept[0]
         else:
             if is_recording:
                 q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -180,23 +180,23 @@ class _SelfAttention(torch.autograd.Function):
             )
             ctx.bounds, ctx.shape, ctx.excludes = bounds, shape, excludes
         z = y.detach()
-        if columns is not None or excludes:
+        if not is_own and (columns is not None or excludes):
             z = gate(z, _own_values(v, shape), columns, weights, is_value_excluded=excludes)
         return z.reshape(z.size(0), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from model.attention.gate_triton import gate_backward
+        from model.attention.gate_triton import gate_backward, spread
         from model.attention.heads_triton import rotate_backward
-        from model.attention.varlen_backward_triton import Rotation, attend_backward
+        from model.attention.varlen_backward_triton import Attended, Rotation, attend_backward
 
-        turned, inverse, cos, sin, gain, columns, weights, kept_y, lse, along, x, weight = ctx.saved_tensors
+        turned, inverse, cos, sin, gain, columns, weights, *kept, x, weight = ctx.saved_tensors
         shape, is_own = ctx.shape, ctx.inner is None
-        q, k, v, y = (*_split(turned, shape), kept_y) if is_own else ctx.inner
-        grad_y, grad_own = grads[0].reshape(y.shape).contiguous(), None
-        grad_columns = grad_weights = None
-        if columns is not None or ctx.excludes:
-            grad_y, grad_own, grad_columns, grad_weights = gate_backward(
+        q, k, v, y = (*_split(turned, shape), kept[0]) if is_own else ctx.inner
+        grad_y = grads[0].reshape(y.shape).contiguous()
+        grad_own = slope = grad_columns = grad_weights = None
+        if not is_own and (columns is not None or ctx.excludes):
+            grad_y, grad_own, slope = gate_backward(
                 grad_y, y.detach(), _own_values(v, shape), columns, weights, is_value_excluded=ctx.excludes
             )
         needs_gain = ctx.needs_input_grad[3]
@@ -206,7 +206,7 @@ class _SelfAttention(torch.autograd.Function):
             into = grad_heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
             into[0].unflatten(0, (shape.batch, -1))[:, :missing] = 0
             rotation = Rotation(inverse, cos, sin, gain, shape.num_queries, missing, needs_gain)
-            grad_gain = attend_backward(grad_y, q, k, v, y, lse, along, ctx.bounds, into, rotation)
+            grad_gain, slope = attend_backward(grad_y, q, k, v, Attended(*kept), ctx.bounds, into, rotation)
             grad_qkv = grad_heads.flatten(1)
         else:
             grad_q, grad_k, grad_v = torch.autograd.grad(y, (q, k, v), grad_y)
@@ -215,6 +215,8 @@ class _SelfAttention(torch.autograd.Function):
             grad_qkv, grad_gain = rotate_backward(
                 (grad_q, grad_k, grad_v), grad_own, turned, inverse, cos, sin, gain, needs_gain=needs_gain
             )
+        if slope is not None:
+            grad_columns, grad_weights = spread(slope, columns, weights, needs_weights=ctx.needs_input_grad[5])
         grad_x: Tensor | None = grad_qkv
         grad_weight = None
         if weight is not None:

@@ -74,12 +74,18 @@ def _walk_keys(
     return acc
 
 
+@triton.jit
+def _ungate(out, factor):
+    """Return out (M, E) before its factor (M,), to as many digits; a factor of zero left none."""
+    return tl.where((factor > 0)[:, None], out / tl.where(factor > 0, factor, 1.0)[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "table_rows", "num_queries", "missing"])
 def _grad_queries(
-    grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, along_ptr, sums_ptr, grad_q_ptr, grad_y_ptr,
-    along_grad_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, num_tokens, scale, q_row, q_head,
-    kv_head, grad_row, table_rows, num_queries, missing, KV_ROW: tl.constexpr, H: tl.constexpr, G: tl.constexpr,
-    E: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, along_ptr, factor_ptr, sums_ptr, grad_q_ptr,
+    grad_y_ptr, along_grad_ptr, slope_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, num_tokens,
+    scale, q_row, q_head, kv_head, grad_row, table_rows, num_queries, missing, KV_ROW: tl.constexpr, H: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a block of queries, and for each its base-2 log-sum and delta, minus out times grad."""
     tile = tl.program_id(0) // H
@@ -105,6 +111,12 @@ def _grad_queries(
     row = head.to(tl.int64) * num_tokens + first_row + m
     k_at = k_ptr + first_key * KV_ROW + column
     v_at = v_ptr + first_key * KV_ROW + column
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr + row, mask=is_row, other=1.0)
+        # out times grad is the factor times its gradient; the factor is 2 s(x), and s' = s (1 - s)
+        tl.store(slope_ptr + row, tl.sum(out * grad.to(tl.float32), axis=1) * (1 - factor / 2), mask=is_row)
+        grad = (grad.to(tl.float32) * factor[:, None]).to(grad.dtype)
+        out = _ungate(out, factor)
     if along_ptr is not None:
         own_at = v_at + (diagonal + m)[:, None] * KV_ROW + e
         own, _ = directions(tl.load(own_at, mask=is_row[:, None], other=0.0))
@@ -112,6 +124,7 @@ def _grad_queries(
         grad = (grad.to(tl.float32) - along_grad[:, None] * own).to(grad.dtype)
         out += tl.load(along_ptr + row, mask=is_row, other=0.0)[:, None] * own
         tl.store(along_grad_ptr + row, along_grad, mask=is_row)
+    if grad_y_ptr is not None:
         tl.store(grad_y_ptr + places, grad, mask=is_row[:, None])
     delta = -tl.sum(out * grad.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + row, mask=is_row, other=float("inf")) * LOG2_E  # no weights for rows that are not there
@@ -175,7 +188,7 @@ def _walk_queries(
 
 @triton.jit
 def _grad_own(
-    grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, queries, exists, num_tokens, kv_head_index,
+    grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, factor_ptr, queries, exists, num_tokens, kv_head_index,
     K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradient (N, E) of values what excluding them from the outputs of their own queries (N,) gives."""
@@ -187,6 +200,8 @@ def _grad_own(
         out = tl.load(out_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
         row = head.to(tl.int64) * num_tokens + queries
+        if factor_ptr is not None:
+            out = _ungate(out, tl.load(factor_ptr + row, mask=exists, other=1.0))
         along = tl.load(along_ptr + row, mask=exists, other=0.0)
         along_grad = tl.load(along_grad_ptr + row, mask=exists, other=0.0)
         grad += (bend * along_grad)[:, None] * own
@@ -196,10 +211,10 @@ def _grad_own(
 
 @triton.jit(do_not_specialize=["num_tokens", "table_rows"])
 def _grad_keys(
-    grad_ptr, q_ptr, k_ptr, v_ptr, q_box, grad_box, sums_ptr, out_ptr, along_ptr, along_grad_ptr, grad_k_ptr,
-    grad_v_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, num_tokens, scale, q_head, kv_row, kv_head,
-    grad_row, table_rows, Q_ROW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, q_box, grad_box, sums_ptr, out_ptr, along_ptr, along_grad_ptr, factor_ptr,
+    grad_k_ptr, grad_v_ptr, tiles_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr, num_tokens, scale, q_head, kv_row,
+    kv_head, grad_row, table_rows, Q_ROW: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a block of keys and values."""
     tile = tl.program_id(0) // K
@@ -231,8 +246,8 @@ def _grad_keys(
         itself = diagonal + tl.arange(0, BLOCK_N)  # the query of each key's token, counted from first_query
         exists = (itself >= 0) & (tl.arange(0, BLOCK_N) < num_keys)
         grad_v = _grad_own(
-            grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, first_query + itself, exists, num_tokens,
-            kv_head_index, K, G, E,
+            grad_v, v, out_ptr, grad_ptr, along_ptr, along_grad_ptr, factor_ptr, first_query + itself, exists,
+            num_tokens, kv_head_index, K, G, E,
         )  # fmt: skip
     for member in range(G):
         head = kv_head_index * G + member
@@ -280,6 +295,19 @@ class Rotation(NamedTuple):
     needs_gain: bool = False
 
 
+class Attended(NamedTuple):
+    """Attention's output (T, H, E) and, each (H, T) float32, what its backward needs.
+
+    lse: the log of each query's summed weights. along: the length of the component along the query's own value that was
+    taken from the output. factor: what each head was multiplied by then. None for what was not done.
+    """
+
+    out: Tensor
+    lse: Tensor
+    along: Tensor | None
+    factor: Tensor | None
+
+
 class Prepared(NamedTuple):
     """What the keys' kernel reads of the queries' kernel.
 
@@ -293,34 +321,36 @@ class Prepared(NamedTuple):
 
 
 def grad_queries(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, tiles: Tensor,
-    tiling: Tiling, grad_q: Tensor, rotation: Rotation,
-) -> tuple[Tensor | None, Prepared]:  # fmt: skip
-    """Fill grad_q, and return the gradient of the gain, if wanted, and what grad_keys needs.
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: Attended, tiles: Tensor, tiling: Tiling, grad_q: Tensor,
+    rotation: Rotation,
+) -> tuple[Tensor | None, Tensor | None, Prepared]:  # fmt: skip
+    """Fill grad_q, and return the other gradients that attend_backward returns, and what grad_keys needs.
 
     tiles: list_query_tiles with tiling's block_m. Others as in attend_backward, with contiguous grad and out.
     """
     num_tokens, num_heads, head_dim = q.shape
     inverse, cos, sin, gain, num_queries, missing, needs_gain = rotation
     table_rows, half = (1, 1) if cos is None else cos.shape
-    partial = torch.empty_like(lse) if needs_gain else None
-    grad_y, along_grad = (grad, None) if along is None else (torch.empty_like(grad), torch.empty_like(along))
+    partial = torch.empty_like(found.lse) if needs_gain else None
+    along_grad, slope = (None if x is None else torch.empty_like(x) for x in (found.along, found.factor))
+    grad_y = None if along_grad is None and slope is None else torch.empty_like(grad)
     sums = torch.empty(num_heads, num_tokens, 2, dtype=torch.float32, device=q.device)
     launch(
         _grad_queries, ((tiles.size(0) - 1) * num_heads,),
-        grad, q, k, v, *_boxes(k, v, tiling.block_n), out, lse, along, sums, grad_q, grad_y, along_grad, tiles,
+        grad, q, k, v, *_boxes(k, v, tiling.block_n), *found, sums, grad_q, grad_y, along_grad, slope, tiles,
         inverse, cos, sin, gain, partial, num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(0), q.stride(1),
         k.stride(1), grad_q.stride(0), table_rows, num_queries, missing, KV_ROW=k.stride(0),
         H=num_heads, G=num_heads // k.size(1), E=head_dim, HALF=half,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return None if partial is None else partial.sum(1), Prepared(sums, grad_y, along_grad)
+    prepared = Prepared(sums, grad if grad_y is None else grad_y, along_grad)
+    return None if partial is None else partial.sum(1), slope, prepared
 
 
 def grad_keys(
-    prepared: Prepared, q: Tensor, k: Tensor, v: Tensor, out: Tensor, along: Tensor | None, tiles: Tensor,
-    tiling: Tiling, grad_k: Tensor, grad_v: Tensor, rotation: Rotation,
+    prepared: Prepared, q: Tensor, k: Tensor, v: Tensor, found: Attended, tiles: Tensor, tiling: Tiling,
+    grad_k: Tensor, grad_v: Tensor, rotation: Rotation,
 ) -> None:  # fmt: skip
     """Fill grad_k and grad_v, of the same strides. tiles: list_key_tiles with tiling's block_n."""
     num_tokens, num_heads, head_dim = q.shape
@@ -330,9 +360,9 @@ def grad_keys(
     table_rows, half = (1, 1) if cos is None else cos.shape
     launch(
         _grad_keys, ((tiles.size(0) - 1) * num_kv_heads,),
-        grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, out, along, along_grad, grad_k, grad_v, tiles,
-        inverse, cos, sin, gain, num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(1), k.stride(0), k.stride(1),
-        grad_k.stride(0), table_rows, Q_ROW=q.stride(0), K=num_kv_heads,
+        grad, q, k, v, *_boxes(q, grad, tiling.block_m), sums, found.out, found.along, along_grad, found.factor, grad_k,
+        grad_v, tiles, inverse, cos, sin, gain, num_tokens, LOG2_E.value / math.sqrt(head_dim), q.stride(1),
+        k.stride(0), k.stride(1), grad_k.stride(0), table_rows, Q_ROW=q.stride(0), K=num_kv_heads,
         G=num_heads // num_kv_heads, E=head_dim, HALF=half,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
@@ -340,12 +370,13 @@ def grad_keys(
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, along: Tensor | None, bounds: Bounds,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: Attended, bounds: Bounds,
     into: tuple[Tensor, Tensor, Tensor], rotation: Rotation,
-) -> Tensor | None:  # fmt: skip
-    """Fill into with the gradients of q, k and v from that of out (T, H, E); return that of the gain if wanted.
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Fill into with the gradients of q, k and v from that of out (T, H, E).
 
-    q, k, v, bounds as attend got them, lse and along as it returned them. bounds must cover every key and query:
+    Returns those of the gain (H,), if wanted, and of the argument of each factor's sigmoid (H, T), where there are any.
+    q, k, v, bounds as attend got them, found as it returned it. bounds must cover every key and query:
     gradients of others are left undefined. A key that no query sees has a gradient of zero. With rotation the
     gradients are those of the projections (N, H or K, E), and rows that are no queries' are left out of the first.
     Into's rows may be strided, alike for k and v; heads not.
@@ -353,12 +384,10 @@ def attend_backward(
     q, k, v = addressable(q, k, v)
     query_tiling, key_tiling = tilings(q.size(2))
     tiles = list_query_tiles(bounds, q.size(0), query_tiling.block_m)
-    grad_gain, prepared = grad_queries(
-        grad.contiguous(), q, k, v, out, lse, along, tiles, query_tiling, into[0], rotation
-    )
+    grad_gain, slope, prepared = grad_queries(grad.contiguous(), q, k, v, found, tiles, query_tiling, into[0], rotation)
     tiles = list_key_tiles(bounds, k.size(0), key_tiling.block_n)
-    grad_keys(prepared, q, k, v, out, along, tiles, key_tiling, *into[1:], rotation)
-    return grad_gain
+    grad_keys(prepared, q, k, v, found, tiles, key_tiling, *into[1:], rotation)
+    return grad_gain, slope
 
 
 def tilings(head_dim: int) -> tuple[Tiling, Tiling]:

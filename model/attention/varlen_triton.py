@@ -6,6 +6,7 @@ on the device lists only the query tiles that exist, tiles of long segments firs
 """
 
 # T query tokens, H query heads, K kv heads, G query heads a kv head, E head_dim, N segments, M query rows of a tile
+# W columns that the heads' gate reads
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.attention.bounds import TRITON_HEAD_DIMS, Bounds
-from model.attention.varlen_backward_triton import Rotation, attend_backward
+from model.attention.varlen_backward_triton import Attended, Rotation, attend_backward
 from model.attention.varlen_tiles_triton import (
     LN_2,
     LOG2_E,
@@ -68,8 +69,9 @@ def _attend_keys(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _attend(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, along_ptr, tiles_ptr, num_tokens, scale, q_row, q_head, kv_row, kv_head,
-    H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, columns_ptr, weights_ptr, out_ptr, lse_ptr, along_ptr, factor_ptr, tiles_ptr, num_tokens,
+    scale, q_row, q_head, kv_row, kv_head, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, W: tl.constexpr,
+    COLS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // H
     head = tl.program_id(0) % H
@@ -107,20 +109,29 @@ def _attend(
         along = tl.sum(out * own, axis=1)
         out -= along[:, None] * own
         tl.store(along_ptr + row, along, mask=is_row)
+    if columns_ptr is not None:
+        col = tl.arange(0, COLS)[None, :]
+        column_at = columns_ptr + (first_row + m)[:, None] * W + col
+        columns = tl.load(column_at, mask=is_row[:, None] & (col < W), other=0.0).to(tl.float32)
+        weights = tl.load(weights_ptr + head * W + col, mask=col < W, other=0.0).to(tl.float32)
+        factor = 2 * tl.sigmoid(tl.sum(columns * weights, axis=1))
+        out *= factor[:, None]
+        tl.store(factor_ptr + row, factor, mask=is_row)
     out_at = out_ptr + (first_row * H + head) * E + m[:, None] * (H * E) + e
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
     tl.store(lse_ptr + row, (peak + tl.log2(total)) * LN_2, mask=is_row)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | None = None, *, is_value_excluded: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return causal attention (T, H, E), the log of each query's summed weights (H, T) float32, and None.
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, tiling: Tiling | None = None, *, is_value_excluded: bool = False,
+    columns: Tensor | None = None, weights: Tensor | None = None,
+) -> Attended:  # fmt: skip
+    """Return causal attention out (T, H, E) and what its backward needs.
 
     q (T, H, E), k and v (any, K, E): any strides of rows and heads, none within a head; K divides H.
     tiling: for measurements; the constants above otherwise. is_value_excluded takes from each output its component
-    along the query's own value, and returns its length (H, T) float32 instead of None.
-    Raises ValueError for shapes that the kernel cannot serve.
+    along the query's own value. columns (T, W) and weights (H, W) make a factor on each head of what is left, see
+    model.layers.gate_heads. Raises ValueError for shapes that the kernel cannot serve.
     """
     num_tokens, num_heads, head_dim = q.shape
     if head_dim not in TRITON_HEAD_DIMS:
@@ -134,14 +145,15 @@ def attend(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     along = torch.empty_like(lse) if is_value_excluded else None
+    factor, width = (None, 0) if columns is None else (torch.empty_like(lse), columns.size(1))
     launch(
         _attend, ((tiles.size(0) - 1) * num_heads,),
-        q, k, v, out, lse, along, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        H=num_heads, G=num_heads // k.size(1), E=head_dim, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
+        q, k, v, columns, weights, out, lse, along, factor, tiles, num_tokens, LOG2_E.value / math.sqrt(head_dim),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), H=num_heads, G=num_heads // k.size(1), E=head_dim, W=width,
+        COLS=triton.next_power_of_2(max(width, 1)), BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, maxnreg=tiling.max_registers,
     )  # fmt: skip
-    return out, lse, along
+    return Attended(out, lse, along, factor)
 
 
 class _Attention(torch.autograd.Function):
@@ -149,17 +161,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
-        out, lse, _ = attend(q, k, v, bounds)
-        ctx.save_for_backward(q, k, v, out, lse)
+        found = attend(q, k, v, bounds)
+        ctx.save_for_backward(q, k, v, *found)
         ctx.bounds = bounds
-        return out
+        return found.out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, *found = ctx.saved_tensors
         into = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-        attend_backward(grads[0], q, k, v, out, lse, None, ctx.bounds, into, Rotation())
+        attend_backward(grads[0], q, k, v, Attended(*found), ctx.bounds, into, Rotation())
         return *into, None
 
 
