@@ -25,7 +25,6 @@ docs/recipe.md has their formulas and sources.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ from model.lora import HEAD, Adapters, VisitAdapters
 class Projection(nn.Module):
     """A matrix product with a weight from a bank; a module only so that calibration can hook its input."""
 
-    def forward(self, x: Tensor, weight: Tensor, function: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
+    def forward(self, x: Tensor, weight: Tensor, function: Any = F.linear) -> Any:
         """Return x W^T for x (..., in) and weight (out, in), or what another function makes of both."""
         return function(x, weight)
 
@@ -331,10 +330,7 @@ class GPT(nn.Module):
         return add_product(y, w.out, last_positions(reduced, n), low_rank, "o", apply)
 
     def _project(self, visit: Visit, normed: Tensor) -> tuple[Tensor | Factors, Tensor | None]:
-        """Return the joined queries, keys and values, and what the o adapter makes of the input, if there is one.
-
-        Without adapters they are still to be multiplied.
-        """
+        """Return the joined queries, keys and values, or their factors, and what an o adapter makes of the input."""
         apply, weight, adapters = self.projections[f"layers_{visit.layer}_qkv"], visit.w.qkv, visit.adapters.attention
         if adapters is None:
             return Factors(normed, weight, apply), None
