@@ -53,7 +53,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         kernels = load_kernels(path, monkeypatch)
         monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
         monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
-        if name in ("heads", "gate"):
+        if name == "gate":
             monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
     monkeypatch.setattr(self_attention, "uses_triton", lambda x, *_sizes: x.dtype == torch.float32)
     monkeypatch.setattr(self_attention, "resolve_backend", lambda *_args, **_options: request.param)
