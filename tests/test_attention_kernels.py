@@ -59,7 +59,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         kernels = load_kernels(path, monkeypatch)
         monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
         monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
-        if name in ("heads", "gate"):
+        if name == "gate":
             monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
         if name == "heads_product":
             monkeypatch.setattr(kernels, "TILING", products.Tiling(8, 64, 8, 1, 1, 1))

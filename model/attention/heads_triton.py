@@ -14,7 +14,7 @@ from model.kernels.launch import launch
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 ROWS = 4  # tokens of one tile
-BACKWARD_PROGRAMS = 132 * 8
+BACKWARD_ROWS = 32
 
 
 @triton.jit
@@ -93,68 +93,41 @@ def write_gradient(
 
 
 @triton.jit
-def _load_grad(q_ptr, k_ptr, rows, head, e, inside, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
-    grad = tl.load(q_ptr + rows * (H * E) + head * E + e, mask=inside & (head < H), other=0.0).to(tl.float32)
-    return grad + _load_copies(k_ptr, rows, head - H, e, inside & (head >= H) & (head < H + K), K, G, E)
-
-
-@triton.jit
-def _load_copies(ptr, rows, kv, e, mask, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr):
-    """Add up the gradients of the copies of a key or value head."""
-    at = ptr + (rows * K + kv) * (G * E) + e
-    grad = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for copy in tl.static_range(1, G):
-        grad += tl.load(at + copy * E, mask=mask, other=0.0).to(tl.float32)
-    return grad
-
-
-@triton.jit
 def _rotate_backward(
     grad_q_ptr, grad_k_ptr, grad_v_ptr, grad_own_ptr, y_ptr, inverse_ptr, cos_ptr, sin_ptr, gain_ptr,
-    grad_x_ptr, partial_ptr, num_rows, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
-    HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    grad_x_ptr, partial_ptr, num_tokens, table_rows, H: tl.constexpr, K: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.arange(0, HEADS)[None, :, None]
-    heads = tl.arange(0, HEADS)[None, :]
-    e = tl.arange(0, E)[None, None, :]
-    gain = tl.load(gain_ptr + heads, mask=heads < H, other=1.0).to(tl.float32)
-    # A gain of exactly zero leaves no trace of the query in y: it gets no gradient.
-    over_gain = tl.where(gain == 0.0, 0.0, 1.0 / tl.where(gain == 0.0, 1.0, gain))
-    sums = tl.zeros((ROWS, HEADS), tl.float32)
-    for tile in range(tl.program_id(0), (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
-        rows = row[:, :, None]
-        inside = (rows < num_rows) & (head < H + 2 * K) & (e < E)
-        at = rows * ((H + 2 * K) * E) + head * E
-        y_at = rows * ((H + 2 * K * G) * E) + tl.where(head < H, head, H + (head - H) * G) * E
-        other = tl.where(e < HALF, e + HALF, e - HALF)
-        sign = tl.where(e < HALF, 1.0, -1.0)
-        turns = inside & (head < H + K) & (e < 2 * HALF)
-        angle = (rows % table_rows) * HALF + e % HALF
-        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0) * sign
-        grad = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, e, inside, H, K, G, E)
-        y = tl.load(y_ptr + y_at + e, mask=inside & (head < H + K), other=0.0).to(tl.float32)
-        if HAS_SUMS:
-            sums += tl.sum(grad * y, axis=2)
-        # Turned back: the gradient of the normed head, and the normed head itself.
-        grad_other = _load_grad(grad_q_ptr, grad_k_ptr, rows, head, other, turns, H, K, G, E)
-        grad = (grad * cos - grad_other * sin) * gain[:, :, None]
-        y_other = tl.load(y_ptr + y_at + other, mask=turns, other=0.0).to(tl.float32)
-        normed = (y * cos - y_other * sin) * over_gain[:, :, None]
-        inverse = tl.load(inverse_ptr + row * (H + K) + heads, mask=(row < num_rows) & (heads < H + K), other=0.0)
-        along = tl.sum(grad * normed, axis=2) / E
-        grad = inverse[:, :, None] * (grad - normed * along[:, :, None])
-        is_value = inside & (head >= H + K)
-        grad += _load_copies(grad_v_ptr, rows, head - H - K, e, is_value, K, G, E)
+    """Write the gradient of a block of rows of one head, which does not reach across the end of the tables."""
+    head = tl.program_id(0) % (H + 2 * K)
+    block = tl.program_id(0) // (H + 2 * K)
+    blocks = (table_rows + ROWS - 1) // ROWS
+    first = block // blocks * table_rows + block % blocks * ROWS
+    num_rows = table_rows - block % blocks * ROWS
+    exists = (tl.arange(0, ROWS) < num_rows)[:, None]
+    wide = first.to(tl.int64)
+    row = wide + tl.arange(0, ROWS)[:, None]
+    e = tl.arange(0, E)[None, :]
+    grad = tl.load(grad_q_ptr + (row * H + head) * E + e, mask=exists & (head < H), other=0.0).to(tl.float32)
+    for copy in tl.static_range(G):  # gradients of copies are added up
+        at = (row * (K * G) + (head - H) * G + copy) * E + e
+        is_key = exists & (head >= H) & (head < H + K)
+        grad += tl.load(grad_k_ptr + at, mask=is_key, other=0.0).to(tl.float32)
+        grad += tl.load(grad_v_ptr + (at - K * G * E), mask=exists & (head >= H + K), other=0.0).to(tl.float32)
+    if head < H + K:
+        if partial_ptr is not None:
+            partial_ptr += head.to(tl.int64) * num_tokens + first
+        y_head = tl.where(head < H, head, H + (head - H) * G)
+        write_gradient(
+            grad, 1.0, grad_x_ptr + (wide * (H + 2 * K) + head) * E, (H + 2 * K) * E,
+            y_ptr + (wide * (H + 2 * K * G) + y_head) * E, (H + 2 * K * G) * E, first, head, num_rows,
+            inverse_ptr, cos_ptr, sin_ptr, gain_ptr, partial_ptr, table_rows, H, K, E, HALF, ROWS,
+        )  # fmt: skip
+    else:
         if grad_own_ptr is not None:
-            own_at = rows * (K * E) + (head - H - K) * E + e
-            grad += tl.load(grad_own_ptr + own_at, mask=is_value, other=0.0).to(tl.float32)
-        tl.store(grad_x_ptr + at + e, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    if HAS_SUMS:
-        place = partial_ptr + tl.program_id(0) * H + tl.arange(0, HEADS)
-        total = tl.sum(sums * over_gain, axis=0)
-        tl.store(place, total, mask=tl.arange(0, HEADS) < H)
+            own_at = grad_own_ptr + (row * K + head - H - K) * E + e
+            grad += tl.load(own_at, mask=exists, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + (row * (H + 2 * K) + head) * E + e, grad, mask=exists)
 
 
 def rotate(
@@ -192,18 +165,20 @@ def rotate_backward(
     """Return the gradients of qkv (N, W) and gain from those of the queries, keys and values in y (N, its heads, E).
 
     Gradients of copies are added up. grad_own (N, K, E) is added to the values'. The second is None unless needs_gain.
+    The rows of cos and sin divide N.
     """
     grad_q, grad_k, grad_v = (g.contiguous() for g in grads)
     num_rows, num_heads, head_dim = grad_q.shape
     num_kv_heads = inverse.size(1) - num_heads
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    grad_x = torch.empty(num_rows, width, device=y.device, dtype=y.dtype)
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(num_rows, ROWS))
-    partial = torch.empty(programs, num_heads, device=y.device, dtype=torch.float32) if needs_gain else None
+    heads = num_heads + 2 * num_kv_heads
+    grad_x = torch.empty(num_rows, heads * head_dim, device=y.device, dtype=y.dtype)
+    table_rows, half = cos.shape
+    blocks = triton.cdiv(table_rows, BACKWARD_ROWS) * (num_rows // table_rows)
+    partial = inverse.new_empty(inverse.T.shape) if needs_gain else None
     launch(
-        _rotate_backward, (programs,),
-        grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, cos.size(0),
-        H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=cos.size(1),
-        HEADS=triton.next_power_of_2(num_heads + 2 * num_kv_heads), ROWS=ROWS, HAS_SUMS=needs_gain, num_warps=4,
+        _rotate_backward, (blocks * heads,),
+        grad_q, grad_k, grad_v, grad_own, y, inverse, cos, sin, gain, grad_x, partial, num_rows, table_rows,
+        H=num_heads, K=num_kv_heads, G=grad_k.size(1) // num_kv_heads, E=head_dim, HALF=half, ROWS=BACKWARD_ROWS,
+        num_warps=4,
     )  # fmt: skip
-    return grad_x, None if partial is None else partial.sum(0).to(gain.dtype)
+    return grad_x, None if partial is None else partial[:num_heads].sum(1).to(gain.dtype)
