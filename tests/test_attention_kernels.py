@@ -60,7 +60,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, f"model.attention.{name}_triton", kernels)
         monkeypatch.setattr(model.attention, f"{name}_triton", kernels, raising=False)
         if name == "gate":
-            monkeypatch.setattr(kernels, "BACKWARD_PROGRAMS", 3)
+            monkeypatch.setattr(kernels, "SPREAD_PROGRAMS", 3)
+            monkeypatch.setattr(kernels, "SPREAD_ROWS", 8)
         if name == "heads_product":
             monkeypatch.setattr(kernels, "TILING", products.Tiling(8, 64, 8, 1, 1, 1))
             monkeypatch.setattr(kernels, "fits_heads", lambda x, *_sizes: x.dtype == torch.float32)
@@ -103,6 +104,7 @@ def test_self_attention_by_its_kernels(
     inputs = [draw(batch, TIME, (num_heads + 2 * num_kv_heads) * HEAD_DIM), 1 + 0.3 * draw(num_heads)]
     if is_gated:
         inputs += [draw(batch, n, GATE_WIDTH), draw(num_heads, GATE_WIDTH)]
+        inputs[2][:, -3] *= 1e4  # a factor of exactly zero or two
     values = inputs[0][..., -num_kv_heads * HEAD_DIM :]
     values[:, -2] *= 1e-14  # below what a length is held at
     values[:, -5] = 0
