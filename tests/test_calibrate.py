@@ -150,7 +150,7 @@ def test_half_a_hessian_on_a_gpu_is_the_whole_one() -> None:
         for _ in range(2):
             hessians.add_second_moment(total, x)
         wanted = 2 * (x.double().T @ x.double())
-        assert float((mirror_lower(total).double() - wanted).norm() / wanted.norm()) < 1e-5
+        assert float((mirror_lower(total).double() - wanted).norm() / wanted.norm()) < 1e-4
         again = torch.zeros_like(total)
         for _ in range(2):
             hessians.add_second_moment(again, x)

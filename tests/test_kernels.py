@@ -353,7 +353,7 @@ def test_a_frozen_gain_or_one_of_zero_and_rows_that_nobody_asks_for(head_dim: in
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("heads", [HEADS[0], HEADS[1], (1, 1, 64, 16), (2, 1, 64, 64)])
+@pytest.mark.parametrize("heads", [HEADS[0], HEADS[1], (2, 2, 32, 16), (2, 1, 64, 64)])
 @pytest.mark.parametrize("num_queries", [None, 64])
 def test_self_attention_that_makes_its_projections(heads: tuple[int, int, int, int], num_queries: int | None) -> None:
     num_heads, num_kv_heads, head_dim, rope_dims = heads

@@ -18,8 +18,8 @@ from model.kernels.launch import launch
 
 TINY: tl.constexpr = tl.constexpr(1e-12)
 ROWS = 4  # tokens of one tile
-SPREAD_ROWS = 16
-SPREAD_PROGRAMS = 132 * 8
+SPREAD_ROWS = 128
+SPREAD_PROGRAMS = 132 * 4
 
 
 @triton.jit
@@ -89,28 +89,24 @@ def _gate_backward(
 @triton.jit
 def _spread(
     slope_ptr, columns_ptr, weights_ptr, grad_columns_ptr, partial_ptr, num_rows, H: tl.constexpr, W: tl.constexpr,
-    COLS: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, COLS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.arange(0, H)[None, :, None]
-    col = tl.arange(0, COLS)[None, None, :]
-    weights = tl.load(weights_ptr + head * W + col, mask=col < W, other=0.0).to(tl.float32)  # (1, H, COLS)
-    sums = tl.zeros((ROWS, H, COLS), tl.float32)
+    head = tl.arange(0, HEADS)[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    is_weight = (head < H) & (col < W)
+    weights = tl.load(weights_ptr + head * W + col, mask=is_weight, other=0.0).to(columns_ptr.dtype.element_ty)
+    sums = tl.zeros((HEADS, COLS), tl.float32)
     for tile in range(tl.program_id(0), (num_rows + ROWS - 1) // ROWS, tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        rows = row[:, None, None]
-        inside = rows < num_rows
-        slope = tl.load(slope_ptr + head * num_rows + rows, mask=inside, other=0.0)
+        row = tile * ROWS + tl.arange(0, ROWS)
+        at = head.to(tl.int64) * num_rows + row[None, :]
+        slope = tl.load(slope_ptr + at, mask=(head < H) & (row[None, :] < num_rows), other=0.0).to(weights.dtype)
+        places = row.to(tl.int64)[:, None] * W + col
+        inside = (row[:, None] < num_rows) & (col < W)
         if partial_ptr is not None:
-            columns = tl.load(columns_ptr + rows * W + col, mask=inside & (col < W), other=0.0).to(tl.float32)
-            sums += slope * columns
-        near = tl.arange(0, COLS)[None, :]
-        along = tl.sum(slope * weights, axis=1).to(grad_columns_ptr.dtype.element_ty)  # (ROWS, COLS)
-        tl.store(grad_columns_ptr + row[:, None] * W + near, along, mask=(row[:, None] < num_rows) & (near < W))
+            sums = tl.dot(slope, tl.load(columns_ptr + places, mask=inside, other=0.0), sums)
+        tl.store(grad_columns_ptr + places, tl.dot(slope.T, weights).to(weights.dtype), mask=inside)
     if partial_ptr is not None:
-        first = tl.arange(0, H)[:, None] * W
-        near_col = tl.arange(0, COLS)[None, :]
-        place = partial_ptr + tl.program_id(0) * (H * W) + first + near_col
-        tl.store(place, tl.sum(sums, axis=0), mask=near_col < W)
+        tl.store(partial_ptr + tl.program_id(0) * (H * W) + head * W + col, sums, mask=is_weight)
 
 
 def _sizes(num_heads: int, v: Tensor, columns: Tensor | None) -> dict[str, int]:
@@ -160,6 +156,7 @@ def spread(slope: Tensor, columns: Tensor, weights: Tensor, *, needs_weights: bo
     partial = slope.new_empty(programs, num_heads, width) if needs_weights else None
     launch(
         _spread, (programs,), slope, columns, weights, grad_columns, partial, num_rows, H=num_heads, W=width,
-        COLS=triton.next_power_of_2(width), ROWS=SPREAD_ROWS, num_warps=4,
+        HEADS=max(16, triton.next_power_of_2(num_heads)), COLS=max(16, triton.next_power_of_2(width)), ROWS=SPREAD_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return grad_columns, None if partial is None else partial.sum(0).to(weights.dtype)

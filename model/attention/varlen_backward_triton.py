@@ -8,6 +8,8 @@ goes over the queries that see them. That is seven matrix products instead of fi
 Where the forward took from its output y the component c w along the query's own value v, w = v / |v|, there is z = y -
 c w and c, and a gradient g of z. That of y is g - a w with a = g w, which the first kernel writes for the second. That
 of v, besides y's, is the sum of -(a z + c (g - a w)) / |v| over the query heads, which the second kernel begins with.
+Where z was then multiplied by a factor, both begin by undoing that. In all cases the output times its gradient is y times
+its own: what the softmax needs.
 
 Where queries and keys came from projections by a norm, rotary and a gain, each kernel takes those back at its end and
 writes gradients of the projections.
@@ -74,12 +76,6 @@ def _walk_keys(
     return acc
 
 
-@triton.jit
-def _ungate(out, factor):
-    """Return out (M, E) before its factor (M,), to as many digits; a factor of zero left none."""
-    return tl.where((factor > 0)[:, None], out / tl.where(factor > 0, factor, 1.0)[:, None], 0.0)
-
-
 @triton.jit(do_not_specialize=["num_tokens", "table_rows", "num_queries", "missing"])
 def _grad_queries(
     grad_ptr, q_ptr, k_ptr, v_ptr, k_box, v_box, out_ptr, lse_ptr, along_ptr, factor_ptr, sums_ptr, grad_q_ptr,
@@ -111,35 +107,34 @@ def _grad_queries(
     row = head.to(tl.int64) * num_tokens + first_row + m
     k_at = k_ptr + first_key * KV_ROW + column
     v_at = v_ptr + first_key * KV_ROW + column
+    # y times its gradient, whatever was made of it: neither the factor nor the excluded part changes the product
+    product = tl.sum(out * grad.to(tl.float32), axis=1)
     if factor_ptr is not None:
         factor = tl.load(factor_ptr + row, mask=is_row, other=1.0)
-        # out times grad is the factor times its gradient; the factor is 2 s(x), and s' = s (1 - s)
-        tl.store(slope_ptr + row, tl.sum(out * grad.to(tl.float32), axis=1) * (1 - factor / 2), mask=is_row)
+        # the product is also the factor times its gradient; the factor is 2 s(x), and s' = s (1 - s)
+        tl.store(slope_ptr + row, product * (1 - factor / 2), mask=is_row)
         grad = (grad.to(tl.float32) * factor[:, None]).to(grad.dtype)
-        out = _ungate(out, factor)
     if along_ptr is not None:
         own_at = v_at + (diagonal + m)[:, None] * KV_ROW + e
         own, _ = directions(tl.load(own_at, mask=is_row[:, None], other=0.0))
         along_grad = tl.sum(grad.to(tl.float32) * own, axis=1)
         grad = (grad.to(tl.float32) - along_grad[:, None] * own).to(grad.dtype)
-        out += tl.load(along_ptr + row, mask=is_row, other=0.0)[:, None] * own
         tl.store(along_grad_ptr + row, along_grad, mask=is_row)
     if grad_y_ptr is not None:
         tl.store(grad_y_ptr + places, grad, mask=is_row[:, None])
-    delta = -tl.sum(out * grad.to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + row, mask=is_row, other=float("inf")) * LOG2_E  # no weights for rows that are not there
     tl.store(sums_ptr + 2 * row, lse, mask=is_row)
-    tl.store(sums_ptr + 2 * row + 1, delta, mask=is_row)
+    tl.store(sums_ptr + 2 * row + 1, -product, mask=is_row)
 
     acc = tl.zeros((BLOCK_M, E), tl.float32)
     full = (diagonal + 1) // BLOCK_N * BLOCK_N
     acc = _walk_keys(
-        acc, q, grad, lse, delta, k_at, v_at, k_box, v_box, key, column, 0, full, diagonal, scale,
+        acc, q, grad, lse, -product, k_at, v_at, k_box, v_box, key, column, 0, full, diagonal, scale,
         KV_ROW, E, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     last = diagonal + num_rows
     acc = _walk_keys(
-        acc, q, grad, lse, delta, k_at, v_at, k_box, v_box, key, column, full, last, diagonal, scale,
+        acc, q, grad, lse, -product, k_at, v_at, k_box, v_box, key, column, full, last, diagonal, scale,
         KV_ROW, E, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     if partial_ptr is not None:
@@ -200,8 +195,9 @@ def _grad_own(
         out = tl.load(out_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + places, mask=exists[:, None], other=0.0).to(tl.float32)
         row = head.to(tl.int64) * num_tokens + queries
-        if factor_ptr is not None:
-            out = _ungate(out, tl.load(factor_ptr + row, mask=exists, other=1.0))
+        if factor_ptr is not None:  # out before it, to as many digits; a factor of zero left none
+            factor = tl.load(factor_ptr + row, mask=exists, other=1.0)
+            out *= tl.where(factor > 0, 1 / tl.where(factor > 0, factor, 1.0), 0.0)[:, None]
         along = tl.load(along_ptr + row, mask=exists, other=0.0)
         along_grad = tl.load(along_grad_ptr + row, mask=exists, other=0.0)
         grad += (bend * along_grad)[:, None] * own
