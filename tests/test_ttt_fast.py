@@ -89,6 +89,20 @@ def test_the_ledger_holds_every_target_once_and_an_update_after_each_chunk_but_t
         assert all(updates[document] == count - 1 for document, count in chunks.items())
 
 
+@pytest.mark.parametrize("lag", [1, 7, 1000])
+def test_entries_that_wait_for_a_gpu_reach_the_ledger_in_order(lag: int) -> None:
+    config = micro_ttt(updates_per_chunk=2)
+    model, validation = random_model(dtype=torch.float64).requires_grad_(False), micro_validation(*LENGTHS)
+    work = DocumentPass(model, validation, config, ignore, label="test")
+    work.ledger_lag = lag
+    work.run_adapted(DOCUMENTS, Slots(model, config, 7, 3))
+    assert 0 < len(work.unlogged) <= lag
+    late, at_once = work.close_ledger(), run(DocumentPass, config).close_ledger()
+    assert not work.unlogged
+    assert late.chain == at_once.chain
+    assert np.array_equal(late.loss_sum, at_once.loss_sum)
+
+
 @pytest.mark.parametrize("num_slots", [1, 2, 8])
 def test_scores_do_not_depend_on_the_number_of_slots(num_slots: int) -> None:
     for by_length, (dtype, tolerance) in itertools.product(

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +24,7 @@ from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain
 from model.ttt.slots import Slots
 from model.ttt.windows import Window, chunk_length, longest_chunk, round_up, unadapted_windows
 
-LEDGER_LAG = 64  # batches of a GPU whose loss sums may wait there, so that the ledger never stalls it
+LEDGER_LAG = 64  # entries that a GPU's newest loss sums wait: many times what Pace lets it have before it
 
 
 class DocumentPass:
@@ -50,7 +50,8 @@ class DocumentPass:
         dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
         self.nll = torch.zeros(validation.num_targets, dtype=dtype, device=self.device)
         self.chain = ScoreChain(rank)
-        self.unlogged: list[tuple[int, list[Window], Tensor | None]] = []  # kind, windows, loss sums (B,)
+        self.unlogged: deque[tuple[int, list[Window], Tensor | None, torch.cuda.Event | None]] = deque()
+        self.ledger_lag = LEDGER_LAG if self.device.type == "cuda" else 0
         self.num_scored = self.num_total = 0
         self.started = time.monotonic()
         self.pace = Pace(self.device)
@@ -185,22 +186,25 @@ class DocumentPass:
         self._log(UPDATE, [w._replace(num_updates=w.num_updates + repeat) for w in windows], None)
 
     def _log(self, kind: int, windows: list[Window], loss_sums: Tensor | None) -> None:
-        """Put events into the ledger: at once on a CPU, a little later on a GPU, where the sums are fixed by now."""
-        self.unlogged.append((kind, windows, loss_sums))
-        if self.device.type == "cpu" or len(self.unlogged) >= 2 * LEDGER_LAG:
-            self._catch_up()
+        """Put events into the ledger: at once on a CPU, later on a GPU, whose sums (B,) are fixed by now."""
+        copied = None
+        if loss_sums is not None and loss_sums.is_cuda:
+            # pinned, so that the copy is one more entry in the device's queue and nobody waits
+            host = torch.empty(loss_sums.shape, dtype=loss_sums.dtype, pin_memory=True)
+            loss_sums, copied = host.copy_(loss_sums, non_blocking=True), torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self.device))
+        self.unlogged.append((kind, windows, loss_sums, copied))
+        self._catch_up(self.ledger_lag)
 
-    def _catch_up(self) -> None:
-        """Append what is waiting to the ledger."""
-        # one copy from the device for all of them, not one for each batch
-        waiting = [sums for _, _, sums in self.unlogged if sums is not None]
-        values = iter(torch.cat(waiting).tolist() if waiting else [])
-        for kind, windows, sums in self.unlogged:
-            for window in windows:
+    def _catch_up(self, num_left: int = 0) -> None:
+        """Append all that is waiting but the newest num_left entries to the ledger, in order."""
+        while len(self.unlogged) > num_left:
+            kind, windows, sums, copied = self.unlogged.popleft()
+            if copied is not None:
+                copied.synchronize()
+            for window, loss_sum in zip(windows, [0.0] * len(windows) if sums is None else sums.tolist(), strict=True):
                 first = window.end - window.num_scored
-                loss_sum = 0.0 if sums is None else next(values)
                 self.chain.add(kind, window.document, first, window.end, window.num_updates, loss_sum)
-        self.unlogged.clear()
 
     def close_ledger(self) -> Events:
         """Bring the ledger up to date and return it."""
