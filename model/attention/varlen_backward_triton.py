@@ -8,8 +8,8 @@ goes over the queries that see them. That is seven matrix products instead of fi
 Where the forward took from its output y the component c w along the query's own value v, w = v / |v|, there is z = y -
 c w and c, and a gradient g of z. That of y is g - a w with a = g w, which the first kernel writes for the second. That
 of v, besides y's, is the sum of -(a z + c (g - a w)) / |v| over the query heads, which the second kernel begins with.
-Where z was then multiplied by a factor, both begin by undoing that. In all cases the output times its gradient is y times
-its own: what the softmax needs.
+Where z was then multiplied by a factor, both begin by undoing that. The output times its gradient is always y times its
+own: what the softmax needs.
 
 Where queries and keys came from projections by a norm, rotary and a gain, each kernel takes those back at its end and
 writes gradients of the projections.
