@@ -54,7 +54,9 @@ ALL: dict[str, Any] = {
 BASE = bench_500()
 FRONTIER = replace(BASE, model=replace(BASE.model, **ALL))  # every part
 PRESET = replace(BASE, model=bench_frontier().model)  # those that gained
-STEP_LIMIT = MEMORY_LIMIT = 1.03  # of the published recipe's
+# Of the published recipe's. Over 500 steps they are 1.021 and 1.049 (docs/bench/frontier): a second stream takes the
+# same memory as before, of a peak that is a third smaller. Few steps on a warm card are within 5 % of each other.
+STEP_LIMIT = MEMORY_LIMIT = 1.06
 CASES = (
     "settle", "mix", "mix, skip", "mix, shift", "mix, shift, skip", "cross", "cross, skip", "mean", "merge", "smear",
     "heads", "slope",
