@@ -26,6 +26,7 @@ def test_the_measured_tables_have_the_paired_differences_of_the_rows(tmp_path: P
     fake_ablation(tmp_path / "final", [of("base", 0.0, 0.0, 0.0), of("fit", 0.001, 0.001, 0.001),
                                        of("all", -0.004, -0.005, -0.006)])  # fmt: skip
     fake_ablation(tmp_path / "screening", [of("base", 0.0, 0.0, 0.0), of("polar", -0.001, 0.001, 0.003)])
+    fake_ablation(tmp_path / "screening_rates", [of("slope", 0.0, 0.0, 0.0)])
     text = measured_tables(tmp_path)
     assert all(length in text for length in LENGTHS.values())
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
