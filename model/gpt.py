@@ -58,7 +58,7 @@ class ActivatedProjection(nn.Module):
     """The MLP's first product and its activation, together so that a kernel can do both at once."""
 
     def forward(self, x: Tensor, weight: Tensor, needs_hidden: bool, slope: float) -> tuple[Tensor | None, Tensor]:
-        """Return (x W^T, its activation); without needs_hidden the first may be None."""
+        """Return (x W^T or its signs, its activation); without needs_hidden the first may be None."""
         return project_and_activate(x, weight, needs_hidden, slope)
 
 

@@ -15,7 +15,7 @@ class Bounds(NamedTuple):
     """Where the segments of packed queries and keys lie: cu_seqlens int32 of both, and their longest segments.
 
     A segment with fewer queries than keys has the last ones. tables: the kernels' lists of tiles, kept as they are made
-    for other visits to the same rows; None: each makes its own.
+    for other visits to the same rows, as are bounds (see Rows); None: each makes its own.
     """
 
     queries: Tensor

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """Triton kernels that take a token's own value out of attention's output, multiply each head by its factor, or both.
 
-Our attention does both itself; these serve the others.
+Our attention does both itself: of these it uses spread alone, the rest serves the others.
 The factor is 2 sigmoid(weights . columns), by token and head: see model.layers.gate_heads.
 """
 

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Triton kernels before attention: norm, rotary and gain of the heads."""
+"""Triton kernels around attention: norm, rotary and gain of the heads, and the way back, which our attention shares."""
 
 # N tokens, H query heads, K kv heads, G query heads or copies a kv head, E head_dim, W = (H + 2 K) E columns
 

@@ -112,7 +112,7 @@ def _adapted(
         x = tl.reshape(x_box.load([place, row, k]), (M, K))
         total = tl.dot(x, weight_box.load([column, k]).T, total)
     first = tl.where(column < end0, 0, tl.where(column < end1, first1, first2))  # in h, of this column's adapter
-    for r in range(0, rank, R):  # what h has behind the rank is another's, but b has zeros there
+    for r in range(0, rank, R):  # what h has behind the rank is another's: b's zeros undo it while it is finite
         h = tl.reshape(h_box.load([place, row, first + r]), (M, R))
         b = tl.reshape(b_box.load([place, column, r]), (N, R))
         total = tl.dot(h, b.T, total)

@@ -126,7 +126,7 @@ class _AdaptedProduct(torch.autograd.Function):
         buffers, rank = ctx.buffers, a.size(1) // len(b)
         begin, rest = len(ctx.places) * rank, grads[1]
         if rest is not None and (rest.stride(1), rest.storage_offset()) == (h.size(2), begin):
-            grad_h = rest.as_strided(h.shape, h.stride(), 0)  # _AddLowRank left room for the others beside its own
+            grad_h = rest.as_strided(h.shape, h.stride(), 0)  # _low_rank_gradients left room beside its own
         else:
             grad_h = torch.empty_like(h)
             if begin < h.size(2):

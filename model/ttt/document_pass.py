@@ -24,7 +24,7 @@ from model.ttt.score_ledger import SCORE, UPDATE, Events, ScoreChain
 from model.ttt.slots import Slots
 from model.ttt.windows import Window, chunk_length, longest_chunk, round_up, unadapted_windows
 
-LEDGER_LAG = 64  # entries that a GPU's newest loss sums wait: many times what Pace lets it have before it
+LEDGER_LAG = 64  # entries, two a step that learns, that a GPU's loss sums wait: four times what Pace allows
 
 
 class DocumentPass:
