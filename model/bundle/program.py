@@ -114,7 +114,12 @@ def make_program(settings: str, root: Path) -> Program:
 
 def pack_twin(modules: Mapping[str, str], loader: str, settings: str) -> bytes:
     """Return the packed program of the same modules, loader and settings."""
-    small = minify_used(modules, loader)
+    return _pack_twin(tuple(modules.items()), loader, settings)
+
+
+@functools.lru_cache(maxsize=8)  # seconds each, and the seeds of a folder have the same program
+def _pack_twin(modules: tuple[tuple[str, str], ...], loader: str, settings: str) -> bytes:
+    small = minify_used(dict(modules), loader)
     settings = json.dumps(json.loads(settings), separators=(",", ":"), sort_keys=True)
     text = render(
         small, minify(loader, name=LOADER), settings,
@@ -155,15 +160,18 @@ def _count_words(text: str) -> Counter[str]:
 
 def _keep_used(tree: ast.Module, idle: Collection[str], unused: Collection[str]) -> bool:
     """Drop idle imports and unused definitions from a module's top level; return whether there were none."""
-    before, body = ast.dump(tree), list[ast.stmt]()
+    body, dropped = list[ast.stmt](), 0
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             is_plain = not isinstance(node, ast.ImportFrom) or node.module != "__future__"
-            node.names = [each for each in node.names if not is_plain or (each.asname or each.name) not in idle]
+            names = [each for each in node.names if not is_plain or (each.asname or each.name) not in idle]
+            dropped += len(node.names) - len(names)
+            node.names = names
         if not (isinstance(node, ast.Import | ast.ImportFrom) and not node.names) and _defined_name(node) not in unused:
             body.append(node)
+    dropped += len(tree.body) - len(body)
     tree.body = body
-    return ast.dump(tree) == before
+    return not dropped
 
 
 def _defined_name(node: ast.stmt) -> str:
@@ -338,7 +346,6 @@ def minify_module(source: str, *, name: str) -> str:
     return text if is_annotated else text.replace("from __future__ import annotations\n", "", 1)
 
 
-@functools.lru_cache(maxsize=8)  # a third of a second each, and the seeds of a folder have the same program
 def pack(text: str) -> bytes:
     """Return a self-extracting file that does what text does."""
     import brotli
