@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.launch import launch
-from model.kernels.mlp_triton import GROUP_M, Tiling, descriptor, fits_products, grid, tile_place
+from model.kernels.mlp_triton import GROUP_M, Tiling, descriptor, fits_products, grid, multiply, tile_place
 
 EPS: tl.constexpr = tl.constexpr(2.0**-23)
 TILING = Tiling(128, 128, 64, 3, 4, 2)
@@ -35,11 +35,7 @@ def _project_and_rotate(
     num_m, num_n = tl.cdiv(num_rows, TILE_M), tl.cdiv((H + 2 * K) * E, TILE_N)
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         m, n = tile_place(tile, num_m, num_n, GROUP_M)
-        total = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for k in range(tl.cdiv(D, TILE_K)):
-            x = x_desc.load([m * TILE_M, k * TILE_K])
-            weight = weight_desc.load([n * TILE_N, k * TILE_K])
-            total = tl.dot(x, weight.T, total)
+        total = multiply(x_desc, weight_desc, m, n, D, TILE_M, TILE_N, TILE_K)
         rows = (m * TILE_M + tl.arange(0, TILE_M))[:, None]
         angle = (rows % table_rows) * HALF + tl.arange(0, HALF)[None, :]
         cos = tl.load(cos_ptr + angle)[:, None, :]

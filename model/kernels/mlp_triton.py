@@ -99,6 +99,17 @@ def tile_place(tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def multiply(x_desc, weight_desc, m, n, depth, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """Return tile (m, n) of x weight^T, (M, N) float32."""
+    total = tl.zeros((M, N), tl.float32)
+    for k in range(tl.cdiv(depth, K)):
+        x = x_desc.load([m * M, k * K])
+        weight = weight_desc.load([n * N, k * K])
+        total = tl.dot(x, weight.T, total)
+    return total
+
+
+@triton.jit
 def _sign_places(rows, words, num_rows, num_columns):
     """Return where the signs of 32 columns of each row lie, and which of them exist."""
     return words * num_rows + rows, (rows < num_rows) & (words * 32 < num_columns)
@@ -114,11 +125,7 @@ def _up(
     W: tl.constexpr = N // 2
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
         m, n = tile_place(tile, num_m, num_n, GROUP_M)
-        total = tl.zeros((M, N), tl.float32)
-        for k in range(tl.cdiv(depth, K)):
-            x = x_desc.load([m * M, k * K])
-            weight = weight_desc.load([n * N, k * K])
-            total = tl.dot(x, weight.T, total)
+        total = multiply(x_desc, weight_desc, m, n, depth, M, N, K)
         left, right = tl.split(tl.permute(tl.reshape(total, (M, 2, W)), (0, 2, 1)))
         rows = m * M + tl.arange(0, M)
         for half in tl.static_range(2):

@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 TICK_S = 0.5
 LONG_CALL_S = 600.0  # no single call of ours has taken a tenth of it
 AHEAD = 8  # pieces of work that may wait on the device: enough to keep it busy, seconds at most
+
+
+def queue_to_host(x: Tensor) -> Tensor:
+    """Return a copy of x (on CUDA) on the host, to be read once the device has come past this place in its queue."""
+    # pinned, so that the copy is one more entry in that queue and nobody waits
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
 class Pace:

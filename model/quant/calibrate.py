@@ -59,15 +59,14 @@ def collect_hessians(
     with HessianCollector(model) as collector:
         for batch in range(dist.rank, config.num_calibration_batches, dist.world_size):
             windows = draw_windows(loader, config, seed=seed, batch=batch)
-            tokens, packing = torch.from_numpy(windows), window_packing(windows)
-            if dist.device.type == "cuda":  # from other memory a copy would wait for the batch before
-                tokens, packing = tokens.pin_memory(), packing.pin_memory()
-            tokens = tokens.to(dist.device, non_blocking=True)
+            tokens, packing = torch.from_numpy(windows), None
             if config.calibration_documents == "masked":
-                packing = packing.to(dist.device, non_blocking=True)
-                model.visit(tokens.reshape(1, -1), is_looped=True, packing=packing)
-            else:
-                model.visit(tokens, is_looped=True)
+                tokens, packing = tokens.reshape(1, -1), window_packing(windows)
+            if dist.device.type == "cuda":  # from other memory a copy would wait for the batch before
+                tokens, packing = tokens.pin_memory(), None if packing is None else packing.pin_memory()
+            tokens = tokens.to(dist.device, non_blocking=True)
+            packing = None if packing is None else packing.to(dist.device, non_blocking=True)
+            model.visit(tokens, is_looped=True, packing=packing)
             pace.step()
             report("quantize", batch + 1, config.num_calibration_batches, {})
         dist.meet()

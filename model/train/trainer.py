@@ -23,6 +23,7 @@ from model.config import RuntimeConfig, TrainConfig
 from model.data.loader import Batch, SpanLoader, prefetch_batches
 from model.distributed import Dist
 from model.gpt import GPT
+from model.kernels.pace import queue_to_host
 from model.report import Interrupted, Report
 from model.train.gradients import accumulate_gradients
 from model.train.optim import Optimizers
@@ -202,9 +203,7 @@ class Trainer:
     def _note(self, values: Tensor, frac: float, elapsed: float, began: Moment) -> None:
         """Queue this step's figures and log those that the device has finished."""
         if values.is_cuda:
-            # pinned, so that the copy is one more entry in the device's queue and nobody waits
-            host = torch.empty(2, dtype=torch.float32, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+            values = queue_to_host(values)
         self.pending.append(StepRow(self.step, values, frac, elapsed, began, self._now()))
         while len(self.pending) > (RUN_AHEAD if self.dist.device.type == "cuda" else 0):
             self._log_row(self.pending.popleft())

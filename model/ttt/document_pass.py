@@ -15,7 +15,7 @@ from torch import Tensor
 from model.config import TTTConfig
 from model.data.validation import ValidationSet
 from model.gpt import GPT
-from model.kernels.pace import Pace
+from model.kernels.pace import Pace, queue_to_host
 from model.lora import Adapters
 from model.report import Report
 from model.ttt.batches import Batch, Limits, Schedule
@@ -189,9 +189,7 @@ class DocumentPass:
         """Put events into the ledger: at once on a CPU, later on a GPU, whose sums (B,) are fixed by now."""
         copied = None
         if loss_sums is not None and loss_sums.is_cuda:
-            # pinned, so that the copy is one more entry in the device's queue and nobody waits
-            host = torch.empty(loss_sums.shape, dtype=loss_sums.dtype, pin_memory=True)
-            loss_sums, copied = host.copy_(loss_sums, non_blocking=True), torch.cuda.Event()
+            loss_sums, copied = queue_to_host(loss_sums), torch.cuda.Event()
             copied.record(torch.cuda.current_stream(self.device))
         self.unlogged.append((kind, windows, loss_sums, copied))
         self._catch_up(self.ledger_lag)
