@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError, RayError
 
-from runner.errors import Kind
+from runner.errors import Failure, Kind
 from runner.gang import ray_ask
 from runner.gang import ray_gang as gang_module
 from runner.gang.rank import this_host
 from runner.gang.ray_gang import RayGang
-from runner.life import states
+from runner.life import causes, states
 from runner.life.job import Beat, Job, Outcome, Phase
 from runner.spec.gang import Gang
 from runner.spec.sweep import RunKey
@@ -93,7 +93,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     for name in ("placement_group", "remove_placement_group"):
         monkeypatch.setattr(gang_module, name, lambda *_arguments, **_options: None)
     monkeypatch.setattr(gang_module, "is_node_lost", lambda _node: False)
-    monkeypatch.setattr(gang_module, "COLLECT_S", 0.0)
+    monkeypatch.setattr(causes, "COLLECT_S", 0.0)
     gang = RayGang(RunKey(seed=1), 1, Gang(ranks=2))
     gang.job = replace(make_rank(tmp_path).job, world_size=2)
     gang.node_ids, gang.addresses, gang.phase = ("n",), ("10.0.0.4",), Phase.WORKING
@@ -283,6 +283,63 @@ def test_without_a_watch_the_report_has_what_ray_knows(pair: RayGang, monkeypatc
     )
     message = die(pair, error, None).failure.message
     assert message.startswith("process ended (Worker exits unexpectedly. Worker exits with an exit code 4)")
+
+
+PEER_GONE = "gloo/transport/tcp/pair.cc:537 Read error: Connection reset by peer"
+
+
+def fail(gang: RayGang, rank: int, message: str, *, kind: Kind = Kind.RAISED) -> None:
+    """Let a rank of a gang at work end with a failure."""
+    failure = Failure(kind=kind, rank=rank, message=message)
+    ref = next(ref for ref, one in gang.pending.items() if one == rank)
+    ref.arrive(Outcome(kind="failed", at=time.time(), failure=failure))
+
+
+@pytest.fixture
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return what lets seconds pass for a gang."""
+    passed, awake = [0.0], time.monotonic
+    monkeypatch.setattr("runner.gang.ray_gang.time.monotonic", lambda: awake() + sum(passed))
+    return passed.append
+
+
+def test_a_rank_that_blames_a_peer_is_not_named_before_the_peer_is_heard(
+    pair: RayGang, pass_time: Callable[[float], None]
+) -> None:
+    fail(pair, 0, PEER_GONE)
+    for _ in range(3):
+        assert pair.poll() == []
+        pass_time(causes.BLAME_S / 4)
+    fail(pair, 1, "python train_gpt.py killed by SIGKILL", kind=Kind.DIED)
+    (event,) = pair.poll()
+    assert isinstance(event, states.Failed)
+    assert (event.failure.kind, event.failure.rank) == (Kind.DIED, 1)
+    assert PEER_GONE in event.failure.others[0]
+
+
+def test_a_peer_that_never_ends_is_not_waited_for_longer_than_that(
+    pair: RayGang, pass_time: Callable[[float], None]
+) -> None:
+    fail(pair, 0, PEER_GONE)
+    assert pair.poll() == []
+    assert pair.poll() == []
+    pass_time(causes.BLAME_S)
+    (event,) = pair.poll()
+    assert isinstance(event, states.Failed)
+    assert (event.failure.rank, event.failure.message) == (0, PEER_GONE)
+
+
+def test_a_rank_that_fails_by_itself_is_named_though_others_hang(
+    pair: RayGang, pass_time: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causes, "COLLECT_S", 1.0)
+    fail(pair, 1, "loss is nan at step 7")
+    assert pair.poll() == []
+    assert pair.poll() == []
+    pass_time(1.0)
+    (event,) = pair.poll()
+    assert isinstance(event, states.Failed)
+    assert (event.failure.rank, event.failure.message) == (1, "loss is nan at step 7")
 
 
 def test_a_stalled_gang_is_killed_when_its_stacks_are_written(pair: RayGang, monkeypatch: pytest.MonkeyPatch) -> None:

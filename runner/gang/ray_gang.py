@@ -25,7 +25,7 @@ from runner.gang.ray_ask import Answer, Gpus, Lookout, ask_gpus, ask_nodes
 from runner.gang.ray_facts import find_node, is_node_lost, is_running, ray_words, select_nodes
 from runner.gang.ray_rank import WaitingRanks
 from runner.life import states
-from runner.life.causes import MUTE_S, Seen, last_words, most_idle, root_cause
+from runner.life.causes import MUTE_S, Seen, choose_patience, last_words, most_idle, root_cause
 from runner.life.job import Beat, Job, Outcome, Phase
 from runner.spec.gang import Gang
 from runner.spec.labels import ACCELERATOR_LABEL
@@ -33,7 +33,6 @@ from runner.spec.sweep import RunKey
 
 BEAT_EVERY_S = 1.0
 START_BEAT_EVERY_S = 0.2  # until it trains
-COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
 ASLEEP_S = 5.0  # between two looks: this process was stopped, and answers from meanwhile are still on their way
 WAKE_S = 2.0  # for those to come in
 INQUEST_S = 8.0  # for the node to tell how ranks ended, or where they stand
@@ -237,11 +236,12 @@ class RayGang:
     def poll_failing(self) -> list[states.Event]:
         """Wait a moment for the other ranks' errors and for what is known of dead ones, then name the root cause."""
         self.collect()
-        if self.pending and self.waited_s() < COLLECT_S:
+        patience = choose_patience(self.outcomes.values())
+        if self.pending and self.waited_s() < patience:
             return []
         lost = self.lost_node()
         is_apart = self.job is not None and self.job.is_apart  # the log of a rank that waits for the failed one, too
-        if (self.dead or is_apart) and not lost and self.waited_s() < INQUEST_S:
+        if (self.dead or is_apart) and not lost and self.waited_s() < patience + INQUEST_S:
             if self.inquest is None:
                 asked = range(len(self.actors)) if is_apart else sorted(self.dead)
                 facts = [{**self.facts_of(rank), "is_dead": rank in self.dead} for rank in asked]

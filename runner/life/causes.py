@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from runner.errors import Failure, Kind
@@ -16,6 +16,8 @@ PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", 
 CRASH_MARKS = ("Fatal Python error:", "*** SIG")  # how faulthandler and Ray begin
 LAST_LINE_LENGTH = 160
 MUTE_S = 5.0  # a healthy rank answers within a second
+COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
+BLAME_S = 10.0  # where all that failed say that a peer went away, for that peer to be heard
 
 
 class Seen(NamedTuple):
@@ -58,6 +60,15 @@ def last_words(log_tail: str) -> str:
     return next(
         (line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)), ""
     )
+
+
+def choose_patience(outcomes: Iterable[Outcome]) -> float:
+    """Return for how many seconds after a gang's first failure its other ranks are listened to, as things stand.
+
+    On a busy node a rank can be heard before the one whose end it complains of: that one alone knows the cause.
+    """
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    return BLAME_S if all(map(is_consequence, failures)) else COLLECT_S
 
 
 def root_cause(failed: Mapping[int, Outcome], *, is_node_lost: bool) -> Failure:
