@@ -304,20 +304,22 @@ def test_a_late_rank_cannot_replace_or_remove_what_the_next_gang_writes(tmp_path
     assert output.read_bytes() == b"first"
 
 
-def start_fenced(root: Path, told: threading.Event, seconds: float) -> None:
+def start_fenced(root: Path, told: threading.Event, seconds: float, has_begun: Callable[[], object] = list) -> None:
     """Be a rank of the driver with epoch 1 for a while, or until it is told of a newer one."""
     with fenced(str(root), root / "seed", epoch=1, attempt=1, is_writer=False, on_superseded=told.set):
+        has_begun()
         told.wait(seconds)
 
 
 def test_a_rank_ends_by_itself_once_another_driver_has_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fence, "LOOK_EVERY_S", 0.02)
-    storage, told = LocalStorage(tmp_path), threading.Event()
+    storage, told, is_at_work = LocalStorage(tmp_path), threading.Event(), threading.Event()
     storage.write("drivers/1.json", b"{}")
     start_fenced(tmp_path, told, 0.1)
     assert not told.is_set()
-    rank = threading.Thread(target=start_fenced, args=(tmp_path, told, 30.0))
+    rank = threading.Thread(target=start_fenced, args=(tmp_path, told, 30.0, is_at_work.set))
     rank.start()
+    assert is_at_work.wait(30.0)
     storage.write("drivers/2.json", b"{}")
     rank.join()
     assert told.is_set()
