@@ -41,9 +41,9 @@ echo "${FAKE_IP:-10.1.2.3 10.9.9.9}"
 RAY = """#!/usr/bin/env bash
 echo "$FAKE_NODE token=$RAY_AUTH_TOKEN mode=$RAY_AUTH_MODE ray $*" >>"$FAKE/log"
 [[ $FAKE_NODE == "$FAKE_BAD" ]] && exit 1
-echo "$$" >"$FAKE/up-$FAKE_NODE"
-trap 'rm -f "$FAKE/up-$FAKE_NODE"; kill $!; exit 0' TERM
 sleep 300 &
+trap 'rm -f "$FAKE/up-$FAKE_NODE"; kill $!; exit 0' TERM
+echo "$$" >"$FAKE/up-$FAKE_NODE"
 wait
 """
 PYTHON = """#!/usr/bin/env bash
@@ -51,9 +51,9 @@ cat >/dev/null
 ls "$FAKE"/up-* 2>/dev/null | wc -l
 """
 SEEDSWEEP = """#!/usr/bin/env bash
-echo "seedsweep $*" >>"$FAKE/log"
-trap 'echo "seedsweep got TERM" >>"$FAKE/log"; kill $!; sleep 0.3; exit 3' TERM
 sleep "$FAKE_RUN_S" &
+trap 'echo "seedsweep got TERM" >>"$FAKE/log"; kill $!; sleep 0.3; exit 3' TERM
+echo "seedsweep $*" >>"$FAKE/log"
 wait
 exit "$FAKE_CODE"
 """
@@ -127,7 +127,6 @@ def test_slurm_passes_the_end_of_the_time_on_and_waits_for_the_checkpoint(slurm:
         while not any(line.startswith("seedsweep run") for line in log_of(slurm)):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(0.5)  # for its trap to be set
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 3
     finally:
