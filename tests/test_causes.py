@@ -11,7 +11,7 @@ import pytest
 from runner.errors import Failure, Kind
 from runner.gang import worker
 from runner.gang.rank import Rank
-from runner.life.causes import Seen, last_words, most_idle
+from runner.life.causes import Seen, is_consequence, last_words, most_idle
 from runner.life.decisions import Release, Situation, decide_one
 from runner.life.job import Beat
 from runner.life.states import Failed, Idle, Progress, Run, State, apply_event
@@ -66,6 +66,33 @@ def test_the_last_words_are_those_before_a_crash_was_written_down() -> None:
     assert last_words(f"one\ntwo\n{crash}") == "two"
     assert last_words(f"one\ntwo\n[2026-01-01 E 1 2] *** SIGSEGV received at time=1 ***\n{crash}") == "two"
     assert last_words(crash) == last_words("") == ""
+
+
+LEAK = (
+    "[W1127 09:17:03.293812312 ProcessGroupNCCL.cpp:1496] Warning: WARNING: destroy_process_group() was not called "
+    "before program exit, which can leak resources. (function operator())"
+)
+
+
+@pytest.mark.parametrize(
+    "farewell",
+    [
+        LEAK,
+        f"[rank0]:{LEAK}",
+        f"[rank1]: {LEAK.replace('W1127', 'W730')}",
+        "/usr/lib/multiprocessing/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked "
+        "semaphore objects to clean up at shutdown\n  warnings.warn('resource_tracker: There appear to be %d '",
+    ],
+)
+def test_an_error_is_the_last_word_though_warnings_follow_it(farewell: str) -> None:
+    error = "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB."
+    log = (
+        f"step:7 train_loss:2.1\n[rank0]: Traceback (most recent call last):\n[rank0]:   File a\n{error}\n{farewell}\n"
+    )
+    assert last_words(log) == error
+    alone = Failure(kind=Kind.RAISED, rank=0, message=f"python train_gpt.py exited with code 1: {last_words(log)!r}")
+    assert not is_consequence(alone)
+    assert last_words(farewell) in (*(line.strip()[:160] for line in farewell.splitlines()),)
 
 
 def stalled(run: Run, now: float) -> Failure | None:

@@ -14,6 +14,9 @@ from runner.life.states import Idle
 # Words in errors of a rank whose peer is gone: a consequence, never the root cause.
 PEER_WORDS = ("connection reset", "connection closed", "broken pipe", "socket", "gloo", "nccl", "peer", "tcpstore")
 CRASH_MARKS = ("Fatal Python error:", "*** SIG")  # how faulthandler and Ray begin
+# What a process still prints on its way out of an error: warnings of PyTorch's C++ part (of a process group that nobody
+# destroyed, whichever error kept it from that) and of Python, the second line of which is the place they come from.
+FAREWELLS = re.compile(r"(\[rank\d+\]: ?)?\[[IW]\d{3,4} [\d:.]+ \S+:\d+\]|\S+:\d+: \w*Warning: |warnings\.warn\(")
 LAST_LINE_LENGTH = 160
 MUTE_S = 5.0  # a healthy rank answers within a second
 COLLECT_S = 1.0  # after a rank's first failure, for what else has failed already
@@ -53,13 +56,15 @@ def most_idle(
 
 
 def last_words(log_tail: str) -> str:
-    """Return the last line of a log that has words, what the handlers of a crash wrote left out; "" without one."""
+    """Return the last line of a log that has words, "" without one.
+
+    What the handlers of a crash wrote is left out, and so are farewells, unless there is nothing else.
+    """
     crash = min((place for mark in CRASH_MARKS if (place := log_tail.find(mark)) >= 0), default=-1)
     if crash >= 0:
         log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
-    return next(
-        (line.strip()[:LAST_LINE_LENGTH] for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)), ""
-    )
+    lines = [line.strip() for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)]
+    return next((line for line in lines if not FAREWELLS.match(line)), next(iter(lines), ""))[:LAST_LINE_LENGTH]
 
 
 def choose_patience(outcomes: Iterable[Outcome]) -> float:
