@@ -27,6 +27,7 @@ NUM_STEPS = {"train": 12, "quantize": 2, "evaluate": 2, "ttt": 4}
 STEP_S = 0.02
 TARGET = "tests.stub_work:work"
 GANG_TARGET = "tests.stub_work:gang_work"
+PRIORITY_TARGET = "tests.stub_work:priority_work"
 CUT_SHORT_STEP = 5
 
 
@@ -36,6 +37,12 @@ def work(rank: Rank) -> None:
     for stage in STAGES:
         if not (Path(rank.job.workdir) / "stages" / f"{stage}.json").exists():
             run_stage(rank, stage)
+
+
+def priority_work(rank: Rank) -> None:
+    """Note the priority of this process (nice), then work."""
+    Path(rank.job.workdir, "priority").write_text(str(os.nice(0)))
+    work(rank)
 
 
 def take_stages(rank: Rank) -> None:

@@ -100,7 +100,7 @@ def pairs(address: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     (folder / "once").mkdir()
     env = {**mischiefs(ONCE), "ONCE": str(folder / "once")}
-    spec = write_spec(folder, seeds=[*ONCE, 42], env=env, gang=PAIR, limits={"stall_s": 20.0})
+    spec = write_spec(folder, seeds=[*ONCE, 42], env=env, gang=PAIR, limits={"stall_s": 40.0})
     assert main(["run", str(spec), "--address", address, "--progress", "plain"]) == 0
     return folder / "out"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from runner.sweep import run_sweep
 from runner.work import Options
 from tests.ray_tools import listening, our_processes, wait_until
-from tests.stub_work import TARGET
+from tests.stub_work import PRIORITY_TARGET
 from tests.sweep_tools import make_spec, no_data, scores_of
 
 pytestmark = pytest.mark.usefixtures("no_data")
@@ -31,11 +32,13 @@ def test_a_seed_runs_on_rays_own_cluster_on_loopback_and_leaves_no_process(
     watcher = threading.Thread(target=watch_listeners, args=(found, is_over))
     watcher.start()
     try:
-        assert run_sweep(make_spec(tmp_path, seeds=[1]), Options(target=TARGET, progress="json")) == 0
+        assert run_sweep(make_spec(tmp_path, seeds=[1]), Options(target=PRIORITY_TARGET, progress="json")) == 0
     finally:
         is_over.set()
         watcher.join()
     assert set(scores_of(tmp_path)) == {1}
+    (priority,) = tmp_path.rglob("priority")
+    assert int(priority.read_text()) == os.nice(0)  # Ray's own workers stand back behind everything else on a host
     assert found, "nothing was seen to listen"
     assert found <= {"127.0.0.1", "::1"}
     (run,) = json.loads((tmp_path / "state.json").read_text())["runs"]

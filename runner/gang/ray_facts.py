@@ -30,9 +30,11 @@ LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 def rank_environment(shape: Gang) -> dict[str, str]:
-    """Return the environment of a rank: its threads, all GPUs of the gang visible later.
+    """Return the environment of a rank: its threads, the priority of any program, all GPUs of the gang visible later.
 
-    The traffic of a gang on one host stays on loopback. Ranks of several look for their interface there.
+    Ray gives its workers the lowest priority but four (nice 15), so that anything else on a host would take their time:
+    training's clock runs on. The traffic of a gang on one host stays on loopback. Ranks of several look for their
+    interface there.
     """
     threads = str(shape.cpus)
     loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE, "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE}
@@ -41,6 +43,7 @@ def rank_environment(shape: Gang) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+        "RAY_worker_niceness": "0",
         **(loopback if shape.hosts == 1 else {}),
     }
 
