@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from runner.gang.ray_start import LOOPBACK_VARIABLE
+from runner.gang.ray_start import LOOPBACK_VARIABLE, PRIORITY_VARIABLE
 from runner.spec.gang import Gang
 from runner.sweep import run_sweep
 from runner.work import Options
@@ -24,6 +24,7 @@ from tests.stub_work import GANG_TARGET, TARGET
 from tests.sweep_tools import make_spec
 
 os.environ[LOOPBACK_VARIABLE] = "0"  # before Ray is imported: its servers listen on loopback
+os.environ[PRIORITY_VARIABLE] = "0"  # as in a cluster of our own: tests of another process must not starve these
 
 NUM_NODES = 4
 NODE = {"num_cpus": 8, "num_gpus": 8, "node_ip_address": "127.0.0.1", "object_store_memory": 80_000_000}

@@ -169,7 +169,12 @@ def test_only_dead_sessions_of_ours_are_removed(base: Path) -> None:
 def test_a_user_without_a_home_or_token_gets_one_for_this_cluster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*ray_start.TOKEN_VARIABLES, ray_start.MODE_VARIABLE, ray_start.LOOPBACK_VARIABLE):
+    for name in (
+        *ray_start.TOKEN_VARIABLES,
+        ray_start.MODE_VARIABLE,
+        ray_start.LOOPBACK_VARIABLE,
+        ray_start.PRIORITY_VARIABLE,
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(ray_start.sys, "modules", {})
@@ -177,6 +182,7 @@ def test_a_user_without_a_home_or_token_gets_one_for_this_cluster(
     ray_start.prepare_environment()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
     assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert os.environ[ray_start.PRIORITY_VARIABLE] == "0"
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (tmp_path / "token").write_text("t")
     monkeypatch.setattr(ray_start, "home_token", lambda: tmp_path / "token")

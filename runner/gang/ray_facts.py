@@ -17,6 +17,7 @@ from ray.experimental import internal_kv as kv
 
 from runner.errors import first_line
 from runner.gang.rank import this_host
+from runner.gang.ray_start import PRIORITY_VARIABLE
 from runner.spec.gang import Gang
 from runner.spec.labels import NODE_ID_LABEL
 
@@ -43,7 +44,7 @@ def rank_environment(shape: Gang) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "OPENBLAS_NUM_THREADS": threads,
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-        "RAY_worker_niceness": "0",
+        PRIORITY_VARIABLE: "0",
         **(loopback if shape.hosts == 1 else {}),
     }
 

@@ -40,6 +40,7 @@ SESSION_CHARACTERS = len("/session_2026-01-31_23-59-59_123456_1234567/sockets/pl
 LEFTOVER_S = 600.0  # a session's folder without a holder is removed when it is older
 TMP_VARIABLE = "RAY_TMPDIR"
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: a cluster of one machine binds loopback
+PRIORITY_VARIABLE = "RAY_worker_niceness"  # 15 by Ray's own choice
 MODE_VARIABLE = "RAY_AUTH_MODE"
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 LOG_NAME = "start.log"
@@ -218,11 +219,13 @@ def family_of(pid: int) -> list[psutil.Process]:
 
 
 def prepare_environment() -> None:
-    """Set what a cluster of this machine alone needs, best before Ray is imported: loopback, and a token.
+    """Set what a cluster of this machine alone needs, best before Ray is imported: loopback, priority, and a token.
 
+    All of Ray's workers get the priority of ranks, or what a busy node is asked would have to wait for these to pause.
     Ray would write a token into the home folder; where the user has none there, this cluster gets one of its own.
     """
     os.environ[LOOPBACK_VARIABLE] = "0"
+    os.environ.setdefault(PRIORITY_VARIABLE, "0")
     os.environ.setdefault(MODE_VARIABLE, "token")
     home = home_token()
     if not any(os.environ.get(name) for name in TOKEN_VARIABLES) and not (home and is_readable(home)):
