@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.gang.ray_start import PRIORITY_VARIABLE
 from runner.sweep import run_sweep
 from runner.work import Options
 from tests.ray_tools import listening, our_processes, wait_until
@@ -28,6 +29,7 @@ def watch_listeners(found: set[str], is_over: threading.Event) -> None:
 def test_a_seed_runs_on_rays_own_cluster_on_loopback_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(PRIORITY_VARIABLE, "15")  # as Ray has it where nobody says otherwise
     before, found, is_over = our_processes(), set[str](), threading.Event()
     watcher = threading.Thread(target=watch_listeners, args=(found, is_over))
     watcher.start()

@@ -64,7 +64,8 @@ def last_words(log_tail: str) -> str:
     if crash >= 0:
         log_tail = log_tail[: log_tail.rfind("\n", 0, crash) + 1]
     lines = [line.strip() for line in reversed(log_tail.splitlines()) if re.search(r"\w", line)]
-    return next((line for line in lines if not FAREWELLS.match(line)), next(iter(lines), ""))[:LAST_LINE_LENGTH]
+    told = [line for line in lines if not FAREWELLS.match(line)]
+    return (told or lines or [""])[0][:LAST_LINE_LENGTH]
 
 
 def choose_patience(outcomes: Iterable[Outcome]) -> float:
