@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,9 @@ import psutil
 import pytest
 
 from model.data.cpus import usable_cpus
-from runner.folder.lease import Owner
+from runner.folder import lease
+from runner.folder.directory import SweepDirectory
+from runner.folder.storage import open_storage
 from runner.view.status import look
 from tests.ray_tools import (
     ROOT,
@@ -131,7 +131,9 @@ def test_a_second_driver_refuses_and_names_the_first(cluster: Any, tmp_path: Pat
     assert_nothing_is_left(cluster.address)
 
 
-def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(tmp_path: Path) -> None:
+def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seeds = list(range(usable_cpus() + 1))  # all at work but one, for which a process waits
     write_faults(tmp_path, {"attempt": 1, "stage": "train", "step": 2, **WAIT})
     driver = start_driver(tmp_path, None, gang={"cpus": 1}, seeds=seeds)
@@ -139,10 +141,14 @@ def test_the_ranks_of_a_suspended_driver_end_once_another_one_has_come(tmp_path:
     wait_until(lambda: len(ranks_below(family)) >= len(seeds), 120, "no process waits beside those at work")
     ranks = ranks_below(family)
     driver.send_signal(signal.SIGSTOP)
+    wait_until(lambda: family.status() == psutil.STATUS_STOPPED, 30, "the driver is not suspended")
     before = (tmp_path / "state.json").read_bytes()
-    later = json.dumps(dataclasses.asdict(replace(Owner.me(), epoch=2)))
-    for name in ("drivers/2.json", "lease.json"):
-        (tmp_path / name).write_text(later)
+    grow_old(tmp_path)
+    # however short the watch: a driver woken before its next sign of life is due finds its folder taken away
+    monkeypatch.setattr(lease, "WATCH_S", 1.0)
+    successor = SweepDirectory(open_storage(str(tmp_path)))
+    assert successor.acquire()  # gangs may be at work
+    later = (tmp_path / "lease.json").read_text()
     assert running(psutil.wait_procs(ranks, timeout=30)[1]) == []
     driver.send_signal(signal.SIGCONT)
     assert driver.wait(timeout=60) != 0
